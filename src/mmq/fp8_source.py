@@ -1,0 +1,171 @@
+"""A block-fp8 checkpoint as the source of a run: its weights, scales, and their dequantized values."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mmq.architectures import Architecture
+from mmq.errors import CheckpointError
+from mmq.storage.checkpoint import Checkpoint, TensorReader
+from mmq.storage.shards import TensorSpec
+from mmq.tensors.fp8 import BLOCK, dequantize_block, is_finite, scale_shape
+
+FP8 = "F8_E4M3"
+SCALE_SUFFIX = "_scale_inv"
+
+
+class Fp8Source:
+    """An fp8 checkpoint whose headers say that it can be taken.
+
+    Raises:
+        CheckpointError: it is not block fp8, or a scale is missing, orphaned or of the wrong shape or dtype.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.config = checkpoint.config
+        _check_quantization(checkpoint)
+        for name in self.scales:
+            self._check_pair(name)
+        self._check_rest()
+        self._check_layers()
+
+    @cached_property
+    def scales(self) -> dict[str, str]:
+        """fp8 weights and the names of their scales."""
+        specs = self.checkpoint.specs
+        return {name: name + SCALE_SUFFIX for name, spec in specs.items() if spec.dtype == FP8}
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors of the dequantized checkpoint."""
+        dropped = set(self.scales.values())
+        return {
+            name: TensorSpec(name, "BF16", spec.shape) if name in self.scales else spec
+            for name, spec in self.checkpoint.specs.items()
+            if name not in dropped
+        }
+
+    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity.
+        """
+        weight = reader[name]
+        if device is not None and device.type != "cpu":
+            weight = weight.to(device)
+        if not is_finite(weight):
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} holds NaN or infinite values")
+        if name not in self.scales:
+            return weight
+        scale = reader[self.scales[name]].to(weight.device)
+        if not is_finite(scale):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values"
+            )
+        return dequantize_block(weight, scale)
+
+    def layer_count(self) -> int:
+        return int(self.config[self.architecture.layers_key])
+
+    def expert_count(self) -> int:
+        return int(self.config[self.architecture.experts_key])
+
+    def layer_names(self, layer: int) -> list[str]:
+        """Dequantized tensors of a decoder layer."""
+        return self._by_layer[layer]
+
+    def outside_names(self) -> list[str]:
+        """Dequantized tensors outside the decoder layers."""
+        return self._by_layer[None]
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, list[str]]:
+        result: dict[int | None, list[str]] = {None: []}
+        for name in self.specs:
+            layer, _ = self.architecture.split(name)
+            # Layers past the last are extras such as multi-token prediction; they are carried.
+            key = layer if layer is not None and layer < self.layer_count() else None
+            result.setdefault(key, []).append(name)
+        return result
+
+    def _check_pair(self, name: str) -> None:
+        specs, folder = self.checkpoint.specs, self.checkpoint.folder
+        scale = specs.get(self.scales[name])
+        if scale is None:
+            raise CheckpointError(f"{folder}: {name} is fp8, but its scale {self.scales[name]} is missing")
+        shape = specs[name].shape
+        if len(shape) != 2 or scale.shape != scale_shape(shape) or scale.dtype != "F32":
+            wanted = scale_shape(shape) if len(shape) == 2 else "a matrix"
+            raise CheckpointError(
+                f"{folder}: {scale.name} is {scale.dtype} {list(scale.shape)}, but {name} of shape {list(shape)} needs"
+                f" F32 {list(wanted)} for {BLOCK}x{BLOCK} blocks"
+            )
+        layer, local = self.architecture.split(name)
+        inside = layer is not None and layer < self.layer_count()
+        attention = [f"{linear}.weight" for linear in self.architecture.attention]
+        if not inside or not (local in attention or self.architecture.split_expert(local)):
+            raise CheckpointError(
+                f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer"
+            )
+
+    def _check_rest(self) -> None:
+        known = set(self.scales.values())
+        for name, spec in self.checkpoint.specs.items():
+            if name.endswith(SCALE_SUFFIX) and name not in known:
+                raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
+            if spec.dtype == "F8_E5M2":
+                raise CheckpointError(f"{self.checkpoint.folder}: {name} is e5m2; only e4m3 is supported")
+
+    def _check_layers(self) -> None:
+        """Every layer holds attention, router and all experts, in fp8 where it must be."""
+        arch, specs = self.architecture, self.checkpoint.specs
+        try:
+            layers, experts = self.layer_count(), self.expert_count()
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.checkpoint.folder}: config.json lacks or garbles {error}") from None
+        if layers < 1 or experts < 1 or layers * experts * len(arch.expert_linears) > len(specs):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: config.json tells of {layers} layers with {experts} experts, the shards hold"
+                f" {len(specs)} tensors"
+            )
+        for layer in range(layers):
+            prefix = arch.layer_prefix(layer)
+            fp8 = [f"{prefix}{linear}.weight" for linear in arch.attention]
+            fp8 += [
+                f"{arch.expert_weight(layer, expert, linear)}.weight"
+                for expert in range(experts)
+                for linear in arch.expert_linears
+            ]
+            for name in fp8:
+                if name not in self.scales:
+                    fault = "is missing" if name not in specs else f"is {specs[name].dtype} instead of fp8"
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} {fault}")
+            others = [
+                arch.smooth_norm,
+                arch.router,
+                *arch.attention_inputs,
+                *filter(None, [arch.router_bias]),
+            ]
+            for local in others:
+                if prefix + local not in specs:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {prefix}{local} is missing")
+
+
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    settings: Any = checkpoint.config.get("quantization_config")
+    where = checkpoint.folder / "config.json"
+    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
+        raise CheckpointError(
+            f"{where} does not describe a block-fp8 checkpoint (quantization_config.quant_method: fp8)"
+        )
+    block = settings.get("weight_block_size")
+    if block != [BLOCK, BLOCK]:
+        raise CheckpointError(f"{where}: weight_block_size is {block}; only [{BLOCK}, {BLOCK}] is supported")
+    if settings.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
+        raise CheckpointError(f"{where}: fmt is {settings['fmt']!r}; only float8_e4m3fn is supported")

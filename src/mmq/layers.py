@@ -1,0 +1,206 @@
+"""One decoder layer at a time, built from transformers' own classes with a checkpoint's tensors.
+
+The mixture-of-experts block is left out of the module: a stand-in records its input and returns zeros, so that the layer's
+own forward gives the residual stream, and the block itself is computed on stacked weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from compressed_tensors.modeling.kvcache import (
+    initialize_hooked_kv_cache,
+    register_key_hook,
+    register_value_hook,
+)
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor.modifiers.quantization.calibration import (
+    calibrate_key_hook,
+    calibrate_value_hook,
+    initialize_observer,
+)
+from transformers.activations import ACT2FN
+
+from mmq.architectures import Architecture
+from mmq.errors import CheckpointError
+from mmq.tensors.experts import Activation
+
+# Tokens in one attention call; sequences of equal length share a call.
+BATCH_TOKENS = 8192
+
+
+def transformers_config(architecture: Architecture, config: dict[str, Any]) -> Any:
+    """transformers' config object of a hub config.json, with the rotary dimensions right.
+
+    transformers up to 5.17 ignores MiniMax-M2's `rotary_dim` and rotates every head dimension
+    (huggingface/transformers issue 48241).
+    """
+    known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "architectures")}
+    known["rope_parameters"] = rope_parameters(config)
+    result = architecture.transformers_class(architecture.config_class).from_dict(known)
+    result._attn_implementation = "sdpa"
+    return result
+
+
+def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json's rotary settings in transformers' form: theta, type and the share of head dimensions that turn."""
+    given = dict(config.get("rope_parameters") or {})
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    if config.get("rotary_dim"):
+        given["partial_rotary_factor"] = config["rotary_dim"] / head_dim
+    given.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if "rope_theta" not in given:
+        given["rope_theta"] = config.get("rope_theta", 10000.0)
+    given.setdefault("rope_type", (config.get("rope_scaling") or {}).get("rope_type", "default"))
+    return given
+
+
+class _Recorder(torch.nn.Module):
+    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.inputs = hidden_states
+        return torch.zeros_like(hidden_states)
+
+
+class DecoderLayer:
+    """A transformers decoder layer without its experts.
+
+    Args:
+        tensors: the layer's tensors but for the experts, by their names in the layer, bf16 or fp32 as in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Any,
+        layer: int,
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self._config = config
+        with torch.device("meta"):
+            module = architecture.transformers_class(architecture.layer_class)(config, layer)
+            # Outside the meta context, so that its buffer is real.
+        self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
+        block = getattr(module, architecture.moe_module)
+        self._router = block.gate
+        self._bias: torch.Tensor | None = None
+        setattr(module, architecture.moe_module, _Recorder())
+        inside = {architecture.router, architecture.router_bias}
+        named = {
+            architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside
+        }
+        try:
+            module.load_state_dict(named, strict=True, assign=True)
+            self.set_router(tensors[architecture.router].to(device))
+            if architecture.router_bias:
+                self._bias = tensors[architecture.router_bias].to(device)
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {error}") from None
+        self.module = module.eval()
+
+    def set_router(self, weight: torch.Tensor) -> None:
+        """Replace the router's weight, [E, H]."""
+        self._router.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def set_norm(self, weight: torch.Tensor) -> None:
+        """Replace the weight of the norm before the block, [H]."""
+        name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
+        self.module.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    @torch.no_grad()
+    def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Everything before the block: [T, H] of concatenated sequences -> the residual stream [T, H] after attention."""
+        result = torch.empty_like(hidden)
+        for starts, length in _batches(lengths):
+            batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
+            positions = torch.arange(length, device=self.device).unsqueeze(0)
+            output = self.module(
+                batch,
+                position_embeddings=self._rotary(batch, positions),
+                attention_mask=None,
+                position_ids=positions,
+            )
+            for start, sequence in zip(starts, output, strict=True):
+                result[start : start + length] = sequence
+        return result
+
+    @torch.no_grad()
+    def block_input(self, residual: torch.Tensor, step: int = 2**14) -> torch.Tensor:
+        """The norm before the block, applied to the residual stream [T, H]."""
+        name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
+        norm = self.module.get_submodule(name)
+        return torch.cat([norm(part) for part in residual.split(step)])
+
+    @torch.no_grad()
+    def route(self, x: torch.Tensor, step: int = 2**14) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """transformers' router on [T, H]: logits float32 [T, E], weights float32 [T, k], indices int64 [T, k].
+
+        The choices of a token come sorted by expert, so that sums over them have one order on every device.
+        """
+        parts = [
+            self._router(part, self._bias) if self._bias is not None else self._router(part)
+            for part in x.split(step)
+        ]
+        logits, weights, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = index.argsort(dim=1)
+        return logits.float(), weights.gather(1, order).float(), index.gather(1, order)
+
+    @property
+    def activation(self) -> Activation:
+        function: Activation = ACT2FN[self._config.hidden_act]
+        return function
+
+    def observe_kv_cache(self, scheme: dict[str, Any]) -> KvObserver:
+        """Attach llmcompressor's observers to keys after rotary and values."""
+        return KvObserver(self.module.self_attn, self._config, scheme)
+
+
+class KvObserver:
+    """llmcompressor's KV-cache observers on one attention module."""
+
+    def __init__(self, attention: torch.nn.Module, config: Any, scheme: dict[str, Any]) -> None:
+        arguments = QuantizationArgs(**scheme)
+        attention.quantization_scheme = QuantizationScheme(targets=["self_attn"], input_activations=arguments)  # type: ignore[assignment]
+        # Observe only: the hidden states of calibration are not those of a quantized cache.
+        attention.quantization_enabled = False  # type: ignore[assignment]
+        initialize_hooked_kv_cache(SimpleNamespace(config=config), attention)
+        for name in ("k", "v"):
+            initialize_observer(attention, name)
+        register_key_hook(attention, calibrate_key_hook)
+        register_value_hook(attention, calibrate_value_hook)
+        self._attention = attention
+
+    def scales(self) -> dict[str, torch.Tensor]:
+        """`k_scale` and `v_scale`, float32 [1], from all that was observed."""
+        result = {}
+        for name in ("k", "v"):
+            observer: Any = getattr(self._attention, f"{name}_observer")
+            # The statistics are in the activations' bf16; the scale itself is stored in fp32.
+            for attribute, value in observer.get_statistics().items():
+                setattr(observer, attribute, value.float())
+            result[f"{name}_scale"] = observer.get_qparams()["scale"].float().cpu().reshape(1)
+        return result
+
+
+def _batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+    """Sequences of equal length, as many as BATCH_TOKENS allows at a time: (first tokens, length)."""
+    starts: dict[int, list[int]] = {}
+    position = 0
+    for length in lengths:
+        starts.setdefault(length, []).append(position)
+        position += length
+    for length, group in starts.items():
+        size = max(1, BATCH_TOKENS // length)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], length

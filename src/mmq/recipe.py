@@ -1,0 +1,255 @@
+"""Recipes: the YAML that says what is quantized and how, as pydantic models.
+
+Relative paths are taken from the recipe's project root: the nearest folder above the recipe (or its own) that holds
+`.git` or `pyproject.toml`; where there is none, the recipe's folder, or that folder's parent if it is named `configs`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from mmq.errors import RecipeError
+
+SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The checkpoint to quantize."""
+
+    source: str = Field(description="a checkpoint folder, or a hub id fetched with huggingface_hub")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+
+class Dequant(Section):
+    """Stage 1: block fp8 to bf16."""
+
+    dtype: Literal["bfloat16"] = Field("bfloat16", description="what the fp8 weights become")
+
+
+class FileSamples(Section):
+    """Calibration samples from a JSONL file."""
+
+    path: str = Field(description='JSONL, each line {"text": ...} or {"messages": [...]}')
+    samples: PositiveInt | None = Field(
+        None, description="how many lines to take from the top; all by default"
+    )
+
+
+class HubSamples(Section):
+    """Calibration samples from a dataset on the hub."""
+
+    hub: str = Field(description="a dataset id")
+    name: str | None = Field(None, description="the dataset's configuration")
+    split: str = "train"
+    column: str | None = Field(
+        None, description="the column to use; else `messages` or `text`, whichever is there"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit")
+    samples: PositiveInt = Field(description="how many samples to take")
+    seed: int = Field(0, description="of the shuffle before taking")
+
+
+class Calibration(Section):
+    """What the experts are calibrated on."""
+
+    files: list[FileSamples | HubSamples] = Field(min_length=1)
+    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens kept of each sample")
+
+
+class KvCacheScheme(Section):
+    """compressed-tensors' arguments for the KV cache."""
+
+    num_bits: Literal[8] = 8
+    type: Literal["float"] = "float"
+    strategy: Literal["tensor"] = "tensor"
+    dynamic: Literal[False] = False
+    symmetric: Literal[True] = True
+    observer: Literal["static_minmax", "minmax"] = Field(
+        "static_minmax",
+        description="llmcompressor's observer: the whole range, or a moving average over batches",
+    )
+
+
+class Awq(Section):
+    """Stage 2: AWQ of the experts and calibration of the KV cache."""
+
+    calibration: Calibration
+    source: Literal["bf16", "fp8"] = Field(
+        "bf16", description="read the dequantized folder, or the fp8 checkpoint itself, with the same result"
+    )
+    n_grid: Annotated[int, Field(ge=3)] = Field(20, description="points of the scale search")
+    duo_scaling: Literal[True, False, "both"] = Field(
+        True, description="scales from activations and weights, activations only, or half the grid each"
+    )
+    group_size: Literal[32, 64, 128] = Field(128, description="input channels that share an int4 scale")
+    min_tokens: Annotated[int, Field(ge=0)] = Field(
+        128,
+        description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
+    )
+    propagate_quantized: bool = Field(
+        True, description="calibrate each layer on the outputs of the quantized layers before it"
+    )
+    kv_cache_scheme: KvCacheScheme | None = KvCacheScheme()
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
+    memory_budget: int | None = Field(
+        None,
+        description="working memory on the device beyond the layer and the hidden states, e.g. 4GiB; default: fits",
+    )
+
+    @field_validator("memory_budget", mode="before")
+    @classmethod
+    def _parse_memory(cls, value: object) -> object:
+        return parse_size(value) if isinstance(value, str) else value
+
+
+class Restore(Section):
+    """Stage 3: the original fp8 attention back into the quantized checkpoint."""
+
+    attention_activations: Literal["dynamic", "none"] = Field(
+        "dynamic",
+        description="dynamic group-128 fp8 activations as the source declares, or the weight-only form of the model card",
+    )
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    model: Model
+    work_dir: str = Field(description="the stages write bf16/, awq/, hybrid/ and the journal here")
+    dequant: Dequant = Dequant()
+    awq: Awq
+    restore: Restore = Restore()
+    workers: PositiveInt | None = Field(
+        None, description="threads over shards; default: the cores, at most 8"
+    )
+
+    # Where relative paths start; set by `load`.
+    root: Path = Field(default=Path(), exclude=True)
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        if not self.work_dir.strip():
+            raise ValueError("work_dir is empty")
+        return self
+
+    def path(self, value: str) -> Path:
+        """A path of the recipe, resolved."""
+        return (self.root / Path(value).expanduser()).resolve()
+
+    @property
+    def work_path(self) -> Path:
+        return self.path(self.work_dir)
+
+    @property
+    def worker_count(self) -> int:
+        return self.workers or min(8, len(os.sched_getaffinity(0)))
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: `key.sub=value` strings, each value read as YAML; they replace what the file says.
+
+    Raises:
+        RecipeError: the file is missing or not valid; the message names the file and the key.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}") from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(_keys(Recipe))}")
+    for override in overrides or []:
+        _override(content, override)
+    if "root" in content:
+        raise RecipeError(f"{path}: unknown key root")
+    try:
+        return Recipe.model_validate(content | {"root": project_root(path)})
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {'; '.join(_sentences(error))}") from None
+
+
+def project_root(recipe: Path) -> Path:
+    """The folder that a recipe's relative paths start from; see the module's text."""
+    folder = recipe.resolve().parent
+    for candidate in (folder, *folder.parents):
+        if (candidate / ".git").exists() or (candidate / "pyproject.toml").exists():
+            return candidate
+    return folder.parent if folder.name == "configs" else folder
+
+
+def parse_size(text: str) -> int:
+    """'4GiB' -> bytes. Raises ValueError when it is no size."""
+    number = text.strip().rstrip("BbIiKkMmGg")
+    unit = text.strip()[len(number) :].upper()
+    if unit not in SIZE_UNITS:
+        raise ValueError(f"{text!r} is not a size such as 4GiB")
+    return int(float(number) * SIZE_UNITS[unit])
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise RecipeError(f"--set takes key.sub=value, not {override!r}")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {key}: {' '.join(str(error).split())}") from None
+    node: Any = content
+    for part in parts[:-1]:
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise RecipeError(f"--set {key}: {part} holds no keys")
+    node[parts[-1]] = parsed
+
+
+def _sentences(error: ValidationError) -> list[str]:
+    lines = []
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"] if part not in ("FileSamples", "HubSamples")]
+        key = ".".join(location)
+        if fault["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(location[-1], sorted(ALL_KEYS), n=1, cutoff=0.6)
+            message = f"unknown key {key}" + (f" (did you mean {close[0]}?)" if close else "")
+        elif fault["type"] == "missing":
+            message = f"the key {key} is missing"
+        else:
+            message = f"{key}: {fault['msg'].removeprefix('Value error, ')} (it is {fault['input']!r})"
+        if message not in lines:
+            lines.append(message)
+    return lines
+
+
+def _keys(section: type[BaseModel]) -> list[str]:
+    return [name for name in section.model_fields if name != "root"]
+
+
+SECTIONS = (Recipe, Model, Dequant, Awq, Calibration, FileSamples, HubSamples, KvCacheScheme, Restore)
+ALL_KEYS = {key for section in SECTIONS for key in _keys(section)}

@@ -1,0 +1,150 @@
+"""What the stages share: plans, and the frame that checks, resumes, runs and completes a stage."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from mmq.errors import DiskSpaceError, MmqError
+from mmq.journal import StageJournal
+from mmq.storage.atomic import remove_temporaries
+from mmq.workspace import Workspace
+
+# Python, torch and the libraries, before any tensor.
+BASE_MEMORY = 800 * 2**20
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What a stage finishes and journals at a time: a shard or a layer."""
+
+    name: str
+    read: int
+    written: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage would do.
+
+    Attributes:
+        folder: the output folder.
+        units: all units, in order.
+        host_memory, device_memory: estimated peaks in bytes; the device's is 0 where the stage needs none.
+    """
+
+    stage: str
+    source: Path
+    folder: Path
+    units: list[Unit]
+    host_memory: int
+    device_memory: int = 0
+
+    @property
+    def read(self) -> int:
+        return sum(unit.read for unit in self.units)
+
+    @property
+    def written(self) -> int:
+        return sum(unit.written for unit in self.units)
+
+
+class Stage(Protocol):
+    """A stage of the pipeline."""
+
+    name: str
+
+    def plan(self, workspace: Workspace) -> Plan:
+        """From headers alone; writes nothing."""
+
+    def fingerprint(self, workspace: Workspace) -> dict[str, Any]:
+        """The inputs that decide the stage's bytes, by the name a user knows them by."""
+
+    def work(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+        """Do the units that the journal lacks, then complete the output folder."""
+
+
+class Stopped(MmqError):
+    """Another worker failed; this one gave up."""
+
+
+def free_disk(folder: Path) -> int:
+    """Free bytes on the disk that would hold `folder`."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
+    """Run or resume a stage; call under the work_dir's lock.
+
+    Raises:
+        MmqError: with one sentence. What was finished stays finished.
+    """
+    plan = stage.plan(workspace)
+    journal = workspace.journal.stage(stage.name)
+    if restart:
+        journal.reset()
+        for folder in (plan.folder, workspace.folder("state") / stage.name):
+            if folder.is_symlink():
+                folder.unlink()
+            elif folder.exists():
+                shutil.rmtree(folder)
+    journal.begin(stage.fingerprint(workspace))
+    if journal.complete:
+        workspace.reporter.note(f"{stage.name} is complete: {plan.folder}")
+        return
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(plan.folder)
+    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    check_disk(plan.folder, sum(unit.written for unit in pending))
+    workspace.reporter.start(stage.name, len(pending), sum(unit.read + unit.written for unit in pending))
+    if len(pending) < len(plan.units):
+        workspace.reporter.note(
+            f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done"
+        )
+    stage.work(workspace, plan, journal)
+    journal.finish()
+    workspace.reporter.finish(stage.name)
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises DiskSpaceError where the stage would fill the disk."""
+    free = free_disk(folder)
+    if free < needed:
+        raise DiskSpaceError(f"{folder} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+
+
+def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], None], workers: int) -> None:
+    """Run `job` for every unit on `workers` threads; the first error stops the others at their next tensor."""
+    stop = threading.Event()
+    kept = torch.get_num_threads()
+    torch.set_num_threads(max(1, kept // workers))
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            futures = [pool.submit(job, unit, stop) for unit in units]
+            try:
+                wait(futures, return_when=FIRST_EXCEPTION)
+            finally:
+                stop.set()
+                for future in futures:
+                    future.cancel()
+        errors = [future.exception() for future in futures if not future.cancelled() and future.exception()]
+        errors.sort(key=lambda error: isinstance(error, Stopped))
+        if errors:
+            assert errors[0] is not None
+            raise errors[0]
+    finally:
+        torch.set_num_threads(kept)
+
+
+def check_stop(stop: threading.Event) -> None:
+    """Raises Stopped once another worker failed or the run was interrupted."""
+    if stop.is_set():
+        raise Stopped("stopped")

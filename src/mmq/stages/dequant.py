@@ -1,0 +1,58 @@
+"""Stage 1, dequant: block fp8 to bf16, shard by shard; everything else byte for byte."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from mmq.journal import StageJournal
+from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
+from mmq.storage.checkpoint import finish_folder
+from mmq.storage.shards import shard_size, write_shard
+from mmq.workspace import BF16, Workspace
+
+name = "dequant"
+
+
+def plan(workspace: Workspace) -> Plan:
+    """One output shard per source shard; a shard of scales alone has no output."""
+    source = workspace.source
+    units = []
+    largest = 0
+    for shard, tensors in source.checkpoint.shards.items():
+        specs = [source.specs[tensor] for tensor in tensors if tensor in source.specs]
+        if not specs:
+            continue
+        largest = max([largest, *(spec.nbytes for spec in specs)])
+        units.append(Unit(shard, sum(spec.nbytes for spec in tensors.values()), shard_size(specs)))
+    open_shards = sum(sorted(unit.read for unit in units)[-workspace.recipe.worker_count :])
+    # Mapped source shards count against the process though the system may drop them; then one tensor a worker.
+    memory = BASE_MEMORY + open_shards + 2 * largest * workspace.recipe.worker_count
+    return Plan(name, source.checkpoint.folder, workspace.folder(BF16), units, memory)
+
+
+def fingerprint(workspace: Workspace) -> dict[str, Any]:
+    return {
+        "model.source": workspace.source.checkpoint.fingerprint(),
+        "dequant.dtype": workspace.recipe.dequant.dtype,
+    }
+
+
+def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    source, reporter = workspace.source, workspace.reporter
+
+    def convert(unit: Unit, stop: threading.Event) -> None:
+        specs = [source.specs[t] for t in source.checkpoint.shards[unit.name] if t in source.specs]
+        with source.checkpoint.reader() as reader, write_shard(plan.folder / unit.name, specs) as shard:
+            for spec in shard.specs:
+                check_stop(stop)
+                reporter.item(spec.name)
+                shard.add(spec.name, source.read(reader, spec.name))
+                reporter.advance(spec.nbytes + source.checkpoint.specs[spec.name].nbytes)
+        journal.finish_unit(unit.name, {f"{BF16}/{unit.name}": shard.record})
+        reporter.unit(unit.name)
+
+    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    in_threads(pending, convert, workspace.recipe.worker_count)
+    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])

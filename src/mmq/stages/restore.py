@@ -1,0 +1,112 @@
+"""Stage 3, restore: the source's own fp8 attention back into the quantized checkpoint.
+
+Norms, router and experts come from the awq output, smoothed together; attention, embeddings, head and the router's bias
+are the source's bytes. That is only right if awq left everything that attention depends on alone, which is checked first.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from mmq.errors import CheckpointError, JournalError
+from mmq.journal import StageJournal
+from mmq.layout import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
+from mmq.quant_config import output_config
+from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
+from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder
+from mmq.storage.shards import shard_size, write_shard
+from mmq.workspace import AWQ, HYBRID, Workspace
+
+name = "restore"
+
+
+def plan(workspace: Workspace) -> Plan:
+    """One output shard per decoder layer and one for the rest, as the awq stage has them."""
+    source = workspace.source
+    units = []
+    for layer in layers_and_rest(workspace):
+        specs = hybrid_specs(workspace, layer)
+        units.append(
+            Unit(shard_name(workspace, layer), sum(spec.nbytes for spec in specs), shard_size(specs))
+        )
+    largest = max(spec.nbytes for spec in source.specs.values())
+    memory = BASE_MEMORY + workspace.recipe.worker_count * (largest + max(unit.read for unit in units))
+    return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory)
+
+
+def fingerprint(workspace: Workspace) -> dict[str, Any]:
+    return {
+        "model.source": workspace.source.checkpoint.fingerprint(),
+        "awq (its output)": workspace.journal.stage("awq").digest(AWQ),
+        "restore.attention_activations": workspace.recipe.restore.attention_activations,
+    }
+
+
+def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    source, reporter = workspace.source, workspace.reporter
+    awq_journal = workspace.journal.stage("awq")
+    if not awq_journal.complete:
+        raise JournalError(f"{plan.source} is not complete; run `mmq awq` first")
+    awq_journal.check_files()
+    quantized = Checkpoint.open(plan.source)
+    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    if pending:
+        check_attention(workspace, quantized)
+
+    layers = {shard_name(workspace, layer): layer for layer in layers_and_rest(workspace)}
+
+    def restore(unit: Unit, stop: threading.Event) -> None:
+        specs = hybrid_specs(workspace, layers[unit.name])
+        with (
+            source.checkpoint.reader() as originals,
+            quantized.reader() as results,
+            write_shard(plan.folder / unit.name, specs) as shard,
+        ):
+            for spec in shard.specs:
+                check_stop(stop)
+                reporter.item(spec.name)
+                shard.add(spec.name, _tensor(workspace, originals, results, spec.name))
+                reporter.advance(2 * spec.nbytes)
+        journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
+        reporter.unit(unit.name)
+
+    in_threads(pending, restore, workspace.recipe.worker_count)
+    config = output_config(workspace.architecture, workspace.recipe, source.config, hybrid=True)
+    finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
+
+
+def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
+    """Raises CheckpointError where awq changed a tensor that attention depends on."""
+    source, arch = workspace.source, workspace.architecture
+    names = [arch.embedding]
+    for layer in range(source.layer_count()):
+        prefix = arch.layer_prefix(layer)
+        names += [prefix + local for local in arch.attention_inputs]
+        names += [f"{prefix}{linear}.weight" for linear in arch.attention]
+    with source.checkpoint.reader() as originals, quantized.reader() as results:
+        for tensor in names:
+            if not _same_bytes(source.read(originals, tensor), results[tensor]):
+                raise CheckpointError(
+                    f"{tensor} differs between {source.checkpoint.folder} and {quantized.folder}: the original attention"
+                    " would not fit this awq output"
+                )
+
+
+def _tensor(workspace: Workspace, originals: TensorReader, results: TensorReader, name: str) -> torch.Tensor:
+    """A tensor of the hybrid checkpoint, from the side that owns it."""
+    source, arch = workspace.source, workspace.architecture
+    component = arch.component(name)
+    if component == "attention" and name.endswith(SCALE_NAME):
+        return originals[source.scales[name.removesuffix(SCALE_NAME) + "weight"]]
+    if component in ("attention", "embeddings", "head") or arch.split(name)[1] == arch.router_bias:
+        return originals[name]
+    return results[name]
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))

@@ -1,0 +1,71 @@
+"""Files that appear whole or not at all: written beside their place, flushed to the disk, renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mmq.errors import DiskSpaceError
+
+TEMPORARY_SUFFIX = ".mmq-tmp"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing; it takes its name only when the block ends without an error and the bytes are on disk.
+
+    Raises:
+        DiskSpaceError: the disk is full. Nothing is left behind, whatever the error.
+    """
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with open(temporary, "wb", buffering=0) as file:
+            yield file  # type: ignore[misc]
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskSpaceError(
+                f"the disk is full: {path} could not be written; free some room and run again"
+            ) from error
+        raise
+
+
+def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
+    """Write all of `data` to an unbuffered file; the system may take it in pieces."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file atomically."""
+    with atomic_file(path) as file:
+        write_all(file, data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed writer left in `folder`. Only for the holder of the work_dir's lock."""
+    for leftover in folder.glob("*" + TEMPORARY_SUFFIX):
+        leftover.unlink(missing_ok=True)

@@ -1,0 +1,243 @@
+"""Reading a checkpoint folder in the hub's layout: config.json, safetensors shards, an index, and the small files.
+
+Opening a folder reads headers only. It checks that what the index promises is there and whole, so that a stage can plan
+on it; tensor bytes are mapped when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from mmq.errors import CheckpointError
+from mmq.storage.atomic import atomic_file, write_json
+from mmq.storage.shards import DTYPES, TensorSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+# Weights in other formats, and what a download leaves: never carried to an output folder.
+NOT_CARRIED = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack", ".lock", ".incomplete",
+}  # fmt: skip
+
+
+class TensorReader:
+    """Hands out tensors of a checkpoint as views of mapped files; use through `Checkpoint.reader`."""
+
+    def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self._checkpoint = checkpoint
+        self._stack = stack
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        shard = self._checkpoint.shard_of(name)
+        if shard not in self._open:
+            self._open[shard] = self._stack.enter_context(_open_shard(self._checkpoint.folder / shard))
+        tensor: torch.Tensor = self._open[shard].get_tensor(name)
+        return tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose headers were read.
+
+    Attributes:
+        folder: where it lies.
+        config: the content of config.json.
+        shards: tensors of each shard, by shard name, in the order of the names.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shards: dict[str, dict[str, TensorSpec]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Read the headers of a checkpoint folder.
+
+        Raises:
+            CheckpointError: something is missing, truncated, contradictory or outside the folder.
+        """
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no checkpoint folder {folder}")
+        config = read_json(folder / CONFIG_NAME)
+        weight_map = _weight_map(folder)
+        shards = {name: _read_header(folder, name) for name in sorted(set(weight_map.values()))}
+        for tensor, shard in weight_map.items():
+            if tensor not in shards[shard]:
+                raise CheckpointError(
+                    f"{folder / INDEX_NAME} puts {tensor} in {shard}, which does not hold it"
+                )
+        for shard, specs in shards.items():
+            for tensor in specs:
+                if weight_map.get(tensor) != shard:
+                    raise CheckpointError(
+                        f"{folder / shard} holds {tensor}, which the index does not name there"
+                    )
+        return cls(folder, config, shards)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """All tensors by name."""
+        return {name: spec for specs in self.shards.values() for name, spec in specs.items()}
+
+    @cached_property
+    def _shard_of(self) -> dict[str, str]:
+        return {name: shard for shard, specs in self.shards.items() for name in specs}
+
+    def shard_of(self, name: str) -> str:
+        """The shard that holds a tensor.
+
+        Raises:
+            CheckpointError: no shard does.
+        """
+        try:
+            return self._shard_of[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} has no tensor {name}") from None
+
+    @contextmanager
+    def reader(self) -> Iterator[TensorReader]:
+        """Map shards as their tensors are asked for; they are unmapped when the block ends and no view is left."""
+        with ExitStack() as stack:
+            yield TensorReader(self, stack)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Bring tensors into the system's page cache; it takes none of this process's memory but a small buffer."""
+        scratch = bytearray(1 << 20)
+        by_shard: dict[str, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.shard_of(name), []).append(name)
+        for shard, wanted in by_shard.items():
+            with open(self.folder / shard, "rb", buffering=0) as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for begin, end in sorted(header[name]["data_offsets"] for name in wanted):
+                    file.seek(8 + length + begin)
+                    left = end - begin
+                    while left > 0 and (count := file.readinto(memoryview(scratch)[:left])):
+                        left -= count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def fingerprint(self) -> str:
+        """A hash of what can be known without reading the weights: config, names, dtypes, shapes and shard sizes."""
+        hasher = xxhash.xxh3_128(json.dumps(self.config, sort_keys=True).encode())
+        for shard, specs in self.shards.items():
+            hasher.update(f"{shard} {(self.folder / shard).stat().st_size}\n".encode())
+            hasher.update("".join(f"{s.name} {s.dtype} {s.shape}\n" for s in specs.values()).encode())
+        return hasher.hexdigest()
+
+    def carried_files(self) -> list[Path]:
+        """Tokenizer, chat template, generation config, code, licence: all plain files that hold no weights."""
+        return sorted(
+            path
+            for path in self.folder.iterdir()
+            if path.is_file()
+            and not path.name.startswith(".")
+            and path.name not in (CONFIG_NAME, INDEX_NAME)
+            and not path.name.endswith(".index.json")
+            and path.suffix not in NOT_CARRIED
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def finish_folder(source: Checkpoint, folder: Path, config: dict[str, Any], shards: Iterable[str]) -> None:
+    """Complete an output folder whose shards are written: carried files, config.json and, last, the index.
+
+    Raises:
+        CheckpointError: a shard is missing or damaged.
+    """
+    for path in source.carried_files():
+        with atomic_file(folder / path.name) as target, open(path, "rb") as origin:
+            shutil.copyfileobj(origin, target, 1 << 20)
+    write_json(folder / CONFIG_NAME, config)
+    headers = {name: _read_header(folder, name) for name in sorted(shards)}
+    weight_map = {tensor: name for name, specs in headers.items() for tensor in specs}
+    total = sum(spec.nbytes for specs in headers.values() for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX_NAME, index)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    index_path = folder / INDEX_NAME
+    if not index_path.exists():
+        if not (folder / SINGLE_NAME).exists():
+            raise CheckpointError(
+                f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read"
+            )
+        return dict.fromkeys(_read_header(folder, SINGLE_NAME), SINGLE_NAME)
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index_path} has no weight_map")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index_path} puts {tensor} in {shard!r}, which is no safetensors file of that folder"
+            )
+    return weight_map
+
+
+def _read_header(folder: Path, shard: str) -> dict[str, TensorSpec]:
+    path = folder / shard
+    if not path.is_file():
+        raise CheckpointError(f"the shard {path} is missing")
+    _check_inside(folder, path)
+    specs = {}
+    with _open_shard(path) as file:
+        for name in file.offset_keys():
+            view = file.get_slice(name)
+            spec = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
+            if spec.dtype not in DTYPES:
+                raise CheckpointError(f"{path}: {name} has the dtype {spec.dtype}, which is not supported")
+            specs[name] = spec
+    return specs
+
+
+@contextmanager
+def _open_shard(path: Path) -> Iterator[Any]:
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"the shard {path} is damaged or truncated: {error}") from None
+    with handle as file:
+        yield file
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """A link must not lead out of the folder, but for the hub's cache, whose snapshots link to blobs beside them."""
+    root = folder.resolve()
+    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
+        root = root.parent.parent
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path} is a link that leads out of its folder")

@@ -1,0 +1,156 @@
+"""Writing one safetensors file tensor by tensor, so that memory holds one tensor and not the file.
+
+The safetensors library writes only what is in memory all at once; the format itself (an 8-byte length, a JSON header,
+the bytes in header order) lets the header be written first when names, dtypes and shapes are known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+import xxhash
+
+from mmq.storage.atomic import atomic_file, write_all
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, safetensors dtype and shape of a tensor in a file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: its name, size in bytes and xxh3-128 of its content."""
+
+    name: str
+    size: int
+    digest: str
+
+
+def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The order of tensors in a file: widest dtype first, then by name, so that every tensor is aligned."""
+    return sorted(specs, key=lambda spec: (-spec.itemsize, spec.name))
+
+
+class ShardWriter:
+    """Takes the tensors of one file in `specs` order. Use through `write_shard`."""
+
+    def __init__(self, file: BinaryIO, specs: Iterable[TensorSpec]) -> None:
+        self.specs = file_order(specs)
+        self._file = file
+        self._next = 0
+        self._size = 0
+        self._hash = xxhash.xxh3_128()
+        self._put(_header(self.specs))
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor.
+
+        Raises:
+            ValueError: it is not the next one of `specs`, or differs from it in dtype or shape.
+        """
+        spec = self.specs[self._next] if self._next < len(self.specs) else None
+        found = TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        if found != spec:
+            raise ValueError(f"the shard's next tensor is {spec}, not {found}")
+        self._next += 1
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._put(memoryview(raw.numpy()))
+
+    def record(self, name: str) -> FileRecord:
+        if self._next != len(self.specs):
+            raise ValueError(f"the shard still lacks {self.specs[self._next].name}")
+        return FileRecord(name, self._size, self._hash.hexdigest())
+
+    def _put(self, data: memoryview | bytes) -> None:
+        write_all(self._file, data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+class PendingShard:
+    """What `write_shard` yields: the writer, and the record once the file is in place."""
+
+    def __init__(self, writer: ShardWriter) -> None:
+        self.specs = writer.specs
+        self.add = writer.add
+        self._record: FileRecord | None = None
+
+    @property
+    def record(self) -> FileRecord:
+        if self._record is None:
+            raise ValueError("the shard is not finished")
+        return self._record
+
+
+@contextmanager
+def write_shard(path: Path, specs: Iterable[TensorSpec]) -> Iterator[PendingShard]:
+    """Write a safetensors file atomically; `add` each tensor of `.specs` in that order. See `atomic_file`."""
+    with atomic_file(path) as file:
+        writer = ShardWriter(file, specs)
+        pending = PendingShard(writer)
+        yield pending
+        record = writer.record(path.name)
+    pending._record = record
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
+    """Write the tensors as one safetensors file, atomically."""
+    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    with write_shard(path, specs) as shard:
+        for spec in shard.specs:
+            shard.add(spec.name, tensors[spec.name])
+    return shard.record
+
+
+def shard_size(specs: Iterable[TensorSpec]) -> int:
+    """Bytes of the file that `write_shard` would make."""
+    ordered = file_order(specs)
+    return len(_header(ordered)) + sum(spec.nbytes for spec in ordered)
+
+
+def _header(specs: list[TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for spec in specs:
+        end = offset + spec.nbytes
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

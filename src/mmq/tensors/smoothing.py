@@ -1,0 +1,47 @@
+"""Moving scales from a norm into the layers that read it, and from one expert layer into the next."""
+
+from __future__ import annotations
+
+import torch
+
+
+def candidate_scales(
+    activations: torch.Tensor, weights: torch.Tensor | None, ratio: float, duo_scaling: bool
+) -> torch.Tensor:
+    """One point of AWQ's grid.
+
+    Args:
+        activations: float32 [..., in], mean |x| of each input channel.
+        weights: [..., in], mean normalized |w| of each input channel; needed for duo scaling.
+
+    Returns:
+        float32 [..., in]: x^ratio, over w^(1-ratio) with duo scaling, normalized so that max * min = 1.
+
+    Source: `AWQModifier._compute_best_scale` of llmcompressor, for any number of leading dimensions.
+    """
+    scales = activations.pow(ratio)
+    if duo_scaling:
+        assert weights is not None
+        scales = scales / (weights.to(scales.dtype).pow(1 - ratio) + 1e-4)
+    scales = scales.clamp(min=1e-4)
+    scales = scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
+    return torch.where(torch.isfinite(scales), scales, 1.0)
+
+
+def smooth_norm(norm: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Divide a norm's weight by the scales and say what scale the rounded result really applies.
+
+    Args:
+        norm: [hidden], usually bfloat16.
+        scales: float32 [hidden], positive.
+
+    Returns:
+        norm' = round(norm / scales) in the norm's dtype, and float32 norm / norm'. Multiplying the columns of every layer
+        that reads the norm by the latter leaves the function as it was, to fp32 rounding. Channels whose norm is zero, or
+        would become zero or infinite, keep their value and get 1.
+    """
+    original = norm.float()
+    smoothed = (original / scales).to(norm.dtype)
+    applied = original / smoothed.float()
+    keep = (smoothed == 0) | ~torch.isfinite(applied) | (applied == 0)
+    return torch.where(keep, norm, smoothed), torch.where(keep, 1.0, applied)
