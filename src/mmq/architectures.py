@@ -81,9 +81,7 @@ class Architecture:
     @cached_property
     def _expert_pattern(self) -> re.Pattern[str]:
         linears = "|".join(map(re.escape, self.expert_linears))
-        return re.compile(
-            re.escape(self.expert).replace(r"\{expert\}", r"(\d+)") + f"({linears})" + r"\.(.+)"
-        )
+        return re.compile(re.escape(self.expert).replace(r"\{expert\}", r"(\d+)") + f"({linears})" + r"\.(.+)")
 
     def split(self, name: str) -> tuple[int | None, str]:
         """`model.layers.7.x.y` -> (7, `x.y`); a tensor outside the layers -> (None, its name)."""

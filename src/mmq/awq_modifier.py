@@ -21,8 +21,13 @@ from mmq.tensors.smoothing import candidate_scales
 
 # On a CPU, weights quantized at one time; more would leave the cache.
 CPU_STEP_ELEMENTS = 2**20
-# Without a budget: enough that a GPU's grouped products run at their full rate.
-DEFAULT_BUDGET = 8 * 2**30
+# Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
+DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of working memory where the recipe sets none."""
+    return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cpu"])
 
 
 def awq_mappings(architecture: Architecture) -> list[AWQMapping]:
@@ -72,7 +77,7 @@ class ExpertBlock:
         gate_up: [E, 2I, H], gate rows above up rows.
         down: [E, H, I].
         extra: rows that take part in the down search only; tokens that top up experts which few tokens reach.
-        budget: bytes of working memory.
+        budget: bytes of working memory; by default what suits the device.
     """
 
     x: torch.Tensor
@@ -89,17 +94,17 @@ class ExpertBlock:
 
     def __post_init__(self) -> None:
         experts = self.gate_up.shape[0]
-        budget = self.budget or DEFAULT_BUDGET
+        budget = self.working_memory
         # fake_quantize_scaled works in fp32 and has two more bytes a weight to write to; second moments are fp32 too.
         per_expert = 8 * max(self.gate_up[0].numel(), self.down[0].numel() + self.down.shape[2] ** 2)
-        limit = budget // 4
+        limit = budget // 8
         if self.x.device.type == "cpu":
             limit = min(limit, 8 * CPU_STEP_ELEMENTS)
         self.step = max(1, min(experts, limit // per_expert))
         # Per token: k rows of input, gate and up, their product and output, and the fp32 sum.
         hidden, inner = self.x.shape[1], self.down.shape[2]
         per_token = self.index.shape[1] * (2 * hidden + 3 * inner) * self.x.element_size() + 12 * hidden
-        tokens = max(1, min(self.x.shape[0], budget // 2 // per_token))
+        tokens = max(1, min(self.x.shape[0], budget // 4 // per_token))
         self.chunks = [
             (
                 start,
@@ -108,6 +113,12 @@ class ExpertBlock:
             )
             for start in range(0, self.x.shape[0], tokens)
         ]
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes that the block's computations may take beside its tensors: half of it for a quantized copy of gate and up,
+        a quarter for the rows of a chunk of tokens, an eighth for the experts of a step."""
+        return self.budget or default_budget(self.x.device)
 
     @property
     def counts(self) -> torch.Tensor:
@@ -200,9 +211,7 @@ class StackedAWQModifier(AWQModifier):
             scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
         """
         step, experts = block.step, block.gate_up.shape[0]
-        parts = [
-            self._search_down(block, first, min(first + step, experts)) for first in range(0, experts, step)
-        ]
+        parts = [self._search_down(block, first, min(first + step, experts)) for first in range(0, experts, step)]
         return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
 
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
@@ -238,9 +247,7 @@ class StackedAWQModifier(AWQModifier):
         for ratio, duo in self._get_grid_search_params():
             scales = candidate_scales(x_mean, w_mean, ratio, duo)
             loss = error(scales)
-            here = Found(
-                scales, torch.full_like(loss, ratio), torch.full_like(loss, duo, dtype=torch.bool), loss, loss
-            )
+            here = Found(scales, torch.full_like(loss, ratio), torch.full_like(loss, duo, dtype=torch.bool), loss, loss)
             if best is None:
                 # Every form of the grid begins with (0, no duo scaling), which is the identity.
                 best = here
@@ -259,7 +266,7 @@ class StackedAWQModifier(AWQModifier):
     @staticmethod
     def _fits(block: ExpertBlock) -> bool:
         size = block.gate_up.numel() * block.gate_up.element_size()
-        return len(block.chunks) == 1 or size <= (block.budget or DEFAULT_BUDGET) // 4
+        return len(block.chunks) == 1 or size <= block.working_memory // 2
 
 
 def forward(
@@ -303,9 +310,7 @@ def block_loss(block: ExpertBlock, weights: Weights, reference: torch.Tensor) ->
 
 
 @torch.no_grad()
-def down_statistics(
-    block: ExpertBlock, first: int, last: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def down_statistics(block: ExpertBlock, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the down search needs of experts first..last: second moments float32 [n, I, I], summed |x| float32 [n, I] and
     rows int64 [n], over their routed and extra rows."""
     inner, device = block.down.shape[2], block.x.device

@@ -42,17 +42,13 @@ def load_tokens(recipe: Recipe, tokenizer_folder: Path) -> Tokens:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_folder, trust_remote_code=False, local_files_only=True
-        )
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CalibrationError(
             f"{tokenizer_folder} holds no tokenizer that loads without remote code: {error}"
         ) from None
     settings = recipe.awq.calibration
-    samples = [
-        list(_encode(tokenizer, where, sample, settings)) for where, sample in _samples(recipe, settings)
-    ]
+    samples = [list(_encode(tokenizer, where, sample, settings)) for where, sample in _samples(recipe, settings)]
     ids = torch.tensor([token for sample in samples for token in sample], dtype=torch.int64)
     return Tokens(ids, [len(sample) for sample in samples])
 
@@ -89,9 +85,7 @@ def _file_samples(path: Path, source: FileSamples) -> Iterator[tuple[str, dict[s
     if not found:
         raise CalibrationError(f"the calibration file {path} is empty")
     if source.samples and found < source.samples:
-        raise CalibrationError(
-            f"the calibration file {path} has {found} samples, the recipe asks for {source.samples}"
-        )
+        raise CalibrationError(f"the calibration file {path} has {found} samples, the recipe asks for {source.samples}")
 
 
 def _hub_samples(source: HubSamples) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -111,9 +105,7 @@ def _hub_samples(source: HubSamples) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, ValueError, ConnectionError) as error:
         raise CalibrationError(f"the dataset {source.hub} can't be read: {error}") from None
     if found < source.samples:
-        raise CalibrationError(
-            f"the dataset {source.hub} has {found} samples, the recipe asks for {source.samples}"
-        )
+        raise CalibrationError(f"the dataset {source.hub} has {found} samples, the recipe asks for {source.samples}")
 
 
 def _encode(tokenizer: Any, where: str, sample: dict[str, Any], settings: Calibration) -> list[int]:

@@ -65,9 +65,7 @@ class Fp8Source:
             return weight
         scale = reader[self.scales[name]].to(weight.device)
         if not is_finite(scale):
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values"
-            )
+            raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
         return dequantize_block(weight, scale)
 
     def layer_count(self) -> int:
@@ -110,9 +108,7 @@ class Fp8Source:
         inside = layer is not None and layer < self.layer_count()
         attention = [f"{linear}.weight" for linear in self.architecture.attention]
         if not inside or not (local in attention or self.architecture.split_expert(local)):
-            raise CheckpointError(
-                f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer"
-            )
+            raise CheckpointError(f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer")
 
     def _check_rest(self) -> None:
         known = set(self.scales.values())

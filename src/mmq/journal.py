@@ -52,9 +52,7 @@ class StageJournal:
 
     def files(self, unit: str) -> dict[str, FileRecord]:
         """What a finished unit wrote, by path relative to the work_dir."""
-        return {
-            path: FileRecord(Path(path).name, *entry) for path, entry in self._units[unit]["files"].items()
-        }
+        return {path: FileRecord(Path(path).name, *entry) for path, entry in self._units[unit]["files"].items()}
 
     def facts(self, unit: str) -> dict[str, Any]:
         """What the stage noted of a finished unit."""
@@ -92,9 +90,7 @@ class StageJournal:
                         f"{file} {found} since {self.name} wrote it; run `mmq {self.name} --restart` to make it anew"
                     )
 
-    def finish_unit(
-        self, unit: str, files: dict[str, FileRecord], facts: dict[str, Any] | None = None
-    ) -> None:
+    def finish_unit(self, unit: str, files: dict[str, FileRecord], facts: dict[str, Any] | None = None) -> None:
         """Note that a unit's files, by path relative to the work_dir, are in place."""
         entry = {"files": {path: [r.size, r.digest] for path, r in files.items()}, "facts": facts or {}}
         with self._journal.mutex:
@@ -123,9 +119,7 @@ class StageJournal:
     def digest(self, folder: str) -> str:
         """One value for all bytes that the stage wrote below `folder`."""
         files = {path: record for unit in self._units for path, record in self.files(unit).items()}
-        digests = sorted(
-            (path, record.digest) for path, record in files.items() if path.startswith(f"{folder}/")
-        )
+        digests = sorted((path, record.digest) for path, record in files.items() if path.startswith(f"{folder}/"))
         return xxhash.xxh3_128(json.dumps(digests).encode()).hexdigest()
 
     def as_json(self) -> dict[str, Any]:
@@ -152,9 +146,7 @@ class Journal:
                         stage.files(unit)
                     self._stages[name] = stage
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise JournalError(
-                f"the journal {path} can't be read ({type(error).__name__}: {error})"
-            ) from None
+            raise JournalError(f"the journal {path} can't be read ({type(error).__name__}: {error})") from None
         if version != FORMAT:
             raise JournalError(f"the journal {path} has format {version!r}; this mmq writes format {FORMAT}")
 
@@ -183,9 +175,7 @@ def lock(work_dir: Path) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise LockedError(f"{work_dir} is in use by {holder}; wait for it or stop it") from None
         file.truncate(0)
-        file.write(
-            f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        )
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         file.flush()
         try:
             yield

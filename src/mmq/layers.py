@@ -97,9 +97,7 @@ class DecoderLayer:
         self._bias: torch.Tensor | None = None
         setattr(module, architecture.moe_module, _Recorder())
         inside = {architecture.router, architecture.router_bias}
-        named = {
-            architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside
-        }
+        named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
             module.load_state_dict(named, strict=True, assign=True)
             self.set_router(tensors[architecture.router].to(device))
@@ -149,8 +147,7 @@ class DecoderLayer:
         The choices of a token come sorted by expert, so that sums over them have one order on every device.
         """
         parts = [
-            self._router(part, self._bias) if self._bias is not None else self._router(part)
-            for part in x.split(step)
+            self._router(part, self._bias) if self._bias is not None else self._router(part) for part in x.split(step)
         ]
         logits, weights, index = (torch.cat(column) for column in zip(*parts, strict=True))
         order = index.argsort(dim=1)

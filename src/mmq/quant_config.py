@@ -23,9 +23,7 @@ from mmq.tensors.fp8 import BLOCK
 from mmq.tensors.int4 import weight_args
 
 
-def output_config(
-    architecture: Architecture, recipe: Recipe, source: dict[str, Any], hybrid: bool
-) -> dict[str, Any]:
+def output_config(architecture: Architecture, recipe: Recipe, source: dict[str, Any], hybrid: bool) -> dict[str, Any]:
     """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
 
     Args:
@@ -44,9 +42,7 @@ def output_config(
     )
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     config["rope_parameters"] = rope_parameters(source)
-    config["quantization_config"] = quantization.model_dump(mode="json") | {
-        "version": compressed_tensors.__version__
-    }
+    config["quantization_config"] = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     return config
 
 

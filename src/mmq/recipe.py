@@ -50,9 +50,7 @@ class FileSamples(Section):
     """Calibration samples from a JSONL file."""
 
     path: str = Field(description='JSONL, each line {"text": ...} or {"messages": [...]}')
-    samples: PositiveInt | None = Field(
-        None, description="how many lines to take from the top; all by default"
-    )
+    samples: PositiveInt | None = Field(None, description="how many lines to take from the top; all by default")
 
 
 class HubSamples(Section):
@@ -61,9 +59,7 @@ class HubSamples(Section):
     hub: str = Field(description="a dataset id")
     name: str | None = Field(None, description="the dataset's configuration")
     split: str = "train"
-    column: str | None = Field(
-        None, description="the column to use; else `messages` or `text`, whichever is there"
-    )
+    column: str | None = Field(None, description="the column to use; else `messages` or `text`, whichever is there")
     revision: str | None = Field(None, description="branch, tag or commit")
     samples: PositiveInt = Field(description="how many samples to take")
     seed: int = Field(0, description="of the shuffle before taking")
@@ -139,9 +135,7 @@ class Recipe(Section):
     dequant: Dequant = Dequant()
     awq: Awq
     restore: Restore = Restore()
-    workers: PositiveInt | None = Field(
-        None, description="threads over shards; default: the cores, at most 8"
-    )
+    workers: PositiveInt | None = Field(None, description="threads over shards; default: the cores, at most 8")
 
     # Where relative paths start; set by `load`.
     root: Path = Field(default=Path(), exclude=True)

@@ -53,9 +53,7 @@ class Sizes:
     vocabulary: int = 512
 
 
-def write_checkpoint(
-    folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3, shuffle: bool = False
-) -> None:
+def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3, shuffle: bool = False) -> None:
     """Write the checkpoint.
 
     Args:
@@ -68,16 +66,14 @@ def write_checkpoint(
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty")
     if sizes.top_k > sizes.experts or sizes.heads % sizes.kv_heads or min(asdict(sizes).values()) < 1:
-        raise RecipeError(
-            "top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1"
-        )
+        raise RecipeError("top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, sizes.vocabulary)
     tensors = _tensors(MINIMAX_M2, sizes, torch.Generator().manual_seed(seed))
     names = list(tensors)
     if shuffle:
         random.Random(seed).shuffle(names)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, part in enumerate(_cut(names, tensors, shards), start=1):
         shard = f"model-{number:05d}-of-{shards:05d}.safetensors"
         save_tensors(folder / shard, {name: tensors[name] for name in part})
@@ -101,11 +97,7 @@ def write_samples(path: Path, count: int, seed: int = 0) -> None:
         sample: dict[str, Any] = {"text": text}
         if number % 2:
             half = text[: len(text) // 2], text[len(text) // 2 :]
-            sample = {
-                "messages": [
-                    {"role": r, "content": t} for r, t in zip(("user", "assistant"), half, strict=True)
-                ]
-            }
+            sample = {"messages": [{"role": r, "content": t} for r, t in zip(("user", "assistant"), half, strict=True)]}
         lines.append(json.dumps(sample, ensure_ascii=False))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -149,9 +141,7 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
         tensors[prefix + "input_layernorm.weight"] = channels(hidden, 0.2, 3).to(torch.bfloat16)
         norm = channels(hidden, 0.3, 12)
         tensors[prefix + arch.smooth_norm] = norm.to(torch.bfloat16)
-        tensors[prefix + arch.router] = normal(sizes.experts, hidden) * (
-            hidden**-0.5 / norm.square().mean().sqrt()
-        )
+        tensors[prefix + arch.router] = normal(sizes.experts, hidden) * (hidden**-0.5 / norm.square().mean().sqrt())
         assert arch.router_bias is not None
         tensors[prefix + arch.router_bias] = 8 + 0.1 * normal(sizes.experts)
         for expert in range(sizes.experts):

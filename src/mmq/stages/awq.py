@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 
 from mmq.architectures import Architecture
 from mmq.awq_modifier import (
-    DEFAULT_BUDGET,
     ExpertBlock,
     Found,
     Smoothed,
@@ -32,6 +31,7 @@ from mmq.awq_modifier import (
     awq_mappings,
     block_loss,
     block_output,
+    default_budget,
     top_up,
 )
 from mmq.calibration import Tokens, load_tokens
@@ -70,15 +70,15 @@ def plan(workspace: Workspace) -> Plan:
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
         specs = quantized_specs(workspace, layer)
         units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
-    widest = max(
-        sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count())
-    )
+    widest = max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
     hidden_states = _most_tokens(workspace) * int(source.config[source.architecture.hidden_key])
     # bf16 hidden states, residual stream and block input; fp32 reference and output; the packed layer being written.
     working = widest + max(unit.written for unit in units) + 14 * hidden_states
-    budget = recipe.awq.memory_budget or min(DEFAULT_BUDGET, widest)
+    device = _device(recipe.awq.device)
+    # The budget is a bound; small models stay far below it.
+    budget = min(recipe.awq.memory_budget or default_budget(device), 4 * (widest + hidden_states))
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
-    if _device(recipe.awq.device).type == "cpu":
+    if device.type == "cpu":
         return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + working + budget)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + working, working + budget)
 
@@ -298,9 +298,7 @@ class _Stage:
         with self.weights.checkpoint.reader() as reader:
             table = reader[self.arch.embedding]
             if int(ids.max()) >= table.shape[0]:
-                raise CalibrationError(
-                    f"the tokenizer made token {int(ids.max())}, the model knows {table.shape[0]}"
-                )
+                raise CalibrationError(f"the tokenizer made token {int(ids.max())}, the model knows {table.shape[0]}")
             return table[ids].to(self.device)
 
     def _hidden_path(self, layer: int) -> Path:
@@ -309,9 +307,7 @@ class _Stage:
     def _read_layer(self, layer: int) -> _Layer:
         """Map the layer's tensors and stack its experts on the device: gate_up [E, 2I, H] and down [E, H, I]."""
         arch, source = self.arch, self.source
-        gate_name, down_name = (
-            f"{arch.expert_weight(layer, 0, linear)}.weight" for linear in (arch.gate, arch.down)
-        )
+        gate_name, down_name = (f"{arch.expert_weight(layer, 0, linear)}.weight" for linear in (arch.gate, arch.down))
         inner, hidden = source.specs[gate_name].shape
         experts = source.expert_count()
         gate_up = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device=self.device)
@@ -413,9 +409,7 @@ class _Stage:
         chosen = output if self.recipe.propagate_quantized else reference
         return residual + chosen.to(residual.dtype), loss
 
-    def _write(
-        self, layer: int, tensors: dict[str, torch.Tensor], hidden: torch.Tensor, facts: dict[str, Any]
-    ) -> None:
+    def _write(self, layer: int, tensors: dict[str, torch.Tensor], hidden: torch.Tensor, facts: dict[str, Any]) -> None:
         """Shard, statistics and hidden states, then the journal, then the last layer's hidden states may go."""
         begin = time.perf_counter()
         path = self.plan.folder / shard_name(self.workspace, layer)

@@ -106,9 +106,7 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     check_disk(plan.folder, sum(unit.written for unit in pending))
     workspace.reporter.start(stage.name, len(pending), sum(unit.read + unit.written for unit in pending))
     if len(pending) < len(plan.units):
-        workspace.reporter.note(
-            f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done"
-        )
+        workspace.reporter.note(f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done")
     stage.work(workspace, plan, journal)
     journal.finish()
     workspace.reporter.finish(stage.name)

@@ -29,9 +29,7 @@ def plan(workspace: Workspace) -> Plan:
     units = []
     for layer in layers_and_rest(workspace):
         specs = hybrid_specs(workspace, layer)
-        units.append(
-            Unit(shard_name(workspace, layer), sum(spec.nbytes for spec in specs), shard_size(specs))
-        )
+        units.append(Unit(shard_name(workspace, layer), sum(spec.nbytes for spec in specs), shard_size(specs)))
     largest = max(spec.nbytes for spec in source.specs.values())
     memory = BASE_MEMORY + workspace.recipe.worker_count * (largest + max(unit.read for unit in units))
     return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory)

@@ -25,7 +25,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     try:
         with open(temporary, "wb", buffering=0) as file:
-            yield file  # type: ignore[misc]
+            yield file
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)

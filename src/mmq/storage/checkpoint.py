@@ -36,6 +36,7 @@ class TensorReader:
     """Hands out tensors of a checkpoint as views of mapped files; use through `Checkpoint.reader`."""
 
     def __init__(self, checkpoint: Checkpoint, stack: ExitStack) -> None:
+        self.names = checkpoint.specs.keys()
         self._checkpoint = checkpoint
         self._stack = stack
         self._open: dict[str, Any] = {}
@@ -76,15 +77,11 @@ class Checkpoint:
         shards = {name: _read_header(folder, name) for name in sorted(set(weight_map.values()))}
         for tensor, shard in weight_map.items():
             if tensor not in shards[shard]:
-                raise CheckpointError(
-                    f"{folder / INDEX_NAME} puts {tensor} in {shard}, which does not hold it"
-                )
+                raise CheckpointError(f"{folder / INDEX_NAME} puts {tensor} in {shard}, which does not hold it")
         for shard, specs in shards.items():
             for tensor in specs:
                 if weight_map.get(tensor) != shard:
-                    raise CheckpointError(
-                        f"{folder / shard} holds {tensor}, which the index does not name there"
-                    )
+                    raise CheckpointError(f"{folder / shard} holds {tensor}, which the index does not name there")
         return cls(folder, config, shards)
 
     @cached_property
@@ -193,9 +190,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     index_path = folder / INDEX_NAME
     if not index_path.exists():
         if not (folder / SINGLE_NAME).exists():
-            raise CheckpointError(
-                f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read"
-            )
+            raise CheckpointError(f"{folder} holds neither {INDEX_NAME} nor {SINGLE_NAME}; only safetensors are read")
         return dict.fromkeys(_read_header(folder, SINGLE_NAME), SINGLE_NAME)
     weight_map = read_json(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -90,7 +90,7 @@ class ShardWriter:
             raise ValueError(f"the shard's next tensor is {spec}, not {found}")
         self._next += 1
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._put(memoryview(raw.numpy()))
+        self._put(raw.numpy().data)
 
     def record(self, name: str) -> FileRecord:
         if self._next != len(self.specs):

@@ -61,9 +61,7 @@ class Rows:
         if start == stop:
             return None
         local = [end - start for end in self.ends[first:last]]
-        return Piece(
-            first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device)
-        )
+        return Piece(first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device))
 
     def pieces(self, step: int) -> Iterator[Piece]:
         """All rows, `step` experts at a time."""

@@ -1,0 +1,42 @@
+"""Options that several commands share. Nothing heavy is imported here: `mmq --help` answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmq.cli.output import Mode
+from mmq.recipe import Recipe, load
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field of the recipe, e.g. awq.n_grid=10. Repeatable."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan: files, bytes, memory, disk. Touches nothing.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Begin the stage anew instead of resuming it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def mode(json: bool, quiet: bool) -> Mode:
+    """The output mode that the flags ask for."""
+    if json:
+        return Mode.JSON
+    return Mode.QUIET if quiet else Mode.HUMAN
+
+
+def read_recipe(path: Path, overrides: list[str] | None) -> Recipe:
+    """Load the recipe. Raises RecipeError."""
+    return load(path, overrides)
+
+
+def quiet_libraries() -> None:
+    """llmcompressor and transformers log on their own; what matters of it mmq reports itself."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")

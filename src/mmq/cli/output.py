@@ -1,0 +1,169 @@
+"""The only place that writes to the terminal: a Reporter for people, one for machines, one for silence."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from mmq.progress import Silent
+
+Rows = list[dict[str, Any]]
+
+
+class Mode(Enum):
+    """For whom the output is."""
+
+    HUMAN = "human"
+    JSON = "json"
+    QUIET = "quiet"
+
+
+class Output(Silent):
+    """A Reporter, and the sink for results: tables for people, one JSON object a line for machines."""
+
+    def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
+        """A command's result: `value` for machines, `rows` as a table for people."""
+
+    def hint(self, message: str) -> None:
+        """What to do next."""
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Show progress while the block runs."""
+        yield
+
+
+class HumanOutput(Output):
+    """Rich progress on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[at]}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task: Any = None
+        self._units = [0, 0]
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        with self._progress:
+            yield
+
+    def start(self, stage: str, total_units: int, total_bytes: int) -> None:
+        self._units = [0, total_units]
+        self._task = self._progress.add_task(stage, total=total_bytes, at="")
+        self.console.print(f"[bold]{stage}[/]: {total_units} to do, {human_bytes(total_bytes)} to read and write")
+
+    def advance(self, nbytes: int) -> None:
+        self._progress.advance(self._task, nbytes)
+
+    def item(self, label: str) -> None:
+        self._progress.update(self._task, at=label)
+
+    def unit(self, name: str, **facts: Any) -> None:
+        self._units[0] += 1
+        text = ", ".join(f"{key} {value}" for key, value in facts.items())
+        self.console.print(f"  {name} ({self._units[0]}/{self._units[1]}) {text}".rstrip(), highlight=False)
+
+    def note(self, message: str, **facts: Any) -> None:
+        self.console.print(message, highlight=False, soft_wrap=True)
+
+    def finish(self, stage: str) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self.console.print(f"[green]{stage} is complete[/]")
+
+    def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
+        if rows is None:
+            for key, item in value.items():
+                self.console.print(f"{key}: {item}", highlight=False, soft_wrap=True)
+            return
+        table = Table(title=title, title_justify="left")
+        for column in rows[0] if rows else []:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row.values()))
+        self.console.print(table)
+
+    def hint(self, message: str) -> None:
+        self.console.print(f"[dim]next:[/] {message}", highlight=False, soft_wrap=True)
+
+
+class JsonOutput(Output):
+    """One JSON object a line on standard output: events while a stage runs, then the result."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._stage = ""
+        self._begin = 0.0
+        self._done = 0
+        self._total = 0
+
+    def start(self, stage: str, total_units: int, total_bytes: int) -> None:
+        self._stage, self._begin, self._done, self._total = stage, time.monotonic(), 0, total_bytes
+        self._event("start", units=total_units, bytes=total_bytes)
+
+    def advance(self, nbytes: int) -> None:
+        with self._mutex:
+            self._done += nbytes
+
+    def unit(self, name: str, **facts: Any) -> None:
+        seconds = max(time.monotonic() - self._begin, 1e-9)
+        rate = self._done / seconds
+        eta = round((self._total - self._done) / rate, 1) if rate else None
+        self._event("unit", unit=name, bytes_done=self._done, bytes_per_second=round(rate), eta_seconds=eta, **facts)
+
+    def note(self, message: str, **facts: Any) -> None:
+        self._event("note", message=message, **facts)
+
+    def finish(self, stage: str) -> None:
+        self._event("finish", seconds=round(time.monotonic() - self._begin, 3))
+
+    def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
+        self._print({"event": "result"} | value)
+
+    def _event(self, event: str, **facts: Any) -> None:
+        self._print({"event": event, "stage": self._stage} | facts)
+
+    def _print(self, value: dict[str, Any]) -> None:
+        with self._mutex:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.flush()
+
+
+def make_output(mode: Mode) -> Output:
+    """The sink for a mode."""
+    return {Mode.HUMAN: HumanOutput, Mode.JSON: JsonOutput, Mode.QUIET: Output}[mode]()
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> '1.5 kB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"

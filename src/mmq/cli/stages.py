@@ -1,0 +1,82 @@
+"""mmq dequant, awq, restore and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmq.cli.errors import handled
+from mmq.cli.options import DryRun, Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.output import Output, human_bytes, make_output
+
+if TYPE_CHECKING:
+    from mmq.workspace import Workspace
+
+
+HELP = {
+    "dequant": "Stage 1: dequantize the fp8 checkpoint to bf16.",
+    "awq": "Stage 2: AWQ the experts to int4 and calibrate the KV cache's scales, layer by layer.",
+    "restore": "Stage 3: put the original fp8 attention back.",
+    "run": "All stages in order, then verify. Resumes where it was stopped.",
+}
+
+
+def stage_command(name: str) -> Callable[..., None]:
+    """The command of one stage, or of all of them for `run`."""
+
+    def command(
+        recipe: RecipePath,
+        set_: Set = None,
+        dry_run: DryRun = False,
+        restart: Restart = False,
+        json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        _run(name, recipe, set_, dry_run, restart, make_output(mode(json, quiet)))
+
+    return command
+
+
+def _run(command: str, path: Path, overrides: list[str] | None, dry_run: bool, restart: bool, output: Output) -> None:
+    with handled(f"mmq {command} {path}"):
+        recipe = read_recipe(path, overrides)
+        quiet_libraries()
+        from mmq.pipeline import run_stages, stages_of
+        from mmq.workspace import Workspace
+
+        whole = command == "run"
+        names = stages_of(recipe) if whole else [command]
+        workspace = Workspace.of(recipe, output, offline=dry_run)
+        if dry_run:
+            _show_plans(workspace, names, output)
+            return
+        with output.live():
+            run_stages(workspace, names, restart)
+            if whole:
+                from mmq.cli.verify import verify_and_report
+
+                verify_and_report(workspace, output)
+        if not whole:
+            following = {"dequant": "awq", "awq": "restore", "restore": "verify"}[command]
+            output.hint(f"mmq {following} {path}")
+
+
+def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
+    from mmq.pipeline import describe, plans
+
+    described = [describe(workspace, plan) for plan in plans(workspace, names)]
+    rows: list[dict[str, Any]] = [
+        {
+            "stage": plan["stage"],
+            "output": plan["folder"],
+            "files": plan["files"],
+            "read": human_bytes(plan["bytes_read"]),
+            "written": human_bytes(plan["bytes_written"]),
+            "peak memory": human_bytes(plan["host_memory"]),
+            "on the device": human_bytes(plan["device_memory"]) if plan["device_memory"] else "-",
+            "free disk": human_bytes(plan["free_disk"]),
+        }
+        for plan in described
+    ]
+    output.result({"plan": described}, "Plan (nothing was touched)", rows)

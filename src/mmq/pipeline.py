@@ -1,0 +1,63 @@
+"""The stages in order, and how a run of several of them is driven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mmq.journal import Journal, lock
+from mmq.recipe import Recipe
+from mmq.stages import awq, dequant, restore
+from mmq.stages.base import Plan, Stage, execute, free_disk
+from mmq.workspace import Workspace
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (dequant, awq, restore)}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe needs; reading the fp8 source directly makes dequant unnecessary."""
+    return [name for name in STAGES if not (name == "dequant" and recipe.awq.source == "fp8")]
+
+
+def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
+    """Run or resume stages under the work_dir's lock. Raises MmqError."""
+    with lock(workspace.work_dir):
+        for name in names:
+            execute(STAGES[name], workspace, restart)
+
+
+def plans(workspace: Workspace, names: Iterable[str]) -> list[Plan]:
+    """What the stages would do, from headers alone."""
+    return [STAGES[name].plan(workspace) for name in names]
+
+
+def describe(workspace: Workspace, plan: Plan) -> dict[str, Any]:
+    """A plan as JSON, with the disk it needs and finds."""
+    return {
+        "stage": plan.stage,
+        "source": str(plan.source),
+        "folder": str(plan.folder),
+        "files": len(plan.units),
+        "bytes_read": plan.read,
+        "bytes_written": plan.written,
+        "host_memory": plan.host_memory,
+        "device_memory": plan.device_memory,
+        "free_disk": free_disk(plan.folder),
+        "units": [unit.name for unit in plan.units],
+    }
+
+
+def status(workspace: Workspace) -> dict[str, Any]:
+    """How far each stage is, and the next one. Reads the journal and the source's headers, takes no lock."""
+    journal = Journal(workspace.work_dir)
+    stages = []
+    following = None
+    for name in stages_of(workspace.recipe):
+        record = journal.stage(name)
+        total = len(STAGES[name].plan(workspace).units)
+        state = "complete" if record.complete else "begun" if record.begun else "not begun"
+        last = record.units[-1] if record.units else None
+        stages.append({"stage": name, "state": state, "done": len(record.units), "units": total, "last": last})
+        if following is None and not record.complete:
+            following = name
+    return {"work_dir": str(workspace.work_dir), "stages": stages, "next": following or "verify"}
