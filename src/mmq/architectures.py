@@ -23,7 +23,7 @@ class Architecture:
         modeling: the transformers module with the classes named below; remote code is never used.
         layer: prefix of a decoder layer's tensors.
         attention: the linear layers whose original fp8 bytes are restored.
-        attention_inputs: other tensors that attention's output and KV cache depend on; quantization must not touch them.
+        attention_inputs: other tensors that attention's output and KV cache depend on; never changed.
         smooth_norm: the norm whose output feeds router and experts; its scales are moved into them.
         router, router_bias: the router's weight, and the bias added to its scores for choosing only.
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads

@@ -2,8 +2,8 @@
 
 The grid, its options and the mappings are the modifier's own; what differs is how a grid point is measured. The stock
 search replays Python modules, one expert at a time. Here the tokens are routed and sorted once, and every point is a
-vectorized quantization and a grouped product; the per-expert search needs no products with tokens at all, since its loss
-is a quadratic form of the expert's second moments.
+vectorized quantization and a grouped product; the per-expert search needs no products with tokens at all, since its
+loss is a quadratic form of the expert's second moments.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class ExpertBlock:
 
     @property
     def working_memory(self) -> int:
-        """Bytes that the block's computations may take beside its tensors: half of it for a quantized copy of gate and up,
-        a quarter for the rows of a chunk of tokens, an eighth for the experts of a step."""
+        """Bytes that the block's computations may take beside its tensors: half of it for a quantized copy of gate and
+        up, a quarter for the rows of a chunk of tokens, an eighth for the experts of a step."""
         return self.budget or default_budget(self.x.device)
 
     @property
@@ -140,7 +140,7 @@ class Weights:
 
 
 class SmoothedGateUp(Weights):
-    """Gate and up as a point of the norm's grid leaves them: Q(W s) / s, quantized once if the budget holds the copy."""
+    """Gate and up as a point of the norm's grid leaves them, Q(W s) / s; kept if the budget holds the copy."""
 
     def __init__(self, block: ExpertBlock, scales: torch.Tensor, kept: torch.Tensor | None) -> None:
         super().__init__(block)
@@ -202,10 +202,10 @@ class StackedAWQModifier(AWQModifier):
 
     @torch.no_grad()
     def search_down(self, block: ExpertBlock) -> Found:
-        """Scales of each expert's up layer's output: those of the grid whose quantized down layer changes its output least.
+        """Scales of each up layer's output: those of the grid whose quantized down layer changes its output least.
 
-        With G = X^T X of the expert's inputs and D = Q(W s)/s - W, the squared difference is trace(D G D^T); G is kept for
-        `block.step` experts at a time.
+        With G = X^T X of the expert's inputs and D = Q(W s)/s - W, the squared difference is trace(D G D^T); G is
+        kept for `block.step` experts at a time.
 
         Returns:
             scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
@@ -311,8 +311,8 @@ def block_loss(block: ExpertBlock, weights: Weights, reference: torch.Tensor) ->
 
 @torch.no_grad()
 def down_statistics(block: ExpertBlock, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the down search needs of experts first..last: second moments float32 [n, I, I], summed |x| float32 [n, I] and
-    rows int64 [n], over their routed and extra rows."""
+    """What the down search needs of experts first..last, over their routed and extra rows: second moments float32
+    [n, I, I], summed |x| float32 [n, I] and the number of rows int64 [n]."""
     inner, device = block.down.shape[2], block.x.device
     moments = torch.zeros(last - first, inner, inner, dtype=torch.float32, device=device)
     sums = torch.zeros(last - first, inner, dtype=torch.float32, device=device)

@@ -127,8 +127,8 @@ class Fp8Source:
             raise CheckpointError(f"{self.checkpoint.folder}: config.json lacks or garbles {error}") from None
         if layers < 1 or experts < 1 or layers * experts * len(arch.expert_linears) > len(specs):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: config.json tells of {layers} layers with {experts} experts, the shards hold"
-                f" {len(specs)} tensors"
+                f"{self.checkpoint.folder}: config.json tells of {layers} layers with {experts} experts,"
+                f" the shards hold {len(specs)} tensors"
             )
         for layer in range(layers):
             prefix = arch.layer_prefix(layer)

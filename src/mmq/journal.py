@@ -73,8 +73,8 @@ class StageJournal:
             then, now = self.fingerprint.get(field), fingerprint.get(field)
             if then != now:
                 raise JournalError(
-                    f"{self.name} was begun with {field} = {_show(then)}, now it is {_show(now)}: going on would mix two"
-                    f" runs; set it back, or run `mmq {self.name} --restart` to begin {self.name} anew"
+                    f"{self.name} was begun with {field} = {_show(then)}, now it is {_show(now)}: going on would mix"
+                    f" two runs; set it back, or run `mmq {self.name} --restart` to begin {self.name} anew"
                 )
         self.check_files()
 

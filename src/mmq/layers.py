@@ -1,7 +1,7 @@
 """One decoder layer at a time, built from transformers' own classes with a checkpoint's tensors.
 
-The mixture-of-experts block is left out of the module: a stand-in records its input and returns zeros, so that the layer's
-own forward gives the residual stream, and the block itself is computed on stacked weights.
+The mixture-of-experts block is left out of the module: a stand-in records its input and returns zeros, so that the
+layer's own forward gives the residual stream, and the block itself is computed on stacked weights.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class DecoderLayer:
     """A transformers decoder layer without its experts.
 
     Args:
-        tensors: the layer's tensors but for the experts, by their names in the layer, bf16 or fp32 as in the checkpoint.
+        tensors: the layer's tensors but for the experts, by their names in the layer, in the checkpoint's dtypes.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class DecoderLayer:
 
     @torch.no_grad()
     def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Everything before the block: [T, H] of concatenated sequences -> the residual stream [T, H] after attention."""
+        """Everything before the block: [T, H] of concatenated sequences -> the residual stream after attention."""
         result = torch.empty_like(hidden)
         for starts, length in _batches(lengths):
             batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
@@ -166,11 +166,11 @@ class DecoderLayer:
 class KvObserver:
     """llmcompressor's KV-cache observers on one attention module."""
 
-    def __init__(self, attention: torch.nn.Module, config: Any, scheme: dict[str, Any]) -> None:
+    def __init__(self, attention: Any, config: Any, scheme: dict[str, Any]) -> None:
         arguments = QuantizationArgs(**scheme)
-        attention.quantization_scheme = QuantizationScheme(targets=["self_attn"], input_activations=arguments)  # type: ignore[assignment]
+        attention.quantization_scheme = QuantizationScheme(targets=["self_attn"], input_activations=arguments)
         # Observe only: the hidden states of calibration are not those of a quantized cache.
-        attention.quantization_enabled = False  # type: ignore[assignment]
+        attention.quantization_enabled = False
         initialize_hooked_kv_cache(SimpleNamespace(config=config), attention)
         for name in ("k", "v"):
             initialize_observer(attention, name)

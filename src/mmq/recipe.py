@@ -123,7 +123,7 @@ class Restore(Section):
 
     attention_activations: Literal["dynamic", "none"] = Field(
         "dynamic",
-        description="dynamic group-128 fp8 activations as the source declares, or the weight-only form of the model card",
+        description="dynamic group-128 fp8 activations as the source declares, or the model card's weight-only form",
     )
 
 

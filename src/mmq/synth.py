@@ -120,7 +120,7 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
     def channels(count: int, spread: float, outliers: float) -> torch.Tensor:
         """Magnitudes around 1, some far larger: the salient channels of a real model."""
         magnitude = (normal(count) * spread).exp()
-        return torch.where(torch.rand(count, generator=generator) < 0.04, magnitude * outliers, magnitude)
+        return torch.where(torch.rand(count, generator=generator) < 0.012, magnitude * outliers, magnitude)
 
     tensors: dict[str, torch.Tensor] = {}
 
@@ -139,7 +139,7 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
         tensors[prefix + "self_attn.q_norm.weight"] = channels(query, 0.1, 2).to(torch.bfloat16)
         tensors[prefix + "self_attn.k_norm.weight"] = channels(key, 0.1, 2).to(torch.bfloat16)
         tensors[prefix + "input_layernorm.weight"] = channels(hidden, 0.2, 3).to(torch.bfloat16)
-        norm = channels(hidden, 0.3, 12)
+        norm = channels(hidden, 0.3, 25)
         tensors[prefix + arch.smooth_norm] = norm.to(torch.bfloat16)
         tensors[prefix + arch.router] = normal(sizes.experts, hidden) * (hidden**-0.5 / norm.square().mean().sqrt())
         assert arch.router_bias is not None
@@ -149,9 +149,9 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
             fp8(arch.expert_weight(layer, expert, arch.gate), normal(inner, hidden) * gain * 2)
             fp8(
                 arch.expert_weight(layer, expert, arch.up),
-                normal(inner, hidden) * gain * channels(inner, 0.3, 6)[:, None],
+                normal(inner, hidden) * gain * channels(inner, 0.3, 20)[:, None],
             )
-            fp8(arch.expert_weight(layer, expert, arch.down), normal(hidden, inner) * 2 * inner**-0.5)
+            fp8(arch.expert_weight(layer, expert, arch.down), normal(hidden, inner) * 0.6 * inner**-0.5)
     tensors[arch.final_norm] = channels(hidden, 0.1, 2).to(torch.bfloat16)
     tensors[arch.head] = (normal(sizes.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors

@@ -102,7 +102,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
 
 
 def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape that each tensor of the result must have, from the source's headers and the model card's table."""
+    """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, spec in source.specs.items():
         stem, _, parameter = name.rpartition(".")

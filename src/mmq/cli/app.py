@@ -16,8 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Quantize very large mixture-of-experts models: experts to AWQ int4, attention in its original fp8, a calibrated"
-    " fp8 KV cache. Three resumable stages: dequant, awq, restore.",
+    help="Quantize very large mixture-of-experts models: experts to AWQ int4, attention in its original fp8, a"
+    " calibrated fp8 KV cache. Three resumable stages: dequant, awq, restore.",
 )
 for name, text in HELP.items():
     app.command(name, help=text)(stage_command(name))

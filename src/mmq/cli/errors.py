@@ -35,10 +35,8 @@ def handled(resume_hint: str = "") -> Iterator[None]:
         _leave(f"[red]error:[/] {_escape(str(error))}", error.exit_code)
     except (KeyboardInterrupt, Terminated) as stop:
         code = EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
-        _leave(
-            f"stopped; finished shards and layers are safe{'; go on with: ' + _escape(resume_hint) if resume_hint else ''}",
-            code,
-        )
+        hint = f"; go on with: {_escape(resume_hint)}" if resume_hint else ""
+        _leave(f"stopped; finished shards and layers are safe{hint}", code)
     except OSError as error:
         kind = errno.errorcode.get(error.errno or 0, type(error).__name__)
         where = f" ({error.filename})" if error.filename else ""

@@ -8,6 +8,8 @@ journal says so.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import threading
 import time
@@ -102,6 +104,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         for layer in range(workspace.source.layer_count()):
             if layer_unit(layer) not in journal.units:
                 stage.quantize_layer(layer)
+                _release_memory()
         stage.finish_writing()
         if OUTSIDE not in journal.units:
             stage.carry_outside()
@@ -501,8 +504,21 @@ def _summary(facts: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _release_memory() -> None:
+    """Free the last layer now: its hooks make reference cycles, and the C library keeps freed blocks for later."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _peak_host() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The process's largest resident size so far, in bytes. Linux's getrusage would tell of the parent's as well."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reset_peak(device: torch.device) -> None:

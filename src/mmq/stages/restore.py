@@ -1,7 +1,8 @@
 """Stage 3, restore: the source's own fp8 attention back into the quantized checkpoint.
 
 Norms, router and experts come from the awq output, smoothed together; attention, embeddings, head and the router's bias
-are the source's bytes. That is only right if awq left everything that attention depends on alone, which is checked first.
+are the source's bytes. That is only right if awq left everything that attention depends on alone, which is checked
+first.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
         for tensor in names:
             if not _same_bytes(source.read(originals, tensor), results[tensor]):
                 raise CheckpointError(
-                    f"{tensor} differs between {source.checkpoint.folder} and {quantized.folder}: the original attention"
-                    " would not fit this awq output"
+                    f"{tensor} differs between {source.checkpoint.folder} and {quantized.folder}: the original"
+                    " attention would not fit this awq output"
                 )
 
 

@@ -1,7 +1,7 @@
 """Mixture-of-experts arithmetic on stacked weights: rows sorted by expert, grouped matrix products.
 
-Shapes: T tokens, k experts a token, R = T*k rows, E experts, H hidden, I intermediate. Sums over the k experts of a token
-are taken in a fixed order, so a result does not depend on how the device schedules its threads.
+Shapes: T tokens, k experts a token, R = T*k rows, E experts, H hidden, I intermediate. Sums over the k experts of a
+token are taken in a fixed order, so a result does not depend on how the device schedules its threads.
 """
 
 from __future__ import annotations

@@ -36,9 +36,9 @@ def smooth_norm(norm: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor,
         scales: float32 [hidden], positive.
 
     Returns:
-        norm' = round(norm / scales) in the norm's dtype, and float32 norm / norm'. Multiplying the columns of every layer
-        that reads the norm by the latter leaves the function as it was, to fp32 rounding. Channels whose norm is zero, or
-        would become zero or infinite, keep their value and get 1.
+        norm' = round(norm / scales) in the norm's dtype, and float32 norm / norm'. Multiplying the columns of every
+        layer that reads the norm by the latter leaves the function as it was, to fp32 rounding. Channels whose norm is
+        zero, or would become zero or infinite, keep their value and get 1.
     """
     original = norm.float()
     smoothed = (original / scales).to(norm.dtype)

@@ -1,0 +1,111 @@
+"""Fixtures: a tiny synthetic checkpoint, recipes for it, and the `mmq` command as a real process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+# Small matrices: a second thread costs more than it brings, and busy threads of many processes slow each other down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from mmq.pipeline import run_stages  # noqa: E402
+from mmq.recipe import load  # noqa: E402
+from mmq.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
+from mmq.workspace import Workspace  # noqa: E402
+
+TINY = Sizes()
+SAMPLES = 12
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with an fp8 checkpoint in `source`, scales apart from weights, and `samples.jsonl`. Don't write."""
+    folder = tmp_path_factory.mktemp("pristine")
+    write_checkpoint(folder / "source", TINY, shards=4, shuffle=True)
+    write_samples(folder / "samples.jsonl", SAMPLES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pristine project after all three stages, recipe in `recipe.yaml`. Don't write."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(pristine, folder, dirs_exist_ok=True)
+    path = write_recipe(folder)
+    run_stages(Workspace.of(load(path)), ["dequant", "awq", "restore"])
+    return folder
+
+
+@pytest.fixture
+def project(pristine: Path, tmp_path: Path) -> Path:
+    """A copy of the pristine project with `recipe.yaml`, to do anything with."""
+    folder = tmp_path / "project"
+    shutil.copytree(pristine, folder)
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture
+def finished_copy(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished project, to do anything with."""
+    folder = tmp_path / "finished"
+    shutil.copytree(finished, folder)
+    return folder
+
+
+def write_recipe(folder: Path, **awq: Any) -> Path:
+    """Write `recipe.yaml` for the project in `folder`; keywords are fields of its awq section."""
+    recipe = {
+        "model": {"source": "source"},
+        "work_dir": "run",
+        "awq": {
+            "calibration": {"files": [{"path": "samples.jsonl", "samples": SAMPLES}], "sequence_length": 96},
+            "min_tokens": 64,
+            "device": "cpu",
+        }
+        | awq,
+        "workers": 2,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def mmq() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a user would: `mmq("awq", recipe, "--quiet")`."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "mmq", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
+
+    return run
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file in place."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
