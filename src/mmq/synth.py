@@ -83,7 +83,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
         folder / INDEX_NAME,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    write_json(folder / CONFIG_NAME, _config(sizes))
+    write_json(folder / CONFIG_NAME, model_config(sizes))
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
 
 
@@ -157,7 +157,7 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
     return tensors
 
 
-def _config(sizes: Sizes) -> dict[str, Any]:
+def model_config(sizes: Sizes) -> dict[str, Any]:
     return {
         "architectures": [MINIMAX_M2.causal_lm],
         "model_type": MINIMAX_M2.model_type,
