@@ -105,9 +105,7 @@ def random_layer(
     )
 
 
-def random_hidden(
-    tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int = 1
-) -> torch.Tensor:
+def random_hidden(tokens: int, hidden: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> torch.Tensor:
     """A residual stream [T, H]."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(tokens, hidden, generator=generator, dtype=dtype, device=device)
@@ -139,7 +137,7 @@ def build_block(layer: Layer, top_k: int) -> MiniMaxM2SparseMoeBlock:
     return block.requires_grad_(False).eval()
 
 
-class _Layers(torch.nn.Module):
+class Model(torch.nn.Module):
     """`model.layers.0`, the smallest tree in which AWQ's mappings find what they name."""
 
     def __init__(self, layer: Layer, top_k: int) -> None:
@@ -167,9 +165,9 @@ class _Layers(torch.nn.Module):
         return self.block(self.norm(hidden_states))
 
 
-def build_model(layer: Layer, top_k: int) -> _Layers:
+def build_model(layer: Layer, top_k: int) -> Model:
     """Norm and block with llmcompressor's linear experts, which are copies of the layer's weights."""
-    model = _Layers(layer, top_k)
+    model = Model(layer, top_k)
     # The router's weight would be scaled where it lies.
     model.block.gate.weight = torch.nn.Parameter(layer.router.clone(), requires_grad=False)
     with torch.device(layer.down.device):
@@ -178,9 +176,7 @@ def build_model(layer: Layer, top_k: int) -> _Layers:
 
 
 @torch.no_grad()
-def block_inputs(
-    layer: Layer, hidden: torch.Tensor, top_k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def block_inputs(layer: Layer, hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What mmq's search starts from, by transformers' norm and router, as `mmq.layers.DecoderLayer` does.
 
     Args:
@@ -189,7 +185,7 @@ def block_inputs(
     Returns:
         x [T, H]; index int64 and weight float32 [T, k], sorted by expert.
     """
-    tree = _Layers(layer, top_k)
+    tree = Model(layer, top_k)
     x = torch.cat([tree.norm(part) for part in hidden.split(2**14)])
     parts = [tree.block.gate(part, layer.bias) for part in x.split(2**14)]
     weight, index = torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])
@@ -203,13 +199,11 @@ class Search:
 
     Attributes:
         losses: as the stock modifier computed them, in the order of the grid.
-        losses_fp32: the same differences squared and summed in fp32; empty unless asked for.
         scales: float32 [in], the best.
         ratio, duo: the point they belong to.
     """
 
     losses: list[float]
-    losses_fp32: list[float]
     scales: torch.Tensor
     ratio: float
     duo: bool
@@ -233,27 +227,20 @@ class StockResult:
 class RecordingAWQModifier(AWQModifier):
     """AWQModifier that remembers the loss of every point it tries."""
 
-    also_fp32: bool = False
     _searches: dict[str, Search] = PrivateAttr(default_factory=dict)
     _losses: list[float] = PrivateAttr(default_factory=list)
-    _losses_fp32: list[float] = PrivateAttr(default_factory=list)
 
     def _compute_best_scale(self, mapping: Any, *args: Any) -> torch.Tensor:
-        self._losses, self._losses_fp32 = [], []
+        self._losses = []
         scales = super()._compute_best_scale(mapping, *args)
         best = min(range(len(self._losses)), key=self._losses.__getitem__)
         ratio, duo = self._get_grid_search_params()[best]
-        self._searches[mapping.balance_names[-1]] = Search(
-            self._losses, self._losses_fp32, scales.float(), ratio, duo
-        )
+        self._searches[mapping.balance_names[-1]] = Search(self._losses, scales.float(), ratio, duo)
         return scales
 
     def _compute_loss(self, fp16_outputs: list[torch.Tensor], int_w_outputs: list[torch.Tensor]) -> float:
         loss = super()._compute_loss(fp16_outputs, int_w_outputs)
         self._losses.append(loss)
-        if self.also_fp32:
-            wide = [[output.float() for output in outputs] for outputs in (fp16_outputs, int_w_outputs)]
-            self._losses_fp32.append(super()._compute_loss(*wide))
         return loss
 
     def result(self) -> StockResult:
@@ -278,12 +265,11 @@ def without_pinning() -> Iterator[None]:
 
 
 def run_stock(
-    model: _Layers,
+    model: Model,
     batches: Sequence[torch.Tensor],
     duo_scaling: bool | str = True,
     n_grid: int = 20,
     all_experts: bool = True,
-    also_fp32: bool = False,
     pinning: bool = False,
 ) -> StockResult:
     """Calibration pass, search and smoothing by the stock modifier; the model's weights are smoothed, not quantized.
@@ -294,12 +280,9 @@ def run_stock(
         model: from `build_model`; good for one run.
         batches: of the residual stream, each [t, H].
         all_experts: llmcompressor's default, `moe_calibrate_all_experts`; else an expert sees its own tokens only.
-        also_fp32: record losses in fp32 too.
         pinning: pin memory even where there is nothing to pin it for, and fail.
     """
-    awq = RecordingAWQModifier(
-        mappings=awq_mappings(MINIMAX_M2), duo_scaling=duo_scaling, n_grid=n_grid, also_fp32=also_fp32
-    )
+    awq = RecordingAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=duo_scaling, n_grid=n_grid)
     weights = QuantizationModifier(scheme="W4A16", targets=[EXPERT_LINEARS])
     with contextlib.ExitStack() as stack:
         session = stack.enter_context(create_session())

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import digests, write_recipe
 from mmq.architectures import MINIMAX_M2
-from mmq.awq_modifier import ExpertBlock, block_output, top_up
-from mmq.awq_modifier import Weights as StackedWeights
+from mmq.expert_block import ExpertBlock, top_up
+from mmq.expert_block import Weights as StackedWeights
 from mmq.layers import DecoderLayer, transformers_config
 from mmq.pipeline import run_stages
 from mmq.recipe import load
@@ -77,7 +77,7 @@ def test_the_streamed_layer_is_the_plain_one(source: tuple[dict[str, Any], Weigh
         _, share, index = decoder.route(x)
         gate_up, down = stacked(weights, prefix, config["num_local_experts"])
         block = ExpertBlock(x, index, share, gate_up, down, decoder.activation, 128)
-        output = residual + block_output(block, StackedWeights(block))
+        output = residual + block.output(StackedWeights(block))
         expected = torch.cat([states[layer + 1], states[layer + 1][:64], states[layer + 1]])
         assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

@@ -24,20 +24,10 @@ import torch
 from safetensors.torch import load_file
 
 from mmq.architectures import Architecture
-from mmq.awq_modifier import (
-    ExpertBlock,
-    Found,
-    Smoothed,
-    StackedAWQModifier,
-    Weights,
-    awq_mappings,
-    block_loss,
-    block_output,
-    default_budget,
-    top_up,
-)
+from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
 from mmq.calibration import Tokens, load_tokens
 from mmq.errors import CalibrationError, CheckpointError, JournalError
+from mmq.expert_block import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal
 from mmq.layers import DecoderLayer, transformers_config
@@ -216,13 +206,13 @@ class _Stage:
                 top_up(logits, index, recipe.min_tokens), recipe.memory_budget,
             )  # fmt: skip
             del logits
-            reference = block_output(block, Weights(block))
+            reference = block.output(Weights(block))
             _check_finite(reference, f"the output of layer {layer}'s experts", self.tokens)
             norm_found = self.modifier.search_norm(block, reference)
             down_found = self.modifier.search_down(block)
             ones = Smoothed(block, torch.ones_like(norm_found.scales), torch.ones_like(down_found.scales))
             chosen = Smoothed(block, norm_found.scales, down_found.scales)
-            before, after = (float(block_loss(block, w, reference)) for w in (ones, chosen))
+            before, after = (float(block.loss(w, reference)) for w in (ones, chosen))
             identity = not after < before
             if identity:
                 chosen = ones
@@ -407,7 +397,7 @@ class _Stage:
             block.group_size,
             budget=block.budget,
         )
-        output = block_output(served, Weights(served))
+        output = served.output(Weights(served))
         loss = float((output - reference).square_().mean(dtype=torch.float64))
         chosen = output if self.recipe.propagate_quantized else reference
         return residual + chosen.to(residual.dtype), loss

@@ -108,7 +108,7 @@ def combine(outputs: torch.Tensor, rows: Rows, weights: torch.Tensor, start: tor
     """
     assert rows.place is not None
     for j in range(weights.shape[1]):
-        start.addcmul_(outputs[rows.place[:, j]].float(), weights[:, j : j + 1])
+        start.addcmul_(outputs.index_select(0, rows.place[:, j]), weights[:, j : j + 1])
     return start
 
 

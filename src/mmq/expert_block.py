@@ -1,0 +1,253 @@
+"""One layer's experts as stacked tensors, and the tokens routed through them.
+
+Tokens are sorted by expert once, in chunks; weights are asked for a few experts at a time. Both follow from a budget of
+working memory, so that neither the number of experts nor that of tokens decides how much is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from mmq.tensors.experts import Activation, Piece, Rows, combine, gated, grouped_linear, second_moments
+from mmq.tensors.int4 import fake_quantize_scaled
+
+# On a CPU, weights quantized at one time; more would leave the cache.
+CPU_STEP_ELEMENTS = 2**20
+# Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
+DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+# A search gives a point up at the first chunk that makes it worse than the best: at least this many chunks, as long as
+# an expert's rows in a chunk are enough for an efficient product.
+CHUNKS, ROWS_PER_EXPERT = 8, 128
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes of working memory where the recipe sets none."""
+    return DEFAULT_BUDGET.get(device.type, DEFAULT_BUDGET["cpu"])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start..stop, their rows by expert, and the rows' inputs [R, H] where the budget lets them be kept."""
+
+    start: int
+    stop: int
+    rows: Rows
+    inputs: torch.Tensor | None
+
+
+@dataclass
+class ExpertBlock:
+    """One layer's experts and the tokens routed through them.
+
+    Attributes:
+        x: [T, H], the block's input.
+        index, weight: int64 and float32 [T, k], the router's choices.
+        gate_up: [E, 2I, H], gate rows above up rows.
+        down: [E, H, I].
+        extra: rows that take part in the down search only; tokens that top up experts which few tokens reach.
+        budget: bytes of working memory; by default what suits the device.
+        step: experts at a time.
+    """
+
+    x: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    activation: Activation
+    group_size: int
+    extra: Rows | None = None
+    budget: int | None = None
+    chunks: list[Chunk] = field(init=False)
+    step: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        (tokens, hidden), top_k = self.x.shape, self.index.shape[1]
+        experts, inner, width = self.gate_up.shape[0], self.down.shape[2], self.x.element_size()
+        # fake_quantize_scaled works in fp32 and has two more bytes a weight to write to; second moments are fp32 too.
+        per_expert = 8 * max(self.gate_up[0].numel(), self.down[0].numel() + inner**2)
+        limit = self.working_memory // 8
+        if self.x.device.type == "cpu":
+            limit = min(limit, 8 * CPU_STEP_ELEMENTS)
+        self.step = max(1, min(experts, limit // per_expert))
+        # Per token: k rows of input, gate and up, their product and output, and the fp32 sum.
+        per_token = top_k * (2 * hidden + 3 * inner) * width + 12 * hidden
+        most = self.working_memory // 4 // per_token
+        efficient = max(-(-tokens // CHUNKS), ROWS_PER_EXPERT * experts // top_k)
+        size = max(1, min(tokens, most, efficient))
+        keep = tokens * top_k * hidden * width <= self.working_memory // 8
+        self.chunks = []
+        for start in range(0, tokens, size):
+            stop = min(start + size, tokens)
+            rows = Rows.of(self.index[start:stop], experts)
+            inputs = self.x[start:stop].index_select(0, rows.token) if keep else None
+            self.chunks.append(Chunk(start, stop, rows, inputs))
+        self._outputs = self.x.new_empty(size * top_k, hidden)
+        self._sums = self.x.new_empty(size, hidden, dtype=torch.float32)
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes that the block's computations may take beside its tensors: half for a quantized copy of gate and up, a
+        quarter for the rows of a chunk of tokens, an eighth each for kept inputs and for the experts of a step."""
+        return self.budget or default_budget(self.x.device)
+
+    @property
+    def keeps_copy(self) -> bool:
+        """Whether a quantized copy of gate and up has room; with one chunk it would not be used again."""
+        size = self.gate_up.numel() * self.gate_up.element_size()
+        return len(self.chunks) > 1 and size <= self.working_memory // 2
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """int64 [E], routed tokens of each expert."""
+        return torch.bincount(self.index.reshape(-1), minlength=self.gate_up.shape[0])
+
+    def inputs(self, chunk: Chunk, piece: Piece) -> torch.Tensor:
+        """[R, H], the inputs of a piece of a chunk's rows."""
+        if chunk.inputs is not None:
+            return chunk.inputs[piece.start : piece.stop]
+        return self.x[chunk.start : chunk.stop].index_select(0, chunk.rows.token[piece.start : piece.stop])
+
+    def forward(self, weights: Weights, subtract: torch.Tensor | None = None) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """The block's output, less `subtract` [T, H], one chunk after the other: float32 [stop-start, H].
+
+        The tensor is overwritten by the next chunk.
+        """
+        for chunk in self.chunks:
+            outputs = self._outputs[: chunk.rows.token.shape[0]]
+            for piece in chunk.rows.pieces(self.step):
+                gate_up = weights.gate_up(piece.first, piece.last)
+                middle = gated(grouped_linear(self.inputs(chunk, piece), gate_up, piece.ends), self.activation)
+                down = weights.down(piece.first, piece.last)
+                outputs[piece.start : piece.stop] = grouped_linear(middle, down, piece.ends)
+            sums = self._sums[: chunk.stop - chunk.start]
+            if subtract is None:
+                sums.zero_()
+            else:
+                torch.neg(subtract[chunk.start : chunk.stop], out=sums)
+            yield chunk, combine(outputs, chunk.rows, self.weight[chunk.start : chunk.stop], sums)
+
+    def output(self, weights: Weights) -> torch.Tensor:
+        """The block's output for all tokens: float32 [T, H]."""
+        result = torch.empty_like(self.x, dtype=torch.float32)
+        for chunk, part in self.forward(weights):
+            result[chunk.start : chunk.stop] = part
+        return result
+
+    def loss(self, weights: Weights, reference: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
+        """Mean squared difference between the block's output and float32 [T, H]: float64 [].
+
+        Args:
+            limit: infinity is returned as soon as the loss is sure to be larger than this.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=reference.device)
+        for _, difference in self.forward(weights, reference):
+            total += difference.square_().sum()
+            if total > limit * reference.numel():
+                return torch.full_like(total, torch.inf)
+        return total / reference.numel()
+
+    def down_statistics(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the down search needs of experts first..last, over their routed and extra rows: second moments float32
+        [n, I, I], summed |x| float32 [n, I] and the number of rows int64 [n]."""
+        inner, device = self.down.shape[2], self.x.device
+        moments = torch.zeros(last - first, inner, inner, dtype=torch.float32, device=device)
+        sums = torch.zeros(last - first, inner, dtype=torch.float32, device=device)
+        counts = torch.zeros(last - first, dtype=torch.int64)
+        chunks = list(self.chunks)
+        if self.extra is not None:
+            chunks.append(Chunk(0, self.x.shape[0], self.extra, None))
+        for chunk in chunks:
+            counts += torch.tensor(chunk.rows.counts[first:last])
+            piece = chunk.rows.piece(first, last)
+            if piece is None:
+                continue
+            rows = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
+            middle = gated(rows, self.activation)
+            begin = 0
+            for expert, end in enumerate(piece.ends.tolist()):
+                second_moments(middle[begin:end], moments[expert])
+                sums[expert] += middle[begin:end].abs().sum(0, dtype=torch.float32)
+                begin = end
+        return moments, sums, counts.to(device)
+
+
+class Weights:
+    """The experts' weights as a forward pass asks for them, a few experts at a time."""
+
+    def __init__(self, block: ExpertBlock) -> None:
+        self.block = block
+
+    def gate_up(self, first: int, last: int) -> torch.Tensor:
+        return self.block.gate_up[first:last]
+
+    def down(self, first: int, last: int) -> torch.Tensor:
+        return self.block.down[first:last]
+
+
+class SmoothedGateUp(Weights):
+    """Gate and up as a point of the norm's grid leaves them, Q(W s) / s; kept if the budget holds the copy."""
+
+    def __init__(self, block: ExpertBlock, scales: torch.Tensor, kept: torch.Tensor | None) -> None:
+        super().__init__(block)
+        self.scales = scales
+        self._kept = kept
+        self._ready: set[int] = set()
+
+    def gate_up(self, first: int, last: int) -> torch.Tensor:
+        out = None if self._kept is None else self._kept[first:last]
+        if out is not None and first in self._ready:
+            return out
+        self._ready.add(first)
+        return fake_quantize_scaled(self.block.gate_up[first:last], self.scales, self.block.group_size, out)
+
+
+class Smoothed(Weights):
+    """All three linear layers as the chosen scales leave them; with scales of 1, rounded to nearest.
+
+    Args:
+        norm: float32 [H], of gate's and up's inputs.
+        inner: float32 [E, I], of down's inputs. Dividing up's rows by them moves the rows' group scales alone.
+    """
+
+    def __init__(self, block: ExpertBlock, norm: torch.Tensor, inner: torch.Tensor) -> None:
+        super().__init__(block)
+        self.norm, self.inner = norm, inner
+
+    def gate_up(self, first: int, last: int) -> torch.Tensor:
+        return fake_quantize_scaled(self.block.gate_up[first:last], self.norm, self.block.group_size)
+
+    def down(self, first: int, last: int) -> torch.Tensor:
+        scales = self.inner[first:last].unsqueeze(1)
+        return fake_quantize_scaled(self.block.down[first:last], scales, self.block.group_size)
+
+
+def top_up(logits: torch.Tensor, index: torch.Tensor, minimum: int) -> Rows | None:
+    """Rows that bring every expert to `minimum` tokens: those its router score ranks highest among the unrouted.
+
+    Args:
+        logits: float32 [T, E], the router's.
+        index: int64 [T, k], its choices.
+
+    Returns:
+        None when every expert has enough. With fewer than `minimum` tokens in all, an expert gets all of them.
+    """
+    tokens, experts = logits.shape
+    counts = torch.bincount(index.reshape(-1), minlength=experts)
+    missing = (min(minimum, tokens) - counts).clamp(min=0)
+    short = missing.nonzero().flatten()
+    if short.numel() == 0:
+        return None
+    scores = logits[:, short].T.contiguous()
+    position = torch.full((experts,), -1, device=index.device)
+    position[short] = torch.arange(short.numel(), device=index.device)
+    chosen = position[index]
+    where = (chosen >= 0).nonzero()
+    scores[chosen[where[:, 0], where[:, 1]], where[:, 0]] = -torch.inf
+    most = int(missing.max())
+    ranked = scores.topk(most, dim=1).indices
+    wanted = torch.arange(most, device=index.device) < missing[short].unsqueeze(1)
+    return Rows(ranked[wanted], missing.cumsum(0).tolist(), None)
