@@ -149,7 +149,8 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         CheckpointError: it is not a supported one.
     """
     model_type = config.get("model_type")
-    names = config.get("architectures") or []
+    listed = config.get("architectures")
+    names = listed if isinstance(listed, list) else []
     for architecture in ARCHITECTURES.values():
         if architecture.causal_lm in names or architecture.model_type == model_type:
             return architecture

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import xxhash
 
-from mmq.errors import CalibrationError
+from mmq.errors import CalibrationError, one_line
 from mmq.recipe import Calibration, FileSamples, HubSamples, Recipe
 
 
@@ -43,9 +43,9 @@ def load_tokens(recipe: Recipe, tokenizer_folder: Path) -> Tokens:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file leads to
         raise CalibrationError(
-            f"{tokenizer_folder} holds no tokenizer that loads without remote code: {error}"
+            f"{tokenizer_folder} holds no tokenizer that loads without remote code: {one_line(error)}"
         ) from None
     settings = recipe.awq.calibration
     samples = [list(_encode(tokenizer, where, sample, settings)) for where, sample in _samples(recipe, settings)]
@@ -63,7 +63,7 @@ def _samples(recipe: Recipe, settings: Calibration) -> Iterator[tuple[str, dict[
 
 def _file_samples(path: Path, source: FileSamples) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         raise CalibrationError(f"there is no calibration file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -76,7 +76,7 @@ def _file_samples(path: Path, source: FileSamples) -> Iterator[tuple[str, dict[s
             continue
         try:
             sample = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(sample, dict):
             raise CalibrationError(f"{path}:{number} is not a JSON object")
@@ -103,7 +103,7 @@ def _hub_samples(source: HubSamples) -> Iterator[tuple[str, dict[str, Any]]]:
                 sample = {"messages" if isinstance(value, list) else "text": value}
             yield f"{source.hub} sample {found}", sample
     except (OSError, ValueError, ConnectionError) as error:
-        raise CalibrationError(f"the dataset {source.hub} can't be read: {error}") from None
+        raise CalibrationError(f"the dataset {source.hub} can't be read: {one_line(error)}") from None
     if found < source.samples:
         raise CalibrationError(f"the dataset {source.hub} has {found} samples, the recipe asks for {source.samples}")
 
@@ -111,13 +111,15 @@ def _hub_samples(source: HubSamples) -> Iterator[tuple[str, dict[str, Any]]]:
 def _encode(tokenizer: Any, where: str, sample: dict[str, Any], settings: Calibration) -> list[int]:
     messages, text = sample.get("messages"), sample.get("text")
     if isinstance(messages, list) and messages:
+        if not all(isinstance(message, dict) and message.get("role") for message in messages):
+            raise CalibrationError(f"{where}: every message must be an object with a role")
         if not tokenizer.chat_template:
             raise CalibrationError(f"{where} has messages, but the tokenizer has no chat template")
         tools = sample.get("tools") or None
         try:
             rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         except Exception as error:  # templates raise whatever their author chose
-            raise CalibrationError(f"{where}: the chat template refuses it: {error}") from None
+            raise CalibrationError(f"{where}: the chat template refuses it: {one_line(error)}") from None
         ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     elif isinstance(text, str) and text.strip():
         ids = tokenizer(text)["input_ids"]

@@ -7,6 +7,11 @@ it into an exit code.
 from __future__ import annotations
 
 
+def one_line(error: object) -> str:
+    """A library's message without its line breaks, so that it fits into a sentence."""
+    return " ".join(str(error).split())
+
+
 class MmqError(Exception):
     """Base of all errors that carry a sentence for the user. `exit_code` is what the command line exits with."""
 

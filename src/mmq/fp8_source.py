@@ -29,6 +29,7 @@ class Fp8Source:
         self.architecture = architecture
         self.config = checkpoint.config
         _check_quantization(checkpoint)
+        self._check_sizes()
         for name in self.scales:
             self._check_pair(name)
         self._check_rest()
@@ -118,39 +119,54 @@ class Fp8Source:
             if spec.dtype == "F8_E5M2":
                 raise CheckpointError(f"{self.checkpoint.folder}: {name} is e5m2; only e4m3 is supported")
 
-    def _check_layers(self) -> None:
-        """Every layer holds attention, router and all experts, in fp8 where it must be."""
-        arch, specs = self.architecture, self.checkpoint.specs
-        try:
-            layers, experts = self.layer_count(), self.expert_count()
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.checkpoint.folder}: config.json lacks or garbles {error}") from None
-        if layers < 1 or experts < 1 or layers * experts * len(arch.expert_linears) > len(specs):
+    def _check_sizes(self) -> None:
+        """config.json's sizes are numbers that the shards can hold; nothing is allocated by them before."""
+        arch, config, where = self.architecture, self.config, self.checkpoint.folder / "config.json"
+        for key in (arch.layers_key, arch.experts_key, arch.top_k_key, arch.hidden_key, arch.intermediate_key):
+            value = config.get(key)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{where}: {key} is {value!r} instead of a positive number")
+        layers, experts = self.layer_count(), self.expert_count()
+        if layers * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: config.json tells of {layers} layers with {experts} experts,"
-                f" the shards hold {len(specs)} tensors"
+                f"{where} tells of {layers} layers with {experts} experts, the shards hold"
+                f" {len(self.checkpoint.specs)} tensors"
             )
-        for layer in range(layers):
+        if config[arch.top_k_key] > experts:
+            raise CheckpointError(f"{where}: {arch.top_k_key} is {config[arch.top_k_key]}, with {experts} experts")
+
+    def _check_layers(self) -> None:
+        """Every layer holds attention, router and all experts, of config.json's sizes, in fp8 where it must be."""
+        arch, specs = self.architecture, self.checkpoint.specs
+        hidden, inner = self.config[arch.hidden_key], self.config[arch.intermediate_key]
+        experts = self.expert_count()
+        linears = {arch.gate: (inner, hidden), arch.up: (inner, hidden), arch.down: (hidden, inner)}
+        for layer in range(self.layer_count()):
             prefix = arch.layer_prefix(layer)
-            fp8 = [f"{prefix}{linear}.weight" for linear in arch.attention]
-            fp8 += [
-                f"{arch.expert_weight(layer, expert, linear)}.weight"
-                for expert in range(experts)
-                for linear in arch.expert_linears
-            ]
-            for name in fp8:
-                if name not in self.scales:
-                    fault = "is missing" if name not in specs else f"is {specs[name].dtype} instead of fp8"
-                    raise CheckpointError(f"{self.checkpoint.folder}: {name} {fault}")
-            others = [
-                arch.smooth_norm,
-                arch.router,
-                *arch.attention_inputs,
-                *filter(None, [arch.router_bias]),
-            ]
-            for local in others:
-                if prefix + local not in specs:
-                    raise CheckpointError(f"{self.checkpoint.folder}: {prefix}{local} is missing")
+            shapes: dict[str, tuple[int, ...] | None] = {f"{prefix}{linear}.weight": None for linear in arch.attention}
+            for expert in range(experts):
+                for linear, shape in linears.items():
+                    shapes[f"{arch.expert_weight(layer, expert, linear)}.weight"] = shape
+            for name in shapes:
+                if name in specs and name not in self.scales:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
+            shapes |= {prefix + local: None for local in arch.attention_inputs}
+            shapes[prefix + arch.smooth_norm] = (hidden,)
+            shapes[prefix + arch.router] = (experts, hidden)
+            if arch.router_bias:
+                shapes[prefix + arch.router_bias] = (experts,)
+            for name, expected in shapes.items():
+                if name not in specs:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is missing")
+                if expected and specs[name].shape != expected:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} has the shape {list(specs[name].shape)},"
+                        f" config.json's sizes make it {list(expected)}"
+                    )
+            for name in self.layer_names(layer):
+                parts = arch.split_expert(arch.split(name)[1])
+                if parts and parts[0] >= experts:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is beyond config.json's {experts} experts")
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:

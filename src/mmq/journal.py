@@ -41,9 +41,9 @@ class StageJournal:
         self.name = name
         self.begun = record is not None
         record = record or {}
-        self.fingerprint: dict[str, Any] = record.get("fingerprint", {})
-        self.complete: bool = record.get("complete", False)
-        self._units: dict[str, dict[str, Any]] = record.get("units", {})
+        self.fingerprint: dict[str, Any] = dict(record.get("fingerprint", {}))
+        self.complete: bool = record.get("complete", False) is True
+        self._units: dict[str, dict[str, Any]] = dict(record.get("units", {}))
 
     @property
     def units(self) -> list[str]:
@@ -65,7 +65,8 @@ class StageJournal:
         Raises:
             JournalError: it was begun with other inputs, or a finished unit's file is gone or has another size.
         """
-        if not self.begun:
+        if not self._units and not self.complete:
+            # Nothing was finished yet, so nothing can be mixed.
             self.begun, self.fingerprint = True, fingerprint
             self._journal.save()
             return
@@ -144,8 +145,9 @@ class Journal:
                     stage = StageJournal(self, name, record)
                     for unit in stage.units:
                         stage.files(unit)
+                        dict(stage.facts(unit))
                     self._stages[name] = stage
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise JournalError(f"the journal {path} can't be read ({type(error).__name__}: {error})") from None
         if version != FORMAT:
             raise JournalError(f"the journal {path} has format {version!r}; this mmq writes format {FORMAT}")

@@ -25,7 +25,7 @@ from llmcompressor.modifiers.quantization.calibration import (
 from transformers.activations import ACT2FN
 
 from mmq.architectures import Architecture
-from mmq.errors import CheckpointError
+from mmq.errors import CheckpointError, one_line
 from mmq.tensors.experts import Activation
 
 # Tokens in one attention call; sequences of equal length share a call.
@@ -37,9 +37,14 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
 
     transformers up to 5.17 ignores MiniMax-M2's `rotary_dim` and rotates every head dimension
     (huggingface/transformers issue 48241).
+
+    Raises:
+        CheckpointError: the activation is unknown.
     """
     known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "architectures")}
     known["rope_parameters"] = rope_parameters(config)
+    if known.get("hidden_act", "silu") not in ACT2FN:
+        raise CheckpointError(f"config.json: transformers knows no activation {known['hidden_act']!r}")
     result = architecture.transformers_class(architecture.config_class).from_dict(known)
     result._attn_implementation = "sdpa"
     return result
@@ -104,7 +109,7 @@ class DecoderLayer:
             if architecture.router_bias:
                 self._bias = tensors[architecture.router_bias].to(device)
         except (RuntimeError, KeyError) as error:
-            raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {error}") from None
+            raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
         self.module = module.eval()
 
     def set_router(self, weight: torch.Tensor) -> None:

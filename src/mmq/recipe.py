@@ -7,6 +7,7 @@ Relative paths are taken from the recipe's project root: the nearest folder abov
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,16 +16,21 @@ import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
-    PositiveInt,
+    Tag,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from mmq.errors import RecipeError
+from mmq.errors import RecipeError, one_line
 
 SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+# YAML's true is no number, and a quoted number is no number either.
+Count = Annotated[int, Field(strict=True, gt=0)]
 
 
 class Section(BaseModel):
@@ -50,7 +56,7 @@ class FileSamples(Section):
     """Calibration samples from a JSONL file."""
 
     path: str = Field(description='JSONL, each line {"text": ...} or {"messages": [...]}')
-    samples: PositiveInt | None = Field(None, description="how many lines to take from the top; all by default")
+    samples: Count | None = Field(None, description="how many lines to take from the top; all by default")
 
 
 class HubSamples(Section):
@@ -61,15 +67,24 @@ class HubSamples(Section):
     split: str = "train"
     column: str | None = Field(None, description="the column to use; else `messages` or `text`, whichever is there")
     revision: str | None = Field(None, description="branch, tag or commit")
-    samples: PositiveInt = Field(description="how many samples to take")
-    seed: int = Field(0, description="of the shuffle before taking")
+    samples: Count = Field(description="how many samples to take")
+    seed: Annotated[int, Field(strict=True)] = Field(0, description="of the shuffle before taking")
+
+
+def _samples_kind(value: object) -> str:
+    return "hub" if isinstance(value, HubSamples) or (isinstance(value, dict) and "hub" in value) else "file"
+
+
+Samples = Annotated[
+    Annotated[FileSamples, Tag("file")] | Annotated[HubSamples, Tag("hub")], Discriminator(_samples_kind)
+]
 
 
 class Calibration(Section):
     """What the experts are calibrated on."""
 
-    files: list[FileSamples | HubSamples] = Field(min_length=1)
-    sequence_length: Annotated[int, Field(ge=2)] = Field(1024, description="tokens kept of each sample")
+    files: list[Samples] = Field(min_length=1)
+    sequence_length: Annotated[int, Field(strict=True, ge=2)] = Field(1024, description="tokens kept of each sample")
 
 
 class KvCacheScheme(Section):
@@ -93,12 +108,12 @@ class Awq(Section):
     source: Literal["bf16", "fp8"] = Field(
         "bf16", description="read the dequantized folder, or the fp8 checkpoint itself, with the same result"
     )
-    n_grid: Annotated[int, Field(ge=3)] = Field(20, description="points of the scale search")
+    n_grid: Annotated[int, Field(strict=True, ge=3)] = Field(20, description="points of the scale search")
     duo_scaling: Literal[True, False, "both"] = Field(
         True, description="scales from activations and weights, activations only, or half the grid each"
     )
     group_size: Literal[32, 64, 128] = Field(128, description="input channels that share an int4 scale")
-    min_tokens: Annotated[int, Field(ge=0)] = Field(
+    min_tokens: Annotated[int, Field(strict=True, ge=0)] = Field(
         128,
         description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
     )
@@ -107,7 +122,7 @@ class Awq(Section):
     )
     kv_cache_scheme: KvCacheScheme | None = KvCacheScheme()
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
-    memory_budget: int | None = Field(
+    memory_budget: Count | None = Field(
         None,
         description="working memory on the device beyond the layer and the hidden states, e.g. 4GiB; default: fits",
     )
@@ -135,7 +150,7 @@ class Recipe(Section):
     dequant: Dequant = Dequant()
     awq: Awq
     restore: Restore = Restore()
-    workers: PositiveInt | None = Field(None, description="threads over shards; default: the cores, at most 8")
+    workers: Count | None = Field(None, description="threads over shards; default: the cores, at most 8")
 
     # Where relative paths start; set by `load`.
     root: Path = Field(default=Path(), exclude=True)
@@ -174,7 +189,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(_keys(Recipe))}")
     for override in overrides or []:
@@ -202,7 +217,10 @@ def parse_size(text: str) -> int:
     unit = text.strip()[len(number) :].upper()
     if unit not in SIZE_UNITS:
         raise ValueError(f"{text!r} is not a size such as 4GiB")
-    return int(float(number) * SIZE_UNITS[unit])
+    size = float(number) * SIZE_UNITS[unit]
+    if not math.isfinite(size):
+        raise ValueError(f"{text!r} is not a size such as 4GiB")
+    return int(size)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -213,7 +231,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {key}: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"--set {key}: {one_line(error)}") from None
     node: Any = content
     for part in parts[:-1]:
         if node.get(part) is None:
@@ -227,7 +245,7 @@ def _override(content: dict[str, Any], override: str) -> None:
 def _sentences(error: ValidationError) -> list[str]:
     lines = []
     for fault in error.errors():
-        location = [str(part) for part in fault["loc"] if part not in ("FileSamples", "HubSamples")]
+        location = [str(part) for part in fault["loc"] if part not in ("file", "hub")]
         key = ".".join(location)
         if fault["type"] == "extra_forbidden":
             close = difflib.get_close_matches(location[-1], sorted(ALL_KEYS), n=1, cutoff=0.6)

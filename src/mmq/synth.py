@@ -65,7 +65,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
     """
     if folder.exists() and any(folder.iterdir()):
         raise RecipeError(f"{folder} is not empty")
-    if sizes.top_k > sizes.experts or sizes.heads % sizes.kv_heads or min(asdict(sizes).values()) < 1:
+    if min(asdict(sizes).values()) < 1 or sizes.top_k > sizes.experts or sizes.heads % sizes.kv_heads:
         raise RecipeError("top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, sizes.vocabulary)

@@ -26,8 +26,9 @@ from mmq.workspace import HYBRID, Workspace
 REPORT_NAME = "verify.json"
 # norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32.
 ROUTER_TOLERANCE = 1e-6
-# Round-to-nearest int4 of normal weights in groups of 128 is off by about a tenth; a wrong scale or order by about one.
-LARGEST_EXPERT_ERROR = 0.5
+# A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
+# steps from which up's and down's smoothing is found again, add up to a tenth of a step.
+FARTHEST = 0.6
 INT4_PARTS = {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"}
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -94,7 +95,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         report.count("tensors in index and shards", len(result.specs))
         arch = workspace.architecture
         _check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
-        _check_config(report, arch, result)
+        _check_config(report, arch, source, result)
         if not report.problems:
             _check_tensors(report, arch, source, result, workspace.recipe.worker_count)
     write_json(report.path, report.as_json())
@@ -136,8 +137,9 @@ def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) ->
 def _check_names(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, kv_scales: bool) -> None:
     """Every source tensor has its counterpart of the right dtype and shape, and nothing else is there."""
     expected = expected_tensors(arch, source, kv_scales)
-    group = result.config.get("quantization_config", {}).get("config_groups", {}).get("group_0", {})
-    group_size = (group.get("weights") or {}).get("group_size") or 0
+    groups = _mapping(_mapping(result.config.get("quantization_config")).get("config_groups"))
+    group_size = _mapping(_mapping(groups.get("group_0")).get("weights")).get("group_size")
+    group_size = group_size if type(group_size) is int else 0
     for name, (dtype, shape) in expected.items():
         spec = result.specs.get(name)
         if spec is None:
@@ -145,7 +147,7 @@ def _check_names(report: Report, arch: Architecture, source: Checkpoint, result:
             continue
         if -1 in shape:
             columns = source.specs[name.removesuffix("_scale")].shape[1]
-            shape = (shape[0], columns // group_size if group_size else 0)
+            shape = (shape[0], columns // group_size if group_size > 0 else 0)
         report.require(spec.dtype == dtype, f"{name} is {spec.dtype} instead of {dtype}")
         report.require(spec.shape == shape, f"{name} has the shape {list(spec.shape)} instead of {list(shape)}")
     report.count("dtypes and shapes", len(expected))
@@ -155,11 +157,19 @@ def _check_names(report: Report, arch: Architecture, source: Checkpoint, result:
     report.count("source tensors accounted for", len(source.specs))
 
 
-def _check_config(report: Report, arch: Architecture, result: Checkpoint) -> None:
-    """Each group's targets match the modules they must and no other, under the hub's prefix and under transformers'."""
+def _check_config(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
+    """config.json and the small files are the source's but for quantization and rotary settings; each group's targets
+    match the modules they must and no other, under the hub's prefix and under transformers'."""
     config = result.config
-    quantization = config.get("quantization_config") or {}
-    groups = quantization.get("config_groups") or {}
+    for key in (source.config.keys() | config.keys()) - {"quantization_config", "rope_parameters"}:
+        report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
+    for path in source.carried_files():
+        copy = result.folder / path.name
+        same = copy.is_file() and copy.read_bytes() == path.read_bytes()
+        report.require(same, f"{path.name} is not the source's")
+        report.count("small files equal to the source's")
+    quantization = _mapping(config.get("quantization_config"))
+    groups = _mapping(quantization.get("config_groups"))
     report.require(quantization.get("quant_method") == "compressed-tensors", "config.json: quant_method is wrong")
     modules = {name.rpartition(".")[0] for name in result.specs}
     kinds = {
@@ -172,21 +182,27 @@ def _check_config(report: Report, arch: Architecture, result: Checkpoint) -> Non
     }
     covered = set()
     for name, group in groups.items():
-        weights = group.get("weights") or {}
+        group = _mapping(group)
+        weights = _mapping(group.get("weights"))
         kind = wanted.get((group.get("format"), weights.get("type"), weights.get("num_bits")))
         if kind is None:
             report.problems.append(f"config.json: {name} is neither int4 experts nor block-fp8 attention")
             continue
         covered.add(kind)
         for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
-            matched = {module for module in modules if _matches(rename(module), group.get("targets", []))}
+            try:
+                matched = {module for module in modules if _matches(rename(module), group.get("targets") or [])}
+            except (re.error, TypeError) as error:
+                report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")
+                continue
             for module in matched ^ kinds[kind]:
                 verb = "matches" if module in matched else "does not match"
                 report.problems.append(f"config.json: {name} {verb} {rename(module)}")
         report.count("modules matched by config targets", len(kinds[kind]))
     report.require(covered == set(kinds), f"config.json describes {sorted(covered)}, not {sorted(kinds)}")
-    report.require("lm_head" in quantization.get("ignore", []), "config.json: ignore lacks lm_head")
-    rope = config.get("rope_parameters") or {}
+    head = arch.head.removesuffix(".weight")
+    report.require(head in (quantization.get("ignore") or []), f"config.json: ignore lacks {head}")
+    rope = _mapping(config.get("rope_parameters"))
     if config.get("rotary_dim") and config.get("head_dim"):
         factor = config["rotary_dim"] / config["head_dim"]
         report.require(
@@ -255,7 +271,7 @@ def _check_layer(report: Report, arch: Architecture, source: Checkpoint, result:
                 value = float(results[name])
                 report.require(bool(np.isfinite(value)) and value > 0, f"{name} is {value}")
                 report.count("KV scales finite and positive")
-                entry[scale] = value
+                entry[scale] = value if np.isfinite(value) else None
         report.layers.append(entry)
 
 
@@ -278,44 +294,55 @@ def _check_smoothing(
 
 def _check_experts(
     report: Report, arch: Architecture, layer: int, applied: Array, originals: TensorReader, results: TensorReader
-) -> dict[str, float]:
-    """Relative error of the int4 experts with all smoothing undone, by linear layer, over all experts of the layer."""
+) -> dict[str, float | None]:
+    """Every int4 code must be the nearest to the source's weight as the smoothing left it.
+
+    Args:
+        applied: float64 [H], the scale that the norm left to gate and up.
+
+    Returns:
+        relative error of each linear layer, over all experts of the layer.
+    """
     squares = {linear: np.zeros(2) for linear in arch.expert_linears}
-    experts = [int(m[0]) for name in originals.names if (m := _expert_of(arch, name, layer))]
-    for expert in sorted(set(experts)):
-        weights = {}
-        for linear in arch.expert_linears:
-            base = arch.expert_weight(layer, expert, linear)
-            original = _fp8_values(originals[f"{base}.weight"], originals[f"{base}.weight_scale_inv"])
-            shape = results[f"{base}.weight_shape"].tolist()
-            report.require(shape == list(original.shape), f"{base}.weight_shape is {shape}, not {list(original.shape)}")
-            weights[linear] = original, _int4_values(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
-        inverse = (1 / applied).astype(np.float32)
-        gate, gate4 = weights[arch.gate]
-        up, up4 = weights[arch.up]
-        down, down4 = weights[arch.down]
-        up4 = up4 * inverse
-        # Up's rows were divided by the scales that multiply down's columns; least squares finds them again.
-        energy = np.einsum("ij,ij->i", up, up)
-        share = np.where(energy > 0, np.einsum("ij,ij->i", up, up4) / np.where(energy > 0, energy, 1), 1.0)
-        share = np.where(np.isfinite(share) & (share > 0), share, 1.0).astype(np.float32)
-        pairs = {
-            arch.gate: (gate, gate4 * inverse),
-            arch.up: (up, up4 / share[:, None]),
-            arch.down: (down, down4 * share),
+    inputs = applied.astype(np.float32)
+    experts = {int(found[0]) for name in originals.names if (found := _expert_of(arch, name, layer))}
+    for expert in sorted(experts):
+        bases = {linear: arch.expert_weight(layer, expert, linear) for linear in arch.expert_linears}
+        smoothed = {
+            linear: _fp8_values(originals[f"{base}.weight"], originals[f"{base}.weight_scale_inv"])
+            for linear, base in bases.items()
         }
-        for linear, (original, restored) in pairs.items():
-            squares[linear] += [
-                np.sum((restored - original) ** 2, dtype=np.float64),
-                np.sum(original**2, dtype=np.float64),
-            ]
-        report.count("experts reconstructed")
-    errors = {linear: float(np.sqrt(wrong / max(all_, 1e-300))) for linear, (wrong, all_) in squares.items()}
-    for linear, error in errors.items():
-        report.require(
-            error < LARGEST_EXPERT_ERROR, f"layer {layer}: int4 {linear} is off by {error:.2f} of the source's weights"
-        )
-    return {linear: round(error, 5) for linear, error in errors.items()}
+        smoothed[arch.gate] *= inputs
+        smoothed[arch.up] *= inputs
+        rows = _row_scales(smoothed[arch.up], _float32(results[f"{bases[arch.up]}.weight_scale"]))
+        smoothed[arch.up] *= rows[:, None]
+        smoothed[arch.down] /= rows
+        for linear, base in bases.items():
+            expected = smoothed[linear]
+            shape = results[f"{base}.weight_shape"].tolist()
+            report.require(shape == list(expected.shape), f"{base}.weight_shape is {shape}, not {list(expected.shape)}")
+            codes, steps = _int4_codes(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
+            difference = codes * steps - expected
+            far = np.count_nonzero(~(np.abs(difference) <= FARTHEST * steps))
+            report.require(
+                far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
+            )
+            squares[linear] += [np.sum(part**2, dtype=np.float64) for part in (difference, expected)]
+        report.count("experts whose int4 codes are the nearest")
+    errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
+    return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
+
+
+def _row_scales(weight: Array, steps: Array) -> Array:
+    """float32 [out]: what up's rows were multiplied by, from the steps [out, groups] of the scaled rows.
+
+    A group's step is its largest magnitude / 7.5; the median over a row's groups is good to a bf16 rounding.
+    """
+    largest = np.abs(weight).reshape(*steps.shape, -1).max(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = np.where(largest > 0, 7.5 * steps / largest, np.nan)
+    found = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else 1.0 for row in shares])
+    return np.where(found > 0, found, 1.0).astype(np.float32)
 
 
 def _check_outside(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
@@ -324,6 +351,11 @@ def _check_outside(report: Report, arch: Architecture, source: Checkpoint, resul
             if arch.split(name)[0] is None:
                 report.require(_sha256(originals[name]) == _sha256(results[name]), f"{name} is not the source's")
                 report.count("other tensors equal to the source's bytes")
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    """A JSON object, or an empty one where something else stands."""
+    return value if isinstance(value, dict) else {}
 
 
 def _expert_of(arch: Architecture, name: str, layer: int) -> tuple[int, str, str] | None:
@@ -386,10 +418,10 @@ def _fp8_values(weight: torch.Tensor, scale: torch.Tensor) -> Array:
     return _E4M3[_raw(weight)].reshape(rows, columns) * blocks
 
 
-def _int4_values(packed: torch.Tensor, scale: torch.Tensor) -> Array:
-    """float32 [out, in] from int32 words of eight codes, lowest bits first, each code the value plus 8."""
+def _int4_codes(packed: torch.Tensor, scale: torch.Tensor) -> tuple[Array, Array]:
+    """float32 [out, in] codes and the step of each, from int32 words of eight codes, lowest bits first, each plus 8."""
     words = _raw(packed).view(np.uint32).reshape(packed.shape)
     codes = (words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(words.shape[0], -1).astype(np.float32) - 8
     scales = _float32(scale)
-    return values * np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)
+    return values, np.repeat(scales, values.shape[1] // scales.shape[1], axis=1)

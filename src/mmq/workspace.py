@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmq.architectures import Architecture, architecture_of
 from mmq.calibration import Tokens
-from mmq.errors import RecipeError
+from mmq.errors import RecipeError, one_line
 from mmq.fp8_source import Fp8Source
 from mmq.journal import Journal
 from mmq.progress import Reporter, Silent
@@ -59,9 +59,17 @@ class Workspace:
 
     @cached_property
     def source_folder(self) -> Path:
-        """The recipe's folder, or where the hub id was fetched to."""
+        """The recipe's folder, or where the hub id was fetched to.
+
+        Raises:
+            RecipeError: it is not there, or a stage would write into it.
+        """
         name = self.recipe.model.source
         folder = self.recipe.path(name)
+        for output in (BF16, AWQ, HYBRID, STATE):
+            written = self.folder(output).resolve()
+            if folder.is_relative_to(written) or written.is_relative_to(folder):
+                raise RecipeError(f"model.source: {folder} and {written}, which mmq writes, lie in one another")
         if folder.is_dir():
             return folder
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -81,5 +89,5 @@ class Workspace:
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             where = "in the hub's cache" if self.offline else "on the hub"
             raise RecipeError(
-                f"model.source: {name} is neither a folder (looked at {folder}) nor found {where}: {error}"
+                f"model.source: {name} is neither a folder (looked at {folder}) nor found {where}: {one_line(error)}"
             ) from None

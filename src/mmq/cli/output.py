@@ -20,6 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from mmq.progress import Silent
 
@@ -53,13 +54,14 @@ class HumanOutput(Output):
     """Rich progress on a terminal, plain lines elsewhere."""
 
     def __init__(self) -> None:
-        self.console = Console()
+        # File names may hold what rich would read as markup.
+        self.console = Console(markup=False, emoji=False, highlight=False)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[at]}"),
+            TextColumn("{task.fields[at]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
@@ -75,7 +77,7 @@ class HumanOutput(Output):
     def start(self, stage: str, total_units: int, total_bytes: int) -> None:
         self._units = [0, total_units]
         self._task = self._progress.add_task(stage, total=total_bytes, at="")
-        self.console.print(f"[bold]{stage}[/]: {total_units} to do, {human_bytes(total_bytes)} to read and write")
+        self.console.print(f"{stage}: {total_units} to do, {human_bytes(total_bytes)} to read and write", style="bold")
 
     def advance(self, nbytes: int) -> None:
         self._progress.advance(self._task, nbytes)
@@ -86,31 +88,31 @@ class HumanOutput(Output):
     def unit(self, name: str, **facts: Any) -> None:
         self._units[0] += 1
         text = ", ".join(f"{key} {value}" for key, value in facts.items())
-        self.console.print(f"  {name} ({self._units[0]}/{self._units[1]}) {text}".rstrip(), highlight=False)
+        self.console.print(f"  {name} ({self._units[0]}/{self._units[1]}) {text}".rstrip(), soft_wrap=True)
 
     def note(self, message: str, **facts: Any) -> None:
-        self.console.print(message, highlight=False, soft_wrap=True)
+        self.console.print(message, soft_wrap=True)
 
     def finish(self, stage: str) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        self.console.print(f"[green]{stage} is complete[/]")
+        self.console.print(f"{stage} is complete", style="green")
 
     def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
         if rows is None:
             for key, item in value.items():
-                self.console.print(f"{key}: {item}", highlight=False, soft_wrap=True)
+                self.console.print(f"{key}: {item}", soft_wrap=True)
             return
-        table = Table(title=title, title_justify="left")
+        table = Table(title=Text(title), title_justify="left")
         for column in rows[0] if rows else []:
             table.add_column(column)
         for row in rows:
-            table.add_row(*(str(cell) for cell in row.values()))
+            table.add_row(*(Text(str(cell)) for cell in row.values()))
         self.console.print(table)
 
     def hint(self, message: str) -> None:
-        self.console.print(f"[dim]next:[/] {message}", highlight=False, soft_wrap=True)
+        self.console.print(f"next: {message}", soft_wrap=True)
 
 
 class JsonOutput(Output):
@@ -151,7 +153,7 @@ class JsonOutput(Output):
 
     def _print(self, value: dict[str, Any]) -> None:
         with self._mutex:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
             sys.stdout.flush()
 
 

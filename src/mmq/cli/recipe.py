@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from mmq.cli.errors import handled
 from mmq.cli.output import Mode, make_output
@@ -33,7 +35,16 @@ def init(
             raise RecipeError(f"{path} exists; --force replaces it")
         template = files("mmq").joinpath("recipe_template.yaml").read_text(encoding="utf-8")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, template.replace("SOURCE", source).encode())
+        write_bytes(path, template.replace("SOURCE", _yaml_string(source)).encode())
         output = make_output(Mode.HUMAN)
         output.note(f"wrote {path}")
         output.hint(f"mmq run {path} --dry-run")
+
+
+def _yaml_string(text: str) -> str:
+    """The text as it is where YAML reads it back so, else quoted."""
+    try:
+        plain = yaml.safe_load(f"key: {text}") == {"key": text}
+    except yaml.YAMLError:
+        plain = False
+    return text if plain else json.dumps(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,8 @@ def stage_command(name: str) -> Callable[..., None]:
 
 
 def _run(command: str, path: Path, overrides: list[str] | None, dry_run: bool, restart: bool, output: Output) -> None:
-    with handled(f"mmq {command} {path}"):
+    again = [str(path), *(part for override in overrides or [] for part in ("--set", override))]
+    with handled(shlex.join(["mmq", command, *again])):
         recipe = read_recipe(path, overrides)
         quiet_libraries()
         from mmq.pipeline import run_stages, stages_of
@@ -59,7 +61,7 @@ def _run(command: str, path: Path, overrides: list[str] | None, dry_run: bool, r
                 verify_and_report(workspace, output)
         if not whole:
             following = {"dequant": "awq", "awq": "restore", "restore": "verify"}[command]
-            output.hint(f"mmq {following} {path}")
+            output.hint(shlex.join(["mmq", following, *again]))
 
 
 def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import resource
 import threading
 import time
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 from mmq.architectures import Architecture
 from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
 from mmq.calibration import Tokens, load_tokens
-from mmq.errors import CalibrationError, CheckpointError, JournalError
+from mmq.errors import CalibrationError, CheckpointError, JournalError, RecipeError
 from mmq.expert_block import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal
@@ -154,7 +155,7 @@ class _Stage:
         self.recipe = workspace.recipe.awq
         self.arch: Architecture = workspace.architecture
         self.source: Fp8Source = workspace.source
-        self.device = _device(self.recipe.device)
+        self.device = _present_device(self.recipe.device)
         self.weights: _Weights = self.source
         if self.recipe.source == "bf16":
             if not workspace.journal.stage("dequant").complete:
@@ -433,9 +434,20 @@ def _tokens(workspace: Workspace) -> Tokens:
 
 
 def _device(name: str) -> torch.device:
+    """The device a recipe names, there or not. Raises RecipeError when it is none that mmq runs on."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RecipeError(f"awq.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
     return torch.device(name)
+
+
+def _present_device(name: str) -> torch.device:
+    """Raises RecipeError when this machine lacks the device."""
+    device = _device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"awq.device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _check_shapes(source: Fp8Source, group_size: int) -> None:

@@ -140,8 +140,12 @@ class Checkpoint:
         return hasher.hexdigest()
 
     def carried_files(self) -> list[Path]:
-        """Tokenizer, chat template, generation config, code, licence: all plain files that hold no weights."""
-        return sorted(
+        """Tokenizer, chat template, generation config, code, licence: all plain files that hold no weights.
+
+        Raises:
+            CheckpointError: one is a link that leads out of the folder.
+        """
+        paths = sorted(
             path
             for path in self.folder.iterdir()
             if path.is_file()
@@ -150,6 +154,9 @@ class Checkpoint:
             and not path.name.endswith(".index.json")
             and path.suffix not in NOT_CARRIED
         )
+        for path in paths:
+            _check_inside(self.folder, path)
+        return paths
 
 
 def read_json(path: Path) -> dict[str, Any]:
