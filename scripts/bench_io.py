@@ -1,8 +1,8 @@
 """How near dequant and restore come to the disk: python scripts/bench_io.py [--gigabytes 2] [--folder DIR] [--json]
 
 Makes an fp8 checkpoint of one layer with real-sized experts, then times, in turns and with the page cache dropped
-before each, (a) plain file copies that read and write the same numbers of bytes on as many threads, each file fsynced as the
-stages' are, and (b) the stage. Prints the share of the plain copies' throughput that the stage reaches.
+before each, (a) plain file copies that read and write the same numbers of bytes on as many threads, each file fsynced
+as the stages' are, and (b) the stage. Prints the share of the plain copies' throughput that the stage reaches.
 """
 
 from __future__ import annotations
