@@ -67,7 +67,7 @@ STOCK_BATCH = 4096
 # Losses of the stock modifier are sums in bf16, of weights times scales rounded to bf16.
 LOSS_TOLERANCE = 0.02
 PRESETS = {
-    "cpu": {"experts": 32, "hidden": 512, "intermediate": 256, "top_k": 4, "tokens": 4096},
+    "cpu": {"experts": 64, "hidden": 512, "intermediate": 256, "top_k": 2, "tokens": 4096},
     "m2.5": {
         "experts": 256,
         "hidden": 3072,

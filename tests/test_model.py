@@ -17,6 +17,7 @@ from conftest import digests, write_recipe
 from mmq.architectures import MINIMAX_M2
 from mmq.expert_block import ExpertBlock, top_up
 from mmq.expert_block import Weights as StackedWeights
+from mmq.layer_quantizer import LayerContent, LayerQuantizer, LayerResult
 from mmq.layers import DecoderLayer, transformers_config
 from mmq.pipeline import run_stages
 from mmq.recipe import load
@@ -148,18 +149,20 @@ def test_layers_are_calibrated_on_what_comes_before_them(
     """The second layer sees what the quantized first layer gives, or the source's where the recipe says so."""
     config, weights = source
     captured: list[torch.Tensor] = []
-    write = awq._Stage._write
-    monkeypatch.setattr(
-        awq._Stage, "_write", lambda self, layer, tensors, hidden, facts: (
-            captured.append(hidden), write(self, layer, tensors, hidden, facts))
-    )  # fmt: skip
+    quantize = LayerQuantizer.quantize
+
+    def captive(self: LayerQuantizer, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        captured.append(hidden)
+        return quantize(self, layer, content, hidden)
+
+    monkeypatch.setattr(LayerQuantizer, "quantize", captive)
     workspace = Workspace.of(load(write_recipe(project, source="fp8", propagate_quantized=quantized)))
     run_stages(workspace, ["awq"])
     tokens = awq._tokens(workspace)
     first = tokens.ids[: tokens.lengths[0]]
     ours = dequantized(read_folder(project / "run/awq")[1])
     states = {name: hidden_states(first, w, config)[1] for name, w in (("quantized", ours), ("source", weights))}
-    found = captured[0][: tokens.lengths[0]].float()
+    found = captured[1][: tokens.lengths[0]].float()
     errors = {name: float((found - state).norm() / state.norm()) for name, state in states.items()}
     wanted, other = ("quantized", "source") if quantized else ("source", "quantized")
     assert errors[wanted] < 0.02
@@ -171,6 +174,13 @@ def test_the_fp8_source_gives_the_bytes_of_the_bf16_path(finished: Path, project
     assert not (project / "run/bf16").exists()
     for folder in ("awq", "hybrid"):
         assert digests(project / "run" / folder) == digests(finished / "run" / folder)
+
+
+def test_reading_a_layer_ahead_changes_nothing(finished: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU that holds two layers."""
+    monkeypatch.setattr(awq, "_two_layers_fit", lambda *_: True)
+    run_stages(Workspace.of(load(write_recipe(project, source="fp8"))), ["awq"])
+    assert digests(project / "run/awq") == digests(finished / "run/awq")
 
 
 def test_bf16_folder_holds_the_dequantized_weights_and_everything_else_byte_for_byte(finished: Path) -> None:

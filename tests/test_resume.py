@@ -110,7 +110,7 @@ MOMENTS = {
     "dequant": [("write", 3), ("fsync", 1), ("fsync", 4), ("replace", 3), ("replace", 9), ("replace", 12),
                 ("replace", 15), ("replace", 16)],
     "awq": [("write", 9), ("fsync", 3), ("replace", 3), ("replace", 4), ("write", 130), ("replace", 7), ("write", 176),
-            ("replace", 11), ("replace", 16), ("replace", 17), ("replace", 18)],
+            ("replace", 11), ("replace", 18), ("replace", 19), ("replace", 20)],
     "restore": [("write", 9), ("fsync", 4), ("replace", 5), ("replace", 7), ("replace", 10), ("replace", 13),
                 ("replace", 14)],
 }  # fmt: skip

@@ -80,20 +80,20 @@ def test_int4_values_and_packing_over_all_codes() -> None:
     expected = [max(-8, min(7, round(float(step)))) for step in steps]
     assert values.flatten().tolist() == expected
     stack = QuantizedStack(values, scale, 128)
-    packed = stack.pack(0, 1)
+    packed = stack.pack()
     assert packed.dtype == torch.int32
     assert packed.shape == (1, 1, 16)
     words = [int(word) & 0xFFFFFFFF for word in packed.flatten()]
     assert [((words[i // 8] >> 4 * (i % 8)) & 15) - 8 for i in range(128)] == expected
     assert torch.equal(unpack_from_int32(packed[0], 4, torch.Size([1, 128])), values[0])
-    assert torch.equal(stack.dequantize(0, 1, torch.float32).flatten(), torch.tensor(expected) * 0.5)
+    assert torch.equal(stack.dequantize(torch.float32).flatten(), torch.tensor(expected) * 0.5)
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 128), (5, 7, 384), (2, 16, 256)])
 def test_packed_stack_is_each_matrix_packed(shape: tuple[int, int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     stack = QuantizedStack(*quantize_stack(weight, 128), 128)
-    for number, matrix in enumerate(stack.pack(0, shape[0])):
+    for number, matrix in enumerate(stack.pack()):
         assert torch.equal(unpack_from_int32(matrix, 4, torch.Size(shape[1:])), stack.values[number])
 
 

@@ -20,8 +20,7 @@ from typing import Any
 import xxhash
 
 from mmq.errors import JournalError, LockedError
-from mmq.storage.atomic import write_json
-from mmq.storage.shards import FileRecord
+from mmq.storage.atomic import FileRecord, write_json
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
@@ -43,7 +42,7 @@ class StageJournal:
         record = record or {}
         self.fingerprint: dict[str, Any] = dict(record.get("fingerprint", {}))
         self.complete: bool = record.get("complete", False) is True
-        self._units: dict[str, dict[str, Any]] = dict(record.get("units", {}))
+        self._units: dict[str, dict[str, list[Any]]] = dict(record.get("units", {}))
 
     @property
     def units(self) -> list[str]:
@@ -52,12 +51,7 @@ class StageJournal:
 
     def files(self, unit: str) -> dict[str, FileRecord]:
         """What a finished unit wrote, by path relative to the work_dir."""
-        return {path: FileRecord(Path(path).name, *entry) for path, entry in self._units[unit]["files"].items()}
-
-    def facts(self, unit: str) -> dict[str, Any]:
-        """What the stage noted of a finished unit."""
-        facts: dict[str, Any] = self._units[unit]["facts"]
-        return facts
+        return {path: FileRecord(Path(path).name, *entry) for path, entry in self._units[unit].items()}
 
     def begin(self, fingerprint: dict[str, Any]) -> None:
         """Begin or resume the stage.
@@ -79,10 +73,12 @@ class StageJournal:
                 )
         self.check_files()
 
-    def check_files(self) -> None:
-        """Raises JournalError where a finished unit's file is gone or has another size."""
+    def check_files(self, folder: str = "") -> None:
+        """Raises JournalError where a finished unit's file, below `folder` if given, is gone or has another size."""
         for unit in self._units:
             for path, record in self.files(unit).items():
+                if folder and not path.startswith(f"{folder}/"):
+                    continue
                 file = self._journal.work_dir / path
                 size = file.stat().st_size if file.is_file() else None
                 if size != record.size:
@@ -91,17 +87,16 @@ class StageJournal:
                         f"{file} {found} since {self.name} wrote it; run `mmq {self.name} --restart` to make it anew"
                     )
 
-    def finish_unit(self, unit: str, files: dict[str, FileRecord], facts: dict[str, Any] | None = None) -> None:
+    def finish_unit(self, unit: str, files: dict[str, FileRecord]) -> None:
         """Note that a unit's files, by path relative to the work_dir, are in place."""
-        entry = {"files": {path: [r.size, r.digest] for path, r in files.items()}, "facts": facts or {}}
         with self._journal.mutex:
-            self._units[unit] = entry
+            self._units[unit] = {path: [record.size, record.digest] for path, record in files.items()}
             self._journal.save()
 
     def forget_files(self, unit: str, paths: list[str]) -> None:
         """A unit's file is no longer needed and may be removed."""
         for path in paths:
-            self._units[unit]["files"].pop(path, None)
+            self._units[unit].pop(path, None)
 
     def save(self) -> None:
         """Write the journal as it is now."""
@@ -145,7 +140,6 @@ class Journal:
                     stage = StageJournal(self, name, record)
                     for unit in stage.units:
                         stage.files(unit)
-                        dict(stage.facts(unit))
                     self._stages[name] = stage
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise JournalError(f"the journal {path} can't be read ({type(error).__name__}: {error})") from None

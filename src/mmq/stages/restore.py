@@ -49,7 +49,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     awq_journal = workspace.journal.stage("awq")
     if not awq_journal.complete:
         raise JournalError(f"{plan.source} is not complete; run `mmq awq` first")
-    awq_journal.check_files()
+    awq_journal.check_files(AWQ)
     quantized = Checkpoint.open(plan.source)
     pending = [unit for unit in plan.units if unit.name not in journal.units]
     if pending:

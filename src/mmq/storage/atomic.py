@@ -7,12 +7,24 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import xxhash
 
 from mmq.errors import DiskSpaceError
 
 TEMPORARY_SUFFIX = ".mmq-tmp"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A finished file: its name, size in bytes and xxh3-128 of its content."""
+
+    name: str
+    size: int
+    digest: str
 
 
 @contextmanager
@@ -45,15 +57,16 @@ def write_all(file: BinaryIO, data: memoryview | bytes) -> None:
         view = view[file.write(view) :]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> FileRecord:
     """Write a small file atomically."""
     with atomic_file(path) as file:
         write_all(file, data)
+    return FileRecord(path.name, len(data), xxhash.xxh3_128_hexdigest(data))
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> FileRecord:
     """Write `value` as indented JSON, atomically. Raises ValueError for NaN and infinity, which JSON lacks."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    return write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
 def sync_folder(folder: Path) -> None:

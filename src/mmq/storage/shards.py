@@ -17,7 +17,7 @@ from typing import BinaryIO
 import torch
 import xxhash
 
-from mmq.storage.atomic import atomic_file, write_all
+from mmq.storage.atomic import FileRecord, atomic_file, write_all
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -51,15 +51,6 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.itemsize
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A finished file: its name, size in bytes and xxh3-128 of its content."""
-
-    name: str
-    size: int
-    digest: str
 
 
 def file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -114,6 +114,8 @@ def combine(outputs: torch.Tensor, rows: Rows, weights: torch.Tensor, start: tor
 
 def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:
     """out += X^T X for X [n, I], out float32 [I, I]."""
+    if rows.shape[0] == 0:
+        return
     if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
         out += torch.mm(rows.T, rows, out_dtype=torch.float32)
     else:

@@ -44,18 +44,17 @@ class QuantizedStack:
     scale: torch.Tensor
     group_size: int
 
-    def dequantize(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """value * scale of weights start..stop: [stop-start, out, in]."""
-        values, scale = self.values[start:stop], self.scale[start:stop]
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """value * scale: [n, out, in]."""
+        values, scale = self.values, self.scale
         flat = dequantize(
             values.flatten(0, 1), scale.flatten(0, 1), args=weight_args(self.group_size), dtype=scale.dtype
         )
         return flat.view(values.shape).to(dtype)
 
-    def pack(self, start: int, stop: int) -> torch.Tensor:
-        """Weights start..stop as int32 [stop-start, out, in/8], eight codes to a word, lowest bits first."""
-        values = self.values[start:stop]
-        return pack_to_int32(values.flatten(0, 1), 4).view(stop - start, values.shape[1], -1)
+    def pack(self) -> torch.Tensor:
+        """int32 [n, out, in/8], eight codes to a word, lowest bits first."""
+        return pack_to_int32(self.values.flatten(0, 1), 4).view(*self.values.shape[:2], -1)
 
 
 def quantize_stack(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:

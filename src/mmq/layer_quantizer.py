@@ -1,0 +1,217 @@
+"""Quantizing one decoder layer in memory: attention, search, rounding, and the hidden states for the next layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmq.architectures import Architecture
+from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
+from mmq.errors import CalibrationError
+from mmq.expert_block import ExpertBlock, Smoothed, Weights, top_up
+from mmq.layers import DecoderLayer, transformers_config
+from mmq.recipe import Awq
+from mmq.tensors.fp8 import is_finite
+from mmq.tensors.int4 import QuantizedStack, quantize_stack
+from mmq.tensors.smoothing import smooth_norm
+
+
+@dataclass
+class LayerContent:
+    """A dequantized layer.
+
+    Attributes:
+        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows.
+        down: bfloat16 [E, H, I] on the device.
+        rest: all other tensors by their names in the layer.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    rest: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized layer.
+
+    Attributes:
+        tensors: what the layer's shard holds, by names in the layer, on the host.
+        hidden: bfloat16 [T, H] on the device, the next layer's input.
+        statistics: JSON of what was found and how long it took.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    statistics: dict[str, Any]
+
+
+class LayerQuantizer:
+    """Quantizes the layers of one model, each given the hidden states that the one before it left.
+
+    Args:
+        config: the source's config.json.
+        lengths: tokens of each calibration sample; the hidden states are their concatenation.
+    """
+
+    def __init__(
+        self, arch: Architecture, config: dict[str, Any], settings: Awq, lengths: list[int], device: torch.device
+    ) -> None:
+        self.arch, self.settings, self.lengths, self.device = arch, settings, lengths, device
+        self.config = transformers_config(arch, config)
+        self.modifier = StackedAWQModifier(
+            mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
+        )
+
+    @torch.no_grad()
+    def quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        """Quantize a layer. `content`'s experts are overwritten.
+
+        Raises:
+            CalibrationError: NaN or infinity appeared; the message names layer and sample.
+        """
+        arch, settings, clock = self.arch, self.settings, _Clock(self.device)
+        with clock.part("attention"):
+            decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
+            observer = (
+                decoder.observe_kv_cache(settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
+            )
+            residual = decoder.attend(hidden, self.lengths)
+            kv_scales = observer.scales() if observer else {}
+            x = decoder.block_input(residual)
+            self._check_finite(x, f"the input of layer {layer}'s experts")
+            logits, weight, index = decoder.route(x)
+        with clock.part("searching"):
+            extra = top_up(logits, index, settings.min_tokens)
+            del logits
+            block = ExpertBlock(
+                x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
+                settings.memory_budget,
+            )  # fmt: skip
+            reference = block.output(Weights(block))
+            self._check_finite(reference, f"the output of layer {layer}'s experts")
+            chosen, statistics = self._search(block, reference)
+        with clock.part("quantizing"):
+            norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
+            tensors = self._quantize_experts(block, applied, chosen.inner)
+            # fp32 in the families known so far; another dtype is rounded here, as it will be served.
+            router = content.rest[arch.router].to(self.device)
+            router = (router.float() * applied).to(router.dtype)
+            attention = arch.attention[0].rpartition(".")[0]
+            tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
+            tensors |= {f"{attention}.{name}": scale for name, scale in kv_scales.items()}
+        with clock.part("propagating"):
+            decoder.set_norm(norm)
+            decoder.set_router(router)
+            output = self._served(decoder, block, residual)
+            statistics["loss_propagated"] = float((output - reference).square_().mean(dtype=torch.float64))
+            following = output if settings.propagate_quantized else reference
+            hidden = residual + following.to(residual.dtype)
+        statistics = {
+            "layer": layer,
+            "tokens_per_expert": block.counts.tolist(),
+            "topped_up": extra.counts if extra else [0] * block.counts.numel(),
+            **statistics,
+            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            "seconds": clock.seconds,
+        }
+        return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
+
+    def _search(self, block: ExpertBlock, reference: torch.Tensor) -> tuple[Smoothed, dict[str, Any]]:
+        """The scales to use: those found, unless the block as a whole is no better for them."""
+        norm, down = self.modifier.search_norm(block, reference), self.modifier.search_down(block)
+        plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
+        found = Smoothed(block, norm.scales, down.scales)
+        before, after = (float(block.loss(weights, reference)) for weights in (plain, found))
+        better = after < before
+        statistics = {
+            "loss_round_to_nearest": before,
+            "loss_chosen": after if better else before,
+            "identity_kept": not better,
+            "norm": _describe(norm),
+            "down": _describe(down),
+        }
+        return found if better else plain, statistics
+
+    def _quantize_experts(
+        self, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Scale and quantize all experts; the block's weights become the dequantized ones.
+
+        Args:
+            norm_scales: float32 [H], onto gate's and up's columns.
+            inner_scales: float32 [E, I], off up's rows and onto down's columns.
+
+        Returns:
+            the packed tensors by their names in the layer.
+        """
+        arch, group, inner = self.arch, self.settings.group_size, block.down.shape[2]
+        tensors = {}
+        for first in range(0, block.gate_up.shape[0], block.step):
+            part = slice(first, first + block.step)
+            gate_up = block.gate_up[part].float().mul_(norm_scales)
+            gate_up[:, inner:].div_(inner_scales[part].unsqueeze(2))
+            down = block.down[part].float().mul_(inner_scales[part].unsqueeze(1))
+            for weight, target, linears in (
+                (gate_up, block.gate_up, (arch.gate, arch.up)),
+                (down, block.down, (arch.down,)),
+            ):
+                stack = QuantizedStack(*quantize_stack(weight, group), group)
+                target[part] = stack.dequantize(target.dtype)
+                packed, scale = stack.pack().cpu(), stack.scale.cpu()
+                rows = weight.shape[1] // len(linears)
+                for number, expert in enumerate(range(first, first + weight.shape[0])):
+                    for place, linear in enumerate(linears):
+                        base = f"{arch.expert.format(expert=expert)}{linear}.weight"
+                        tensors[f"{base}_packed"] = packed[number, place * rows : (place + 1) * rows]
+                        tensors[f"{base}_scale"] = scale[number, place * rows : (place + 1) * rows]
+                        tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
+        return tensors
+
+    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:
+        """The quantized block's output as it will be served, through the smoothed norm and router: float32 [T, H]."""
+        x = decoder.block_input(residual)
+        _, weight, index = decoder.route(x)
+        served = ExpertBlock(
+            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, budget=block.budget
+        )
+        return served.output(Weights(served))
+
+    def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
+        if is_finite(tensor):
+            return
+        token = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
+        ends = torch.tensor(self.lengths).cumsum(0)
+        sample = int(torch.searchsorted(ends, token, right=True))
+        raise CalibrationError(f"{what} is NaN or infinite for calibration sample {sample + 1}")
+
+
+class _Clock:
+    """Seconds of each part, the device's work included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = round(time.perf_counter() - begin, 3)
+
+
+def _describe(found: Found) -> dict[str, Any]:
+    """A search's result for the statistics; lists where there is one per expert."""
+    return {
+        "ratio": found.ratio.tolist(),
+        "duo_scaling": found.duo.tolist(),
+        "error": found.error.tolist(),
+        "identity_error": found.identity_error.tolist(),
+    }
