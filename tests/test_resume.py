@@ -274,7 +274,7 @@ CHANGES = {
 @pytest.mark.parametrize("field", CHANGES)
 def test_awq_does_not_go_on_with_other_settings(project: Path, finished: Path, field: str) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 5)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
     before = digests(project / "run" / "awq")
     message = refused("awq", recipe, "--set", CHANGES[field])
     assert field in message
@@ -329,7 +329,7 @@ def test_what_does_not_change_the_bytes_may_change(project: Path, finished: Path
     if torch.cuda.is_available():
         pytest.skip("auto would be another device here, whose sums differ in the last bits")
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 5)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
     assert finished_units(project / "run", "awq") >= 1
     options = [part for setting in HARMLESS for part in ("--set", setting)]
     succeed("awq", recipe, "--quiet", *options)
@@ -397,7 +397,7 @@ def test_a_stage_checks_what_it_reads(project: Path, finished: Path, stage: str,
 
 def test_lost_hidden_states_are_named(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 5)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
     (hidden,) = (project / "run" / "state" / "awq").glob("hidden-*.safetensors")
     assert lose(hidden) in refused("awq", recipe)
 
@@ -411,8 +411,8 @@ GARBAGE: dict[str, bytes] = {
     "no stages": b'{"format": 1}',
     "stages is a list": b'{"format": 1, "stages": []}',
     "stage is a number": b'{"format": 1, "stages": {"dequant": 5}}',
-    "unit without files": b'{"format": 1, "stages": {"dequant": {"units": {"x": {}}}}}',
-    "file without digest": b'{"format": 1, "stages": {"dequant": {"units": {"x": {"files": {"y": [1]}}}}}}',
+    "unit without files": b'{"format": 1, "stages": {"dequant": {"units": {"x": 5}}}}',
+    "file without digest": b'{"format": 1, "stages": {"dequant": {"units": {"x": {"y": [1]}}}}}',
     "fingerprint is null": b'{"format": 1, "stages": {"dequant": {"fingerprint": null, "units": {}}}}',
     "deep": b"[" * 100_000,
 }
@@ -438,7 +438,7 @@ def test_a_journal_of_another_format_is_refused(finished_copy: Path, version: ob
 
 def test_a_moved_work_dir_goes_on(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 5)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
     moved = project.parent / "elsewhere" / "moved"
     moved.parent.mkdir()
     (project / "run").rename(moved)
@@ -489,7 +489,7 @@ def test_status_at_every_point(project: Path) -> None:
 
 def test_status_in_the_middle_of_awq(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 5)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
     found = status(recipe)["stages"][1]
     assert found == {"stage": "awq", "state": "begun", "done": 1, "units": 3, "last": "layer-00000"}
 

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 import mmq
+from mmq.cli.doctor import doctor
+from mmq.cli.plan import plan
 from mmq.cli.recipe import recipe_app
 from mmq.cli.stages import HELP, stage_command
 from mmq.cli.synth import synth
@@ -21,7 +23,7 @@ app = typer.Typer(
 )
 for name, text in HELP.items():
     app.command(name, help=text)(stage_command(name))
-for command in (verify, status, synth):
+for command in (plan, verify, status, synth, doctor):
     app.command()(command)
 app.add_typer(recipe_app, name="recipe")
 

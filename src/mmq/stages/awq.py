@@ -28,7 +28,7 @@ from mmq.journal import StageJournal
 from mmq.layer_quantizer import LayerContent, LayerQuantizer, LayerResult
 from mmq.layout import layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
-from mmq.recipe import FileSamples
+from mmq.sizes import awq_memory, most_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder
@@ -56,16 +56,13 @@ def plan(workspace: Workspace) -> Plan:
         specs = quantized_specs(workspace, layer)
         units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
     widest = widest_layer(source)
-    hidden_states = _most_tokens(workspace) * int(source.config[source.architecture.hidden_key])
-    # bf16 hidden states, residual stream and block input; fp32 reference and output; the packed layer being written.
-    working = widest + max(unit.written for unit in units) + 14 * hidden_states
+    hidden_states = most_tokens(recipe) * int(source.config[source.architecture.hidden_key])
     device = _device(recipe.awq.device)
-    # The budget is a bound; small models stay far below it.
-    budget = min(recipe.awq.memory_budget or default_budget(device), 4 * (widest + hidden_states))
+    budget = recipe.awq.memory_budget or default_budget(device)
+    largest = max(unit.written for unit in units)
+    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu")
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
-    if device.type == "cpu":
-        return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + working + budget)
-    return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + working, working + budget)
+    return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device)
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
@@ -353,19 +350,6 @@ def _check_shapes(source: Fp8Source, group_size: int) -> None:
                 f"{source.checkpoint.folder}: {spec.name} has {spec.shape[1]} input channels, not a multiple of"
                 f" awq.group_size = {group_size}"
             )
-
-
-def _most_tokens(workspace: Workspace) -> int:
-    """Upper bound of the calibration tokens, without reading them."""
-    settings = workspace.recipe.awq.calibration
-    samples = 0
-    for source in settings.files:
-        if source.samples is not None:
-            samples += source.samples
-        elif isinstance(source, FileSamples) and workspace.recipe.path(source.path).is_file():
-            with open(workspace.recipe.path(source.path), "rb") as file:
-                samples += sum(1 for line in file if line.strip())
-    return samples * settings.sequence_length
 
 
 def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
