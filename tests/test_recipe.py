@@ -358,3 +358,10 @@ def test_absolute_and_home_paths_stay(recipe: Path, tmp_path: Path, monkeypatch:
 def test_workers_default_to_the_cores_at_hand(recipe: Path) -> None:
     assert load(recipe, ["workers=3"]).worker_count == 3
     assert 1 <= load(recipe, ["workers=null"]).worker_count <= 8
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("work_dir: a\nmodel: {source: b}\nwork_dir: c\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"recipe.yaml.*work_dir is given twice"):
+        load(path)

@@ -174,6 +174,17 @@ class Recipe(Section):
         return self.workers or min(8, len(os.sched_getaffinity(0)))
 
 
+class _Loader(yaml.SafeLoader):
+    """yaml.safe_load, but a key given twice is an error instead of the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
@@ -185,7 +196,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: the file is missing or not valid; the message names the file and the key.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:

@@ -360,8 +360,19 @@ def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
         "of round-to-nearest": f"{after / before:.1%}" if before else "-",
         "fewest tokens": min(statistics["tokens_per_expert"]),
         "topped up": sum(1 for count in statistics["topped_up"] if count),
+        "kept as they were": _kept(statistics),
         "seconds": round(sum(statistics["seconds"].values()), 1),
     }
+
+
+def _kept(statistics: dict[str, Any]) -> str:
+    """What no scales were better for: the whole layer, or the norm and a number of experts."""
+    if statistics["identity_kept"]:
+        return "all"
+    norm, down = statistics["norm"], statistics["down"]
+    experts = sum(not ratio and not duo for ratio, duo in zip(down["ratio"], down["duo_scaling"], strict=True))
+    alone = not norm["ratio"] and not norm["duo_scaling"]
+    return f"norm and {experts} experts" if alone else f"{experts} experts"
 
 
 def _release_memory() -> None:
