@@ -7,6 +7,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
 
+from mmq.expert_block import DownInputs
 from mmq.synth import quantize_block
 from mmq.tensors.experts import Rows, combine, grouped_linear, second_moments
 from mmq.tensors.fp8 import dequantize_block, has_nan, is_finite, scale_shape
@@ -194,3 +195,23 @@ def test_second_moments_add_up() -> None:
     second_moments(x[:10], total)
     second_moments(x[10:], total)
     assert torch.allclose(total, 1 + x.double().T.matmul(x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_a_changed_down_weight_is_measured_by_moments_as_by_rows(many: bool) -> None:
+    generator = torch.Generator().manual_seed(7)
+    counts, inner, hidden = [5, 0, 9, 1], 12, 7
+    chunks = [(torch.randn(sum(counts), inner, generator=generator), counts) for _ in range(2)]
+    change = torch.randn(4, hidden, inner, generator=generator)
+    inputs = DownInputs.empty(torch.tensor(counts) * 2, inner)
+    assert inputs.moments is None
+    if many:
+        inputs.moments = torch.zeros(4, inner, inner)
+    for rows, sizes in chunks:
+        inputs.add(rows, torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32))
+    for expert in range(4):
+        own = torch.cat([rows.split(sizes)[expert] for rows, sizes in chunks]).double()
+        assert torch.allclose(inputs.sums[expert].double(), own.abs().sum(0), rtol=1e-5)
+        expected = (own @ change[expert].double().T).square().sum()
+        assert torch.allclose(inputs.squared_change(change)[expert].double(), expected, rtol=1e-5, atol=1e-9)
+    assert DownInputs.empty(torch.tensor([13 * 4, 0, 0, 0]), inner).moments is not None

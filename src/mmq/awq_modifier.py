@@ -2,8 +2,8 @@
 
 The grid, its options and the mappings are the modifier's own; what differs is how a grid point is measured. The stock
 search replays Python modules, one expert at a time. Here the tokens are routed and sorted once, and every point is a
-vectorized quantization and a grouped product; the per-expert search needs no products with tokens at all, since its
-loss is a quadratic form of the expert's second moments.
+vectorized quantization and a grouped product; where tokens are many, the per-expert search needs no products with
+them at all, since its loss is a quadratic form of the expert's second moments.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class StackedAWQModifier(AWQModifier):
     def search_down(self, block: ExpertBlock) -> Found:
         """Scales of each up layer's output: those of the grid whose quantized down layer changes its output least.
 
-        With G = X^T X of the expert's inputs and D = Q(W s)/s - W, the squared difference is trace(D G D^T); G is
-        kept for `block.step` experts at a time.
+        With X the expert's inputs and D = Q(W s)/s - W the change of its weight, the squared difference is that of
+        X D^T, or trace(D G D^T) with G = X^T X; inputs are kept for `block.step` experts at a time.
 
         Returns:
             scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
@@ -102,22 +102,19 @@ class StackedAWQModifier(AWQModifier):
         return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
 
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
-        moments, x_sum, rows = block.down_statistics(first, last)
+        inputs = block.down_inputs(first, last)
         weight = block.down[first:last]
-        count = rows.clamp(min=1).to(torch.float32)
-        x_mean = x_sum / count.unsqueeze(1)
+        count = inputs.counts.clamp(min=1).to(torch.float32)
+        x_mean = inputs.sums / count.unsqueeze(1)
         w_mean = normalized_mean(weight, block.group_size) / weight.shape[1]
-        moments = moments.to(weight.dtype)
         change = torch.empty_like(weight)
 
         def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
             fake_quantize_scaled(weight, scales.unsqueeze(1), block.group_size, change)
-            change.sub_(weight)
-            squares = torch.bmm(change, moments).mul_(change).sum((1, 2), dtype=torch.float32)
-            return squares / (count * weight.shape[1])
+            return inputs.squared_change(change.sub_(weight)) / (count * weight.shape[1])
 
         found = self._search(x_mean, w_mean, error)
-        unused = rows == 0
+        unused = inputs.counts == 0
         return replace(
             found,
             scales=torch.where(unused.unsqueeze(1), 1.0, found.scales),

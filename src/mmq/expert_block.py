@@ -150,29 +150,70 @@ class ExpertBlock:
                 return torch.full_like(total, torch.inf)
         return total / reference.numel()
 
-    def down_statistics(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the down search needs of experts first..last, over their routed and extra rows: second moments float32
-        [n, I, I], summed |x| float32 [n, I] and the number of rows int64 [n]."""
-        inner, device = self.down.shape[2], self.x.device
-        moments = torch.zeros(last - first, inner, inner, dtype=torch.float32, device=device)
-        sums = torch.zeros(last - first, inner, dtype=torch.float32, device=device)
-        counts = torch.zeros(last - first, dtype=torch.int64)
+    def down_inputs(self, first: int, last: int) -> DownInputs:
+        """What goes into the down layers of experts first..last, from their routed and their extra rows."""
         chunks = list(self.chunks)
         if self.extra is not None:
             chunks.append(Chunk(0, self.x.shape[0], self.extra, None))
+        counts = torch.tensor([chunk.rows.counts[first:last] for chunk in chunks]).sum(0)
+        inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2])
         for chunk in chunks:
-            counts += torch.tensor(chunk.rows.counts[first:last])
             piece = chunk.rows.piece(first, last)
-            if piece is None:
-                continue
-            rows = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
-            middle = gated(rows, self.activation)
-            begin = 0
-            for expert, end in enumerate(piece.ends.tolist()):
-                second_moments(middle[begin:end], moments[expert])
-                sums[expert] += middle[begin:end].abs().sum(0, dtype=torch.float32)
-                begin = end
-        return moments, sums, counts.to(device)
+            if piece is not None:
+                gate_up = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
+                inputs.add(gated(gate_up, self.activation), piece.ends)
+        return inputs
+
+
+@dataclass
+class DownInputs:
+    """Inputs X [n_e, I] of some experts' down layers, as far as the search needs them.
+
+    Attributes:
+        counts: int64 [E], n_e.
+        sums: float32 [E, I], summed |x|.
+        moments: float32 [E, I, I], X^T X, where there are more rows than I to an expert on average.
+        rows: otherwise the rows themselves, sorted by expert, and where each expert's end, one pair a chunk.
+    """
+
+    counts: torch.Tensor
+    sums: torch.Tensor
+    moments: torch.Tensor | None
+    rows: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def empty(cls, counts: torch.Tensor, inner: int) -> DownInputs:
+        """Ready to take `counts` rows of each expert."""
+        experts = counts.shape[0]
+        sums = torch.zeros(experts, inner, dtype=torch.float32, device=counts.device)
+        many = int(counts.sum()) > experts * inner
+        return cls(counts, sums, sums.new_zeros(experts, inner, inner) if many else None, [])
+
+    def add(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
+        """Take rows [R, I], sorted by expert, and where each expert's end."""
+        begin = 0
+        for expert, end in enumerate(ends.tolist()):
+            self.sums[expert] += rows[begin:end].abs().sum(0, dtype=torch.float32)
+            if self.moments is not None:
+                second_moments(rows[begin:end], self.moments[expert])
+            begin = end
+        if self.moments is None:
+            self.rows.append((rows, ends))
+
+    def squared_change(self, change: torch.Tensor) -> torch.Tensor:
+        """Squared change of each expert's output, float32 [E], when its weight changes by D, `change` [E, H, I].
+
+        It is trace(D G D^T) with G = X^T X, or the sum of squares of X D^T, whichever takes fewer products.
+        """
+        if self.moments is not None:
+            moments = self.moments.to(change.dtype)
+            return torch.bmm(change, moments).mul_(change).sum((1, 2), dtype=torch.float32)
+        total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
+        for rows, ends in self.rows:
+            squares = grouped_linear(rows, change, ends).square_().sum(1, dtype=torch.float32)
+            running = torch.nn.functional.pad(squares.cumsum(0, dtype=torch.float64), (1, 0))[ends.long()]
+            total += torch.diff(running, prepend=running.new_zeros(1))
+        return total.float()
 
 
 class Weights:
