@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,12 +57,19 @@ class LayerQuantizer:
     Args:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
+        say: told what is being done.
     """
 
     def __init__(
-        self, arch: Architecture, config: dict[str, Any], settings: Awq, lengths: list[int], device: torch.device
+        self,
+        arch: Architecture,
+        config: dict[str, Any],
+        settings: Awq,
+        lengths: list[int],
+        device: torch.device,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.arch, self.settings, self.lengths, self.device = arch, settings, lengths, device
+        self.arch, self.settings, self.lengths, self.device, self.say = arch, settings, lengths, device, say
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
             mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
@@ -75,7 +82,8 @@ class LayerQuantizer:
         Raises:
             CalibrationError: NaN or infinity appeared; the message names layer and sample.
         """
-        arch, settings, clock = self.arch, self.settings, _Clock(self.device)
+        arch, settings = self.arch, self.settings
+        clock = _Clock(self.device, lambda part: self.say(f"layer {layer}: {part}"))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
             observer = (
@@ -194,12 +202,13 @@ class LayerQuantizer:
 class _Clock:
     """Seconds of each part, the device's work included."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
+        self._device, self._say = device, say
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        self._say(name)
         begin = time.perf_counter()
         yield
         if self._device.type == "cuda":

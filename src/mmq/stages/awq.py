@@ -125,7 +125,12 @@ class _Stage:
         self.state.mkdir(parents=True, exist_ok=True)
         tokens = _tokens(workspace)
         self.quantizer = LayerQuantizer(
-            workspace.architecture, self.source.config, workspace.recipe.awq, tokens.lengths, self.device
+            workspace.architecture,
+            self.source.config,
+            workspace.recipe.awq,
+            tokens.lengths,
+            self.device,
+            workspace.reporter.item,
         )
         self.hidden = self._hidden_states(tokens)
         self.two_layers_fit = _two_layers_fit(self.device, plan, widest_layer(self.source))
@@ -143,7 +148,7 @@ class _Stage:
 
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
-        self.workspace.reporter.item(f"layer {layer}")
+        self.workspace.reporter.item(f"layer {layer}: reading")
         _reset_peak(self.device)
         begin = time.perf_counter()
         content = self._take_layer(layer)
