@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.entrypoints.convert import FP8BlockDequantizer
+from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+from compressed_tensors.quantization.utils import calculate_qparams
 
 from mmq.expert_block import DownInputs
 from mmq.synth import quantize_block
 from mmq.tensors.experts import Rows, combine, grouped_linear, second_moments
 from mmq.tensors.fp8 import dequantize_block, has_nan, is_finite, scale_shape
-from mmq.tensors.int4 import QuantizedStack, fake_quantize_scaled, normalized_mean, quantize_stack
+from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_stack, weight_args
 from mmq.tensors.smoothing import candidate_scales, smooth_norm
 
 CODES = torch.arange(256, dtype=torch.uint8)
@@ -76,11 +78,11 @@ def test_is_finite(dtype: torch.dtype) -> None:
 def test_int4_values_and_packing_over_all_codes() -> None:
     # A group whose largest magnitude is 7.5 steps; every integer is hit, ties go to even, 7.5 is clipped to 7.
     steps = torch.cat([torch.arange(-15, 16) / 2, torch.zeros(97)])
-    values, scale = quantize_stack((steps * 0.5).view(1, 1, 128), 128)
-    assert float(scale) == 0.5
+    stack = quantize_stack((steps * 0.5).view(1, 1, 128), 128)
+    values = stack.values
+    assert float(stack.scale) == 0.5
     expected = [max(-8, min(7, round(float(step)))) for step in steps]
     assert values.flatten().tolist() == expected
-    stack = QuantizedStack(values, scale, 128)
     packed = stack.pack()
     assert packed.dtype == torch.int32
     assert packed.shape == (1, 1, 16)
@@ -90,10 +92,29 @@ def test_int4_values_and_packing_over_all_codes() -> None:
     assert torch.equal(stack.dequantize(torch.float32).flatten(), torch.tensor(expected) * 0.5)
 
 
+@pytest.mark.parametrize("spread", [1e-6, 0.02, 300.0])
+@pytest.mark.parametrize("shape", [(1, 3, 128), (5, 7, 384), (2, 16, 256)])
+def test_a_stack_is_quantized_and_packed_as_compressed_tensors_does(shape: tuple[int, int, int], spread: float) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2)) * spread
+    weight[0, 0, :128] = 0
+    stack, args = quantize_stack(weight.clone(), 128), weight_args(128)
+    for number, matrix in enumerate(weight):
+        groups = matrix.unflatten(-1, (-1, 128))
+        scale = calculate_qparams(groups.amin(-1), groups.amax(-1), args)[0].to(torch.bfloat16)
+        scale = torch.where(groups.abs().amax(-1) == 0, torch.finfo(torch.bfloat16).eps, scale)
+        values = quantize(matrix, scale.float(), None, args, dtype=torch.int8)
+        assert torch.equal(stack.scale[number], scale)
+        assert torch.equal(stack.values[number], values)
+        assert torch.equal(stack.pack()[number], pack_to_int32(values, 4))
+        for dtype in (torch.bfloat16, torch.float32):
+            plain = dequantize(values, scale.float(), args=args, dtype=torch.float32).to(dtype)
+            assert torch.equal(stack.dequantize(dtype)[number], plain)
+
+
 @pytest.mark.parametrize("shape", [(1, 3, 128), (5, 7, 384), (2, 16, 256)])
 def test_packed_stack_is_each_matrix_packed(shape: tuple[int, int, int]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    stack = QuantizedStack(*quantize_stack(weight, 128), 128)
+    stack = quantize_stack(weight, 128)
     for number, matrix in enumerate(stack.pack()):
         assert torch.equal(unpack_from_int32(matrix, 4, torch.Size(shape[1:])), stack.values[number])
 
@@ -101,7 +122,7 @@ def test_packed_stack_is_each_matrix_packed(shape: tuple[int, int, int]) -> None
 def test_zero_groups_stay_zero() -> None:
     weight = torch.zeros(1, 2, 256)
     weight[0, 1, 128:] = 1.0
-    values, scale = quantize_stack(weight, 128)
+    values, scale = (stack := quantize_stack(weight.clone(), 128)).values, stack.scale
     assert bool(torch.isfinite(scale.float()).all()) and bool((scale > 0).all())
     assert not values[0, 0].any() and not values[0, 1, :128].any()
     assert bool(torch.isfinite(fake_quantize_scaled(weight, torch.ones(256), 128)).all())
@@ -112,7 +133,7 @@ def test_the_search_sees_what_is_packed(group: int) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = (torch.randn(3, 40, 256, generator=generator) * 0.02).to(torch.bfloat16)
     scales = torch.rand(3, 1, 256, generator=generator) + 0.5
-    stack = QuantizedStack(*quantize_stack(weight.float() * scales, group), group)
+    stack = quantize_stack(weight.float() * scales, group)
     plain = stack.values.float() * stack.scale.float().repeat_interleave(group, -1) / scales
     assert torch.equal(fake_quantize_scaled(weight, scales, group), plain.to(torch.bfloat16))
 

@@ -17,7 +17,7 @@ from mmq.expert_block import ExpertBlock, Smoothed, Weights, top_up
 from mmq.layers import DecoderLayer, transformers_config
 from mmq.recipe import Awq
 from mmq.tensors.fp8 import is_finite
-from mmq.tensors.int4 import QuantizedStack, quantize_stack
+from mmq.tensors.int4 import quantize_stack
 from mmq.tensors.smoothing import smooth_norm
 
 
@@ -169,7 +169,7 @@ class LayerQuantizer:
                 (gate_up, block.gate_up, (arch.gate, arch.up)),
                 (down, block.down, (arch.down,)),
             ):
-                stack = QuantizedStack(*quantize_stack(weight, group), group)
+                stack = quantize_stack(weight, group)
                 target[part] = stack.dequantize(target.dtype)
                 packed, scale = stack.pack().cpu(), stack.scale.cpu()
                 rows = weight.shape[1] // len(linears)

@@ -1,7 +1,7 @@
 """Symmetric group int4: what AWQ's search sees, and what is packed.
 
-The search's fake quantization is written here for speed; the final integers come from compressed-tensors, and a test
-holds the two together.
+Scales, rounding and packing are those of compressed-tensors, written for stacks of matrices: on a CPU the library's
+packing takes 40 times as long. Tests hold the results to be equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
-from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-from compressed_tensors.quantization.utils import calculate_qparams
 
 Q_MIN, Q_MAX = -8, 7
 # Half of the 16 codes on either side of zero: compressed-tensors' symmetric scale is max|w| / 7.5.
@@ -45,36 +42,27 @@ class QuantizedStack:
     group_size: int
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """value * scale: [n, out, in]."""
-        values, scale = self.values, self.scale
-        flat = dequantize(
-            values.flatten(0, 1), scale.flatten(0, 1), args=weight_args(self.group_size), dtype=scale.dtype
-        )
-        return flat.view(values.shape).to(dtype)
+        """value * scale, rounded once: [n, out, in]."""
+        groups = self.values.float().unflatten(-1, (-1, self.group_size))
+        return groups.mul_(self.scale.float().unsqueeze(-1)).flatten(-2).to(dtype)
 
     def pack(self) -> torch.Tensor:
-        """int32 [n, out, in/8], eight codes to a word, lowest bits first."""
-        return pack_to_int32(self.values.flatten(0, 1), 4).view(*self.values.shape[:2], -1)
+        """int32 [n, out, in/8], eight codes to a word, lowest bits first, each the value plus 8."""
+        pairs = self.values.add(-Q_MIN).view(torch.uint8).unflatten(-1, (-1, 2))
+        return pairs[..., 1].bitwise_left_shift(4).bitwise_or_(pairs[..., 0]).view(torch.int32)
 
 
-def quantize_stack(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to nearest, by compressed-tensors.
+def quantize_stack(weight: torch.Tensor, group_size: int) -> QuantizedStack:
+    """Round to nearest.
 
     Args:
-        weight: float32 [n, out, in], in divisible by the group size.
-
-    Returns:
-        int8 [n, out, in] and bfloat16 scales [n, out, in/group].
+        weight: float32 [n, out, in], in divisible by the group size; overwritten.
     """
-    args = weight_args(group_size)
-    flat = weight.flatten(0, 1)
-    groups = flat.unflatten(-1, (-1, group_size))
-    scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    groups = weight.unflatten(-1, (-1, group_size))
     # The stored scale is bf16; the integers are chosen for the value that will be read back.
-    scale = _nonzero(scale.to(torch.bfloat16))
-    values = quantize(flat, scale.float(), None, args, dtype=torch.int8)
-    shape = weight.shape
-    return values.view(shape), scale.view(*shape[:-1], -1)
+    scale = _scale(groups, torch.bfloat16)
+    values = groups.div_(scale.float().unsqueeze(-1)).round_().clamp_(Q_MIN, Q_MAX).to(torch.int8)
+    return QuantizedStack(values.view(weight.shape), scale, group_size)
 
 
 def fake_quantize_scaled(
@@ -94,8 +82,7 @@ def fake_quantize_scaled(
     work = weight.to(torch.float32, copy=True)
     work.mul_(scales)
     groups = work.unflatten(-1, (-1, group_size))
-    largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
-    step = _nonzero(largest.div_(HALF_RANGE).to(weight.dtype)).float().unsqueeze(-1)
+    step = _scale(groups, weight.dtype).float().unsqueeze(-1)
     groups.div_(step).round_().clamp_(Q_MIN, Q_MAX).mul_(step)
     return out.copy_(work.div_(scales))
 
@@ -111,6 +98,8 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return groups.flatten(-2).sum(1, dtype=torch.float64)
 
 
-def _nonzero(scale: torch.Tensor) -> torch.Tensor:
-    """A group of zeros gets compressed-tensors' epsilon instead of a scale that divides by zero."""
-    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
+def _scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """max|w| / 7.5 of each group [..., group] in the dtype it is stored in; a group of zeros gets its epsilon."""
+    largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
+    scale = largest.div_(HALF_RANGE).to(dtype)
+    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
