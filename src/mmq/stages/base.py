@@ -123,8 +123,8 @@ def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], Non
     """Run `job` for every unit on `workers` threads; the first error stops the others at their next tensor."""
     stop = threading.Event()
     kept = torch.get_num_threads()
-    torch.set_num_threads(max(1, kept // workers))
     try:
+        # One thread for each worker's tensors; setting it in a worker sets it for threads to come as well.
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             futures = [pool.submit(job, unit, stop) for unit in units]
             try:
