@@ -21,7 +21,20 @@ from conftest import digests
 from mmq.cli.app import app
 from mmq.recipe import load
 
-COMMANDS = ["plan", "doctor", "dequant", "awq", "restore", "run", "verify", "status", "synth", "recipe"]
+COMMANDS = [
+    "plan",
+    "calibration",
+    "doctor",
+    "eval",
+    "dequant",
+    "awq",
+    "restore",
+    "run",
+    "verify",
+    "status",
+    "synth",
+    "recipe",
+]
 STAGES = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}
 EVENTS = {"start", "unit", "note", "finish", "result"}
 Mmq = Callable[..., subprocess.CompletedProcess[str]]

@@ -109,8 +109,8 @@ def is_complete(work_dir: Path, stage: str) -> bool:
 MOMENTS = {
     "dequant": [("write", 3), ("fsync", 1), ("fsync", 4), ("replace", 3), ("replace", 9), ("replace", 12),
                 ("replace", 15), ("replace", 16)],
-    "awq": [("write", 9), ("fsync", 3), ("replace", 3), ("replace", 4), ("write", 130), ("replace", 7), ("write", 176),
-            ("replace", 11), ("replace", 18), ("replace", 19), ("replace", 20)],
+    "awq": [("write", 3), ("replace", 2), ("write", 13), ("fsync", 5), ("replace", 4), ("replace", 5), ("write", 134),
+            ("replace", 8), ("write", 180), ("replace", 12), ("replace", 19), ("replace", 20), ("replace", 21)],
     "restore": [("write", 9), ("fsync", 4), ("replace", 5), ("replace", 7), ("replace", 10), ("replace", 13),
                 ("replace", 14)],
 }  # fmt: skip
@@ -274,7 +274,7 @@ CHANGES = {
 @pytest.mark.parametrize("field", CHANGES)
 def test_awq_does_not_go_on_with_other_settings(project: Path, finished: Path, field: str) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     before = digests(project / "run" / "awq")
     message = refused("awq", recipe, "--set", CHANGES[field])
     assert field in message
@@ -329,7 +329,7 @@ def test_what_does_not_change_the_bytes_may_change(project: Path, finished: Path
     if torch.cuda.is_available():
         pytest.skip("auto would be another device here, whose sums differ in the last bits")
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     assert finished_units(project / "run", "awq") >= 1
     options = [part for setting in HARMLESS for part in ("--set", setting)]
     succeed("awq", recipe, "--quiet", *options)
@@ -397,7 +397,7 @@ def test_a_stage_checks_what_it_reads(project: Path, finished: Path, stage: str,
 
 def test_lost_hidden_states_are_named(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     (hidden,) = (project / "run" / "state" / "awq").glob("hidden-*.safetensors")
     assert lose(hidden) in refused("awq", recipe)
 
@@ -438,7 +438,7 @@ def test_a_journal_of_another_format_is_refused(finished_copy: Path, version: ob
 
 def test_a_moved_work_dir_goes_on(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     moved = project.parent / "elsewhere" / "moved"
     moved.parent.mkdir()
     (project / "run").rename(moved)
@@ -489,7 +489,7 @@ def test_status_at_every_point(project: Path) -> None:
 
 def test_status_in_the_middle_of_awq(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
-    assert stopped(project, "awq", "replace", 6)[0] == -signal.SIGKILL
+    assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     found = status(recipe)["stages"][1]
     assert found == {"stage": "awq", "state": "begun", "done": 1, "units": 3, "last": "layer-00000"}
 

@@ -17,27 +17,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
 from safetensors.torch import load_file
 
 import mmq
 from mmq.architectures import Architecture
 from mmq.calibration import Tokens, load_tokens
+from mmq.device import present_device, release_memory
 from mmq.errors import CalibrationError, CheckpointError, JournalError
 from mmq.expert_block import ExpertBlock, Smoothed, Weights
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal, lock
 from mmq.layer_quantizer import LayerContent
-from mmq.layers import DecoderLayer, transformers_config
-from mmq.layout import scale_name
+from mmq.layers import DecoderLayer, quantize_kv_cache, transformers_config
+from mmq.layout import layer_unit, scale_name
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.stages.awq import _present_device, _release_memory, layer_unit
 from mmq.stages.base import check_disk
 from mmq.storage.atomic import FileRecord, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, read_json
@@ -219,36 +216,6 @@ def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: to
     return LayerContent(gate_up, down, rest)
 
 
-def quantize_kv_cache(
-    decoder: DecoderLayer, config: Any, scheme: dict[str, Any], scales: dict[str, torch.Tensor]
-) -> None:
-    """Round keys after rotary and values to fp8 and back in all that the layer computes from now on.
-
-    Args:
-        scheme: compressed-tensors' arguments, config.json's kv_cache_scheme.
-        scales: `k_scale` and `v_scale`, float32 [1].
-    """
-    if scales.keys() != {"k_scale", "v_scale"}:
-        raise CheckpointError(
-            "a layer of the hybrid checkpoint has no KV scales, though its config.json speaks of them"
-        )
-    attention: Any = decoder.module.self_attn
-    attention.quantization_scheme = QuantizationScheme(
-        targets=["self_attn"], input_activations=QuantizationArgs(**scheme)
-    )
-    attention.quantization_status = QuantizationStatus.FROZEN
-    attention.quantization_enabled = True
-    for scale, value in scales.items():
-        attention.register_buffer(scale, value.to(decoder.device), persistent=False)
-    initialize_hooked_kv_cache(SimpleNamespace(config=config), attention)
-    # The scales are fp32, and so is what they multiply; attention wants the query's dtype.
-    attention.kv_cache.register_forward_hook(
-        lambda _cache, given, result: tuple(
-            after.to(before.dtype) for before, after in zip(given, result, strict=False)
-        )
-    )
-
-
 @torch.no_grad()
 def run_layer(
     decoder: DecoderLayer,
@@ -382,7 +349,7 @@ class _Evaluation:
         }
         self.kv_scheme: dict[str, Any] | None = (hybrid.config.get("quantization_config") or {}).get("kv_cache_scheme")
         self.variants = [SOURCE, HYBRID_MODEL, *([HYBRID_FP8_KV] if self.kv_scheme else []), NEAREST]
-        self.device = _present_device(workspace.recipe.awq.device)
+        self.device = present_device(workspace.recipe.awq.device)
         self.recipe = eval_recipe(workspace.recipe, settings)
         self.tokens = load_tokens(self.recipe, self.source.checkpoint.folder)
         if max(self.tokens.lengths) < 2:
@@ -427,7 +394,7 @@ class _Evaluation:
         for key in self.weights:
             self.workspace.reporter.item(f"layer {layer} of {key}")
             after |= self._run_variants(key, layer, hidden)
-            _release_memory()
+            release_memory()
         after = {variant.name: after[variant.name] for variant in self.variants}
         truth = after[SOURCE.name]
         errors = {variant.name: relative_error(after[variant.name], truth) for variant in self.variants}

@@ -16,7 +16,7 @@ from compressed_tensors.modeling.kvcache import (
     register_key_hook,
     register_value_hook,
 )
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStatus
 from llmcompressor.modifiers.quantization.calibration import (
     calibrate_key_hook,
     calibrate_value_hook,
@@ -193,6 +193,36 @@ class KvObserver:
                 setattr(observer, attribute, value.float())
             result[f"{name}_scale"] = observer.get_qparams()["scale"].float().cpu().reshape(1)
         return result
+
+
+def quantize_kv_cache(
+    decoder: DecoderLayer, config: Any, scheme: dict[str, Any], scales: dict[str, torch.Tensor]
+) -> None:
+    """Round keys after rotary and values to fp8 and back in all that the layer computes from now on.
+
+    Args:
+        scheme: compressed-tensors' arguments, config.json's kv_cache_scheme.
+        scales: `k_scale` and `v_scale`, float32 [1].
+    """
+    if scales.keys() != {"k_scale", "v_scale"}:
+        raise CheckpointError(
+            "a layer of the hybrid checkpoint has no KV scales, though its config.json speaks of them"
+        )
+    attention: Any = decoder.module.self_attn
+    attention.quantization_scheme = QuantizationScheme(
+        targets=["self_attn"], input_activations=QuantizationArgs(**scheme)
+    )
+    attention.quantization_status = QuantizationStatus.FROZEN
+    attention.quantization_enabled = True
+    for scale, value in scales.items():
+        attention.register_buffer(scale, value.to(decoder.device), persistent=False)
+    initialize_hooked_kv_cache(SimpleNamespace(config=config), attention)
+    # The scales are fp32, and so is what they multiply; attention wants the query's dtype.
+    attention.kv_cache.register_forward_hook(
+        lambda _cache, given, result: tuple(
+            after.to(before.dtype) for before, after in zip(given, result, strict=False)
+        )
+    )
 
 
 def _batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:

@@ -14,6 +14,11 @@ def layers_and_rest(workspace: Workspace) -> list[int | None]:
     return [*range(workspace.source.layer_count()), None]
 
 
+def layer_unit(layer: int) -> str:
+    """A decoder layer's name in the journal."""
+    return f"layer-{layer:05d}"
+
+
 def shard_name(workspace: Workspace, layer: int | None) -> str:
     """The file that holds a layer, or the rest."""
     count = workspace.source.layer_count()

@@ -62,10 +62,13 @@ class FileSamples(Section):
 class HubSamples(Section):
     """Calibration samples from a dataset on the hub."""
 
-    hub: str = Field(description="a dataset id")
+    hub: str = Field(description="a dataset id, or a folder with a dataset's files")
     name: str | None = Field(None, description="the dataset's configuration")
     split: str = "train"
     column: str | None = Field(None, description="the column to use; else `messages` or `text`, whichever is there")
+    filter: dict[str, str | int | float | bool | None] | None = Field(
+        None, description="only samples whose columns have these values, e.g. {language: en}"
+    )
     revision: str | None = Field(None, description="branch, tag or commit")
     samples: Count = Field(description="how many samples to take")
     seed: Annotated[int, Field(strict=True)] = Field(0, description="of the shuffle before taking")

@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 import mmq
+from mmq.cli.calibration import calibration
 from mmq.cli.doctor import doctor
+from mmq.cli.evaluate import evaluate
 from mmq.cli.plan import plan
 from mmq.cli.recipe import recipe_app
 from mmq.cli.stages import HELP, stage_command
@@ -23,8 +25,9 @@ app = typer.Typer(
 )
 for name, text in HELP.items():
     app.command(name, help=text)(stage_command(name))
-for command in (plan, verify, status, synth, doctor):
+for command in (plan, calibration, verify, status, synth, doctor):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(recipe_app, name="recipe")
 
 

@@ -6,11 +6,7 @@ statistics and hidden states are on disk before the journal says so, and a kille
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
-import re
-import resource
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +16,14 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from mmq.calibration import Tokens, load_tokens
-from mmq.errors import CalibrationError, CheckpointError, JournalError, RecipeError
+from mmq.calibration import CACHE_NAME, Tokens, load_tokens, save_tokens
+from mmq.device import named_device, peak_device, peak_host, present_device, release_memory, reset_peak_device
+from mmq.errors import CalibrationError, CheckpointError, JournalError
 from mmq.expert_block import default_budget
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal
 from mmq.layer_quantizer import LayerContent, LayerQuantizer, LayerResult
-from mmq.layout import layers_and_rest, quantized_specs, shard_name
+from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
 from mmq.sizes import awq_memory, most_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
@@ -38,10 +35,6 @@ from mmq.workspace import AWQ, BF16, STATE, Workspace
 name = "awq"
 OUTSIDE = "outside"
 STATISTICS = "layers.json"
-
-
-def layer_unit(layer: int) -> str:
-    return f"layer-{layer:05d}"
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -57,7 +50,7 @@ def plan(workspace: Workspace) -> Plan:
         units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
     widest = widest_layer(source)
     hidden_states = most_tokens(recipe) * int(source.config[source.architecture.hidden_key])
-    device = _device(recipe.awq.device)
+    device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
     memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu")
@@ -84,7 +77,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         for layer in range(workspace.source.layer_count()):
             if layer_unit(layer) not in journal.units:
                 stage.quantize_layer(layer)
-                _release_memory()
+                release_memory()
         stage.finish_writing()
         if OUTSIDE not in journal.units:
             stage.carry_outside()
@@ -120,7 +113,7 @@ class _Stage:
         self.source: Fp8Source = workspace.source
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
-        self.device = _present_device(workspace.recipe.awq.device)
+        self.device = present_device(workspace.recipe.awq.device)
         self.state = workspace.folder(STATE) / name
         self.state.mkdir(parents=True, exist_ok=True)
         tokens = _tokens(workspace)
@@ -133,6 +126,7 @@ class _Stage:
             workspace.reporter.item,
         )
         self.hidden = self._hidden_states(tokens)
+        workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
         self.two_layers_fit = _two_layers_fit(self.device, plan, widest_layer(self.source))
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="mmq-writer")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="mmq-reader")
@@ -149,15 +143,15 @@ class _Stage:
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
         self.workspace.reporter.item(f"layer {layer}: reading")
-        _reset_peak(self.device)
+        reset_peak_device(self.device)
         begin = time.perf_counter()
         content = self._take_layer(layer)
         reading = round(time.perf_counter() - begin, 3)
         self._read_ahead(layer + 1)
         result = self.quantizer.quantize(layer, content, self.hidden)
         result.statistics["seconds"] = {"reading": reading} | result.statistics["seconds"]
-        result.statistics["peak_host_bytes"] = _peak_host()
-        result.statistics["peak_device_bytes"] = _peak_device(self.device)
+        result.statistics["peak_host_bytes"] = peak_host()
+        result.statistics["peak_device_bytes"] = peak_device(self.device)
         self.hidden = result.hidden
         self.finish_writing()
         self.pending = self.writer.submit(self._write, layer, result)
@@ -312,19 +306,11 @@ def _weights(workspace: Workspace) -> _Weights:
 
 
 def _tokens(workspace: Workspace) -> Tokens:
-    """The run's calibration tokens, made once."""
+    """The run's calibration tokens, made once or kept from an earlier run; `_Stage` keeps them."""
     if workspace.calibration is None:
-        workspace.calibration = load_tokens(workspace.recipe, workspace.source.checkpoint.folder)
+        cache = workspace.folder(STATE) / CACHE_NAME
+        workspace.calibration = load_tokens(workspace.recipe, workspace.source.checkpoint.folder, cache)
     return workspace.calibration
-
-
-def _device(name: str) -> torch.device:
-    """The device a recipe names, there or not. Raises RecipeError when it is none that mmq runs on."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise RecipeError(f"awq.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
-    return torch.device(name)
 
 
 def widest_layer(source: Fp8Source) -> int:
@@ -337,14 +323,6 @@ def _two_layers_fit(device: torch.device, plan: Plan, layer: int) -> bool:
     if device.type != "cuda":
         return False
     return bool(torch.cuda.get_device_properties(device).total_memory >= plan.device_memory + layer)
-
-
-def _present_device(name: str) -> torch.device:
-    """Raises RecipeError when this machine lacks the device."""
-    device = _device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"awq.device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _check_shapes(source: Fp8Source, group_size: int) -> None:
@@ -378,29 +356,3 @@ def _kept(statistics: dict[str, Any]) -> str:
     experts = sum(not ratio and not duo for ratio, duo in zip(down["ratio"], down["duo_scaling"], strict=True))
     alone = not norm["ratio"] and not norm["duo_scaling"]
     return f"norm and {experts} experts" if alone else f"{experts} experts"
-
-
-def _release_memory() -> None:
-    """Free the last layer now: its hooks make reference cycles, and the C library keeps freed blocks for later."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-
-
-def _peak_host() -> int:
-    """The process's largest resident size so far, in bytes. Linux's getrusage would tell of the parent's as well."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_device(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

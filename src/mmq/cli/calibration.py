@@ -1,0 +1,116 @@
+"""mmq calibration: what the recipe's mix of samples becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmq.cli.errors import handled
+from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.output import Output, Rows, make_output
+from mmq.errors import LockedError, RecipeError, one_line
+
+if TYPE_CHECKING:
+    from mmq.calibration import Tokens
+    from mmq.workspace import Workspace
+
+SHOWN_LANGUAGES = 4
+
+
+def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
+    """What the calibration samples become: tokens, what is cut, languages. Keeps the tokens for the awq stage."""
+    with handled():
+        loaded = read_recipe(recipe, set_)
+        quiet_libraries()
+        from mmq.calibration import CACHE_NAME, describe, kept_path, load_tokens
+        from mmq.workspace import STATE, Workspace
+
+        output = make_output(mode(json, False))
+        workspace = Workspace.of(loaded, output)
+        cache = workspace.folder(STATE) / CACHE_NAME
+        made = load_tokens(loaded, _tokenizer_folder(workspace), cache)
+        tokens = _keep(workspace, made, cache)
+        found = describe(loaded, tokens)
+        found["kept_in"] = str(kept_path(cache, tokens.inputs)) if tokens.cached else None
+        found["reused"] = made.cached
+        output.result(found, f"Calibration, {found['sequence_length']} tokens at most of each sample", _rows(found))
+        if not json:
+            _notes(found, output)
+
+
+def _keep(workspace: Workspace, tokens: Tokens, cache: Path) -> Tokens:
+    """Keep new tokens, unless a run holds the work_dir: that one keeps its own."""
+    from mmq.calibration import save_tokens
+    from mmq.journal import lock
+
+    if tokens.cached:
+        return tokens
+    try:
+        with lock(workspace.work_dir):
+            return save_tokens(tokens, cache)
+    except LockedError:
+        return tokens
+
+
+def _tokenizer_folder(workspace: Workspace) -> Path:
+    """The source's folder; of a hub id only what a tokenizer needs is fetched.
+
+    Raises:
+        RecipeError: it is not there.
+    """
+    name, revision = workspace.recipe.model.source, workspace.recipe.model.revision
+    if workspace.recipe.path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        return workspace.source_folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from mmq.calibration import TOKENIZER_FILES
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise RecipeError(
+            f"model.source: {name} is neither a folder (looked at {workspace.recipe.path(name)}), nor is its tokenizer"
+            f" found on the hub: {one_line(error)}"
+        ) from None
+
+
+def _rows(found: dict[str, Any]) -> Rows:
+    """One row a source, and their total."""
+    named = [(source.get("path") or source["hub"], source) for source in found["sources"]]
+    return [
+        {
+            "source": name,
+            "form": " + ".join(f"{entry[form]} {form}" for form in ("chat", "text") if entry[form]),
+            "samples": entry["samples"],
+            "cut": entry["samples_cut"],
+            "tokens": f"{entry['tokens']:,}",
+            "cut off": f"{entry['tokens_cut']:,}",
+            "filled": f"{entry['filled_mean']:.1%}",
+            "least": f"{entry['filled_min']:.1%}",
+            "languages": _languages(entry["languages"]),
+        }
+        for name, entry in [*named, ("total", found["total"])]
+    ]
+
+
+def _languages(counts: dict[str, int]) -> str:
+    shown = [f"{language} {count}" for language, count in list(counts.items())[:SHOWN_LANGUAGES]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "") or "-"
+
+
+def _notes(found: dict[str, Any], output: Output) -> None:
+    total, window = found["total"], found["sequence_length"]
+    output.note(
+        f"{total['samples_cut']} of {total['samples']} samples are longer than sequence_length = {window};"
+        f" {total['tokens_cut']:,} tokens are cut off"
+    )
+    output.note("packing: off. Samples are never packed or padded: each is a sequence of its own.")
+    for source in found["sources"]:
+        if source["kind"] == "hub" and source["revision"] is None and not source["folder"]:
+            output.note(f"{source['hub']} names no revision: what is fetched anew may be something else")
+    if found["kept_in"] is None:
+        output.note("the tokens were not kept: another process is at work in the work_dir")
+    else:
+        output.note(f"tokens {'from' if found['reused'] else 'kept in'} {found['kept_in']}")

@@ -1,0 +1,58 @@
+"""The device that a recipe names, and the memory that a run takes there and on the host."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import resource
+from pathlib import Path
+
+import torch
+
+from mmq.errors import RecipeError
+
+
+def named_device(name: str) -> torch.device:
+    """The device of `awq.device`, there or not. Raises RecipeError when it is none that mmq runs on."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise RecipeError(f"awq.device is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    return torch.device(name)
+
+
+def present_device(name: str) -> torch.device:
+    """Raises RecipeError when this machine lacks the device."""
+    device = named_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"awq.device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def release_memory() -> None:
+    """Free the last layer now: its hooks make reference cycles, and the C library keeps freed blocks for later."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def peak_host() -> int:
+    """The process's largest resident size so far, in bytes. Linux's getrusage would tell of the parent's as well."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_device(device: torch.device) -> None:
+    """Begin a new measurement of `peak_device`."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_device(device: torch.device) -> int:
+    """Largest memory allocated on a GPU, in bytes; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
