@@ -131,7 +131,7 @@ class _Stage:
         self.writer = ThreadPoolExecutor(1, thread_name_prefix="mmq-writer")
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="mmq-reader")
         self.pending: Future[None] | None = None
-        self.ahead: Future[LayerContent] | Future[None] | None = None
+        self.ahead: Future[LayerContent | None] | None = None
 
     def __enter__(self) -> _Stage:
         return self
@@ -213,27 +213,27 @@ class _Stage:
 
     def _take_layer(self, layer: int) -> LayerContent:
         """The layer that was read ahead, or read now."""
-        if self.ahead is not None and self.two_layers_fit:
-            content = self.ahead.result()
-            self.ahead = None
-            assert content is not None
-            return content
-        return self._read_layer(layer)
+        content = None
+        if self.ahead is None:
+            self._bring_near(layer)
+        else:
+            content, self.ahead = self.ahead.result(), None
+        return content or self._read_layer(layer)
 
     def _read_ahead(self, layer: int) -> None:
-        """While a layer computes: read the next one onto the device if both fit there, else bring its bytes into the
-        system's page cache, which costs this process no memory."""
-        if layer >= self.source.layer_count():
-            return
-        if self.two_layers_fit:
-            self.ahead = self.reader.submit(self._read_apart, layer)
-            return
+        """While a layer computes: read the next one onto the device if both fit there, else bring its bytes near."""
+        if layer < len(self.layers):
+            self.ahead = self.reader.submit(self._read_apart if self.two_layers_fit else self._bring_near, layer)
+
+    def _bring_near(self, layer: int) -> None:
+        """A layer's bytes into the system's page cache, which costs this process no memory: from the disk in large
+        pieces, where mapped files would come page by page."""
         checkpoint = self.weights.checkpoint
-        names = [tensor for tensor in self.source.layer_names(layer) if tensor in checkpoint.specs]
-        self.ahead = self.reader.submit(checkpoint.read_ahead, names)
+        checkpoint.read_ahead(tensor for tensor in self.source.layer_names(layer) if tensor in checkpoint.specs)
 
     def _read_apart(self, layer: int) -> LayerContent:
         """Read a layer on a stream of its own, so that its copies run beside the computations."""
+        self._bring_near(layer)
         if self.device.type != "cuda":
             return self._read_layer(layer)
         stream = torch.cuda.Stream(self.device)
