@@ -21,7 +21,7 @@ proportion would flatter mmq. Both are printed.
 
 roofline share: the time that the bare matrix products of mmq's search would take at the rate of one large bf16 product
 measured in the same run, divided by mmq's time. Counted are n_grid + 1 forward passes of the routed rows, the down
-layers' inputs and their second moments, and n_grid products of [H, I] with [I, I] for each expert.
+layers' inputs, and n_grid products of [H, I] with their second moments [I, I] or, where fewer, with the inputs.
 
 Peak memory is the most held at one time above what the process held before: of the device's allocator on a GPU, of the
 resident set, sampled, on a CPU.
@@ -300,8 +300,9 @@ def product_flops(sizes: Sizes) -> float:
     rows, hidden, inner = sizes.tokens * sizes.top_k, sizes.hidden, sizes.intermediate
     points = 2 * (sizes.n_grid // 2) if sizes.duo_scaling == "both" else sizes.n_grid
     forwards = (points + 1) * rows * 6 * hidden * inner
-    inputs = rows * (4 * hidden * inner + 2 * inner * inner)
-    down = points * sizes.experts * 2 * hidden * inner * inner
+    many = rows > sizes.experts * inner
+    inputs = rows * (4 * hidden * inner + (2 * inner * inner if many else 0))
+    down = points * min(rows, sizes.experts * inner) * 2 * hidden * inner
     return float(forwards + inputs + down)
 
 
