@@ -16,7 +16,6 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -36,12 +35,13 @@ from mmq.layers import DecoderLayer, quantize_kv_cache, transformers_config
 from mmq.layout import layer_unit, scale_name
 from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.stages.base import check_disk
+from mmq.state import LayerFiles
 from mmq.storage.atomic import FileRecord, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, read_json
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import dequantize_block, is_finite
 from mmq.tensors.int4 import QuantizedStack
-from mmq.workspace import HYBRID, STATE, Workspace
+from mmq.workspace import HYBRID, Workspace
 
 name = "eval"
 REPORT_NAME = "eval.json"
@@ -335,7 +335,7 @@ class _Evaluation:
     def __init__(self, workspace: Workspace, settings: EvalSettings) -> None:
         self.workspace, self.settings = workspace, settings
         self.report_path = workspace.work_dir / REPORT_NAME
-        self.state = workspace.folder(STATE) / name
+        self.files = LayerFiles.of(workspace, name)
         self.journal: StageJournal = workspace.journal.stage(name)
         self.arch, self.source = workspace.architecture, workspace.source
         self.layers = range(self.source.layer_count())
@@ -362,12 +362,12 @@ class _Evaluation:
         if self.journal.complete:
             self.workspace.reporter.note(f"{name} is complete: {self.report_path}")
             return read_json(self.report_path)
-        self.state.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.state)
+        self.files.folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.files.folder)
         if HEAD not in self.journal.units:
             self._compute()
         report = read_json(self.report_path)
-        self._remove_hidden_states()
+        self.files.remove_hidden()
         self.journal.finish()
         self.workspace.reporter.finish(name)
         return report
@@ -378,7 +378,7 @@ class _Evaluation:
         pending = [layer for layer in self.layers if layer_unit(layer) not in self.journal.units]
         states = 2 * len(self.variants) * self.tokens.ids.numel() * width
         # The last layer's go only after the next one's are in place.
-        check_disk(self.state, 2 * states)
+        check_disk(self.files.folder, 2 * states)
         reporter.start(name, len(pending) + 1, sum(map(self._bytes_of, pending)))
         if len(pending) < len(self.layers):
             reporter.note(f"{name} resumes: {len(self.layers) - len(pending)} of {len(self.layers)} layers are done")
@@ -428,13 +428,13 @@ class _Evaluation:
 
     def _save(self, layer: int, hidden: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         """Hidden states and errors, then the journal, then the last layer's hidden states may go."""
-        hidden_path, record_path = self._hidden_path(layer), self._record_path(layer)
+        hidden_path, record_path = self.files.hidden(layer), self.files.record(layer)
         files = {
-            self._relative(hidden_path): save_tensors(hidden_path, {key: t.cpu() for key, t in hidden.items()}),
-            self._relative(record_path): write_json(record_path, record),
+            self.files.in_journal(hidden_path): save_tensors(hidden_path, {key: t.cpu() for key, t in hidden.items()}),
+            self.files.in_journal(record_path): write_json(record_path, record),
         }
         self._finish_unit(layer_unit(layer), files, layer - 1)
-        self._remove_hidden_states(but=hidden_path)
+        self.files.remove_hidden(but=hidden_path)
 
     def _finish_head(self, hidden: dict[str, torch.Tensor]) -> None:
         """Final norm, head and metrics, and the report."""
@@ -442,7 +442,7 @@ class _Evaluation:
         begin = time.perf_counter()
         heads = self._heads()
         metrics = measure(hidden, heads, SOURCE.name, self.tokens)
-        records = [read_json(self._record_path(layer)) for layer in self.layers]
+        records = [read_json(self.files.record(layer)) for layer in self.layers]
         head_seconds = round(time.perf_counter() - begin, 3)
         report = {
             "settings": self._settings(),
@@ -461,7 +461,7 @@ class _Evaluation:
                 "total": round(sum(record["seconds"] for record in records) + head_seconds, 3),
             },
         }
-        files = {self._relative(self.report_path): write_json(self.report_path, report)}
+        files = {self.files.in_journal(self.report_path): write_json(self.report_path, report)}
         self._finish_unit(HEAD, files, self.layers[-1])
         self.workspace.reporter.unit(HEAD, seconds=head_seconds)
 
@@ -482,8 +482,8 @@ class _Evaluation:
     def _hidden_states(self) -> dict[str, torch.Tensor]:
         """bfloat16 [T, H] of each variant on the device: after the last finished layer, or the embeddings."""
         done = [layer for layer in self.layers if layer_unit(layer) in self.journal.units]
-        path = self._hidden_path(done[-1]) if done else None
-        self._remove_hidden_states(but=path)
+        path = self.files.hidden(done[-1]) if done else None
+        self.files.remove_hidden(but=path)
         if path is not None:
             loaded = load_file(path, device=str(self.device))
             return {variant.name: loaded[variant.name] for variant in self.variants}
@@ -528,28 +528,14 @@ class _Evaluation:
         """Begin anew."""
         self.journal.reset()
         self.report_path.unlink(missing_ok=True)
-        if self.state.exists():
-            shutil.rmtree(self.state)
+        if self.files.folder.exists():
+            shutil.rmtree(self.files.folder)
 
     def _finish_unit(self, unit: str, files: dict[str, FileRecord], before: int) -> None:
         """Journal a unit; the hidden states of the layer before it are needed no more."""
         if before >= 0:
-            self.journal.forget_files(layer_unit(before), [self._relative(self._hidden_path(before))])
+            self.journal.forget_files(layer_unit(before), [self.files.in_journal(self.files.hidden(before))])
         self.journal.finish_unit(unit, files)
-
-    def _remove_hidden_states(self, but: Path | None = None) -> None:
-        for path in self.state.glob("hidden-*"):
-            if path != but:
-                path.unlink()
-
-    def _hidden_path(self, layer: int) -> Path:
-        return self.state / f"hidden-{layer:05d}.safetensors"
-
-    def _record_path(self, layer: int) -> Path:
-        return self.state / f"{layer_unit(layer)}.json"
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.workspace.work_dir).as_posix()
 
 
 def eval_recipe(recipe: Recipe, settings: EvalSettings) -> Recipe:

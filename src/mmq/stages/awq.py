@@ -10,7 +10,6 @@ import json
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
 from mmq.sizes import awq_memory, most_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
+from mmq.state import LayerFiles
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder
 from mmq.storage.shards import save_tensors, shard_size, write_shard
@@ -114,8 +114,8 @@ class _Stage:
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
-        self.state = workspace.folder(STATE) / name
-        self.state.mkdir(parents=True, exist_ok=True)
+        self.files = LayerFiles.of(workspace, name)
+        self.files.folder.mkdir(parents=True, exist_ok=True)
         tokens = _tokens(workspace)
         self.quantizer = LayerQuantizer(
             workspace.architecture,
@@ -177,19 +177,21 @@ class _Stage:
 
     def finish_state(self) -> None:
         """All layers are done: collect their statistics; no hidden states are needed any more."""
-        statistics = [json.loads(self._statistics_path(layer).read_text(encoding="utf-8")) for layer in self.layers]
-        write_json(self.state / STATISTICS, statistics)
-        self.journal.forget_files(layer_unit(self.layers[-1]), [self._relative(self._hidden_path(self.layers[-1]))])
+        statistics = [json.loads(self.files.record(layer).read_text(encoding="utf-8")) for layer in self.layers]
+        write_json(self.files.folder / STATISTICS, statistics)
+        self.journal.forget_files(
+            layer_unit(self.layers[-1]), [self.files.in_journal(self.files.hidden(self.layers[-1]))]
+        )
         self.journal.save()
-        self._remove_hidden_states()
+        self.files.remove_hidden()
 
     def _hidden_states(self, tokens: Tokens) -> torch.Tensor:
         """bf16 [T, H] on the device: the last finished layer's output, or the embeddings."""
         done = sum(layer_unit(layer) in self.journal.units for layer in self.layers)
         if done == len(self.layers):
             return torch.empty(0)
-        path = self._hidden_path(done - 1) if done else None
-        self._remove_hidden_states(but=path)
+        path = self.files.hidden(done - 1) if done else None
+        self.files.remove_hidden(but=path)
         if path is not None:
             return load_file(path, device=str(self.device))["hidden_states"]
         with self.weights.checkpoint.reader() as reader:
@@ -198,18 +200,6 @@ class _Stage:
             if largest >= table.shape[0]:
                 raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
             return table[tokens.ids].to(self.device)
-
-    def _remove_hidden_states(self, but: Path | None = None) -> None:
-        """Remove hidden states that no later layer needs."""
-        for path in self.state.glob("hidden-*"):
-            if path != but:
-                path.unlink()
-
-    def _hidden_path(self, layer: int) -> Path:
-        return self.state / f"hidden-{layer:05d}.safetensors"
-
-    def _statistics_path(self, layer: int) -> Path:
-        return self.state / f"{layer_unit(layer)}.json"
 
     def _take_layer(self, layer: int) -> LayerContent:
         """The layer that was read ahead, or read now."""
@@ -274,24 +264,21 @@ class _Stage:
         with write_shard(path, quantized_specs(self.workspace, layer)) as shard:
             for spec in shard.specs:
                 shard.add(spec.name, result.tensors[spec.name.removeprefix(prefix)])
-        hidden_path, statistics_path = self._hidden_path(layer), self._statistics_path(layer)
+        hidden_path, statistics_path = self.files.hidden(layer), self.files.record(layer)
         hidden = save_tensors(hidden_path, {"hidden_states": result.hidden.cpu()})
         result.statistics["seconds"]["writing"] = round(time.perf_counter() - begin, 3)
         files = {
             f"{AWQ}/{path.name}": shard.record,
-            self._relative(hidden_path): hidden,
-            self._relative(statistics_path): write_json(statistics_path, result.statistics),
+            self.files.in_journal(hidden_path): hidden,
+            self.files.in_journal(statistics_path): write_json(statistics_path, result.statistics),
         }
         if layer:
-            self.journal.forget_files(layer_unit(layer - 1), [self._relative(self._hidden_path(layer - 1))])
+            self.journal.forget_files(layer_unit(layer - 1), [self.files.in_journal(self.files.hidden(layer - 1))])
         self.journal.finish_unit(layer_unit(layer), files)
-        self._remove_hidden_states(but=hidden_path)
+        self.files.remove_hidden(but=hidden_path)
         reporter = self.workspace.reporter
         reporter.advance(self.plan.units[layer].written)
         reporter.unit(layer_unit(layer), **_summary(result.statistics))
-
-    def _relative(self, path: Path) -> str:
-        return path.relative_to(self.workspace.work_dir).as_posix()
 
 
 def _weights(workspace: Workspace) -> _Weights:
