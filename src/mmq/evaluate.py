@@ -31,7 +31,7 @@ from mmq.expert_block import ExpertBlock, Smoothed, Weights
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal, lock
 from mmq.layer_quantizer import LayerContent
-from mmq.layers import DecoderLayer, quantize_kv_cache, transformers_config
+from mmq.layers import DecoderLayer, embed, quantize_kv_cache, transformers_config
 from mmq.layout import layer_unit, scale_name
 from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.stages.base import check_disk
@@ -194,26 +194,13 @@ def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: to
         CheckpointError: an expert is missing.
     """
     expert_names, other_names = weights.names(layer)
-    parts = {tensor: arch.split_expert(arch.split(tensor)[1]) for tensor in expert_names}
     count = int(weights.checkpoint.config[arch.experts_key])
-    if len(parts) != count * len(arch.expert_linears):
+    if len(set(expert_names)) != count * len(arch.expert_linears):
         raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")
-    gate_up = down = torch.empty(0)
     with weights.checkpoint.reader() as reader:
-        for tensor, part in parts.items():
-            assert part is not None
-            expert, linear, _ = part
-            value = weights.read(reader, tensor, device)
-            # gate and up are [I, H], down is [H, I].
-            inner, hidden = value.shape if linear != arch.down else value.shape[::-1]
-            if not gate_up.numel():
-                gate_up = torch.empty(count, 2 * inner, hidden, dtype=torch.bfloat16, device=device)
-                down = torch.empty(count, hidden, inner, dtype=torch.bfloat16, device=device)
-            target = {arch.gate: gate_up[:, :inner], arch.up: gate_up[:, inner:], arch.down: down}[linear]
-            target[expert].copy_(value)
-        # Copies: views would keep the shards mapped.
-        rest = {arch.split(tensor)[1]: weights.read(reader, tensor, device).clone() for tensor in other_names}
-    return LayerContent(gate_up, down, rest)
+        names = [*expert_names, *other_names]
+        tensors = ((arch.split(tensor)[1], weights.read(reader, tensor, device)) for tensor in names)
+        return LayerContent.stacked(arch, count, tensors, device)
 
 
 @torch.no_grad()
@@ -490,11 +477,7 @@ class _Evaluation:
         embedded = {}
         for key, weights in self.weights.items():
             with weights.checkpoint.reader() as reader:
-                table = reader[self.arch.embedding]
-                largest = int(self.tokens.ids.max())
-                if largest >= table.shape[0]:
-                    raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
-                embedded[key] = table[self.tokens.ids].to(self.device)
+                embedded[key] = embed(reader[self.arch.embedding], self.tokens.ids).to(self.device)
         return {variant.name: embedded[variant.weights] for variant in self.variants}
 
     def _fingerprint(self) -> dict[str, Any]:

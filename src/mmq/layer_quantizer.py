@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,29 @@ class LayerContent:
     gate_up: torch.Tensor
     down: torch.Tensor
     rest: dict[str, torch.Tensor]
+
+    @classmethod
+    def stacked(
+        cls, arch: Architecture, experts: int, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
+    ) -> LayerContent:
+        """Stack the experts of a layer's dequantized tensors, given one after the other by their names in the layer."""
+        gate_up = down = torch.empty(0)
+        rest = {}
+        for local, value in tensors:
+            parts = arch.split_expert(local)
+            if parts is None:
+                # A copy: views would keep the shard mapped.
+                rest[local] = value.clone()
+                continue
+            expert, linear, _ = parts
+            # gate and up are [I, H], down is [H, I].
+            inner, hidden = value.shape if linear != arch.down else value.shape[::-1]
+            if not gate_up.numel():
+                gate_up = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device=device)
+                down = torch.empty(experts, hidden, inner, dtype=torch.bfloat16, device=device)
+            target = {arch.gate: gate_up[:, :inner], arch.up: gate_up[:, inner:], arch.down: down}[linear]
+            target[expert].copy_(value)
+        return cls(gate_up, down, rest)
 
 
 @dataclass(frozen=True)

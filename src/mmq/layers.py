@@ -25,7 +25,7 @@ from llmcompressor.modifiers.quantization.calibration import (
 from transformers.activations import ACT2FN
 
 from mmq.architectures import Architecture
-from mmq.errors import CheckpointError, one_line
+from mmq.errors import CalibrationError, CheckpointError, one_line
 from mmq.tensors.experts import Activation
 
 # Tokens in one attention call; sequences of equal length share a call.
@@ -61,6 +61,18 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
         given["rope_theta"] = config.get("rope_theta", 10000.0)
     given.setdefault("rope_type", (config.get("rope_scaling") or {}).get("rope_type", "default"))
     return given
+
+
+def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the embeddings [V, H] for int64 [T]: [T, H].
+
+    Raises:
+        CalibrationError: the tokenizer made a token that the model does not know.
+    """
+    largest = int(ids.max())
+    if largest >= table.shape[0]:
+        raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
+    return table[ids]
 
 
 class _Recorder(torch.nn.Module):

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from mmq.calibration import CACHE_NAME, Tokens, load_tokens, save_tokens
 from mmq.device import named_device, peak_device, peak_host, present_device, release_memory, reset_peak_device
-from mmq.errors import CalibrationError, CheckpointError, JournalError
+from mmq.errors import CheckpointError, JournalError
 from mmq.expert_block import default_budget
 from mmq.fp8_source import Fp8Source
 from mmq.journal import StageJournal
 from mmq.layer_quantizer import LayerContent, LayerQuantizer, LayerResult
+from mmq.layers import embed
 from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
 from mmq.sizes import awq_memory, most_tokens
@@ -195,11 +196,7 @@ class _Stage:
         if path is not None:
             return load_file(path, device=str(self.device))["hidden_states"]
         with self.weights.checkpoint.reader() as reader:
-            table = reader[self.workspace.architecture.embedding]
-            largest = int(tokens.ids.max())
-            if largest >= table.shape[0]:
-                raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
-            return table[tokens.ids].to(self.device)
+            return embed(reader[self.workspace.architecture.embedding], tokens.ids).to(self.device)
 
     def _take_layer(self, layer: int) -> LayerContent:
         """The layer that was read ahead, or read now."""
@@ -234,27 +231,12 @@ class _Stage:
 
     def _read_layer(self, layer: int) -> LayerContent:
         """Map the layer's tensors and stack its experts on the device: gate_up [E, 2I, H] and down [E, H, I]."""
-        arch, source = self.workspace.architecture, self.source
-        gate_name, down_name = (f"{arch.expert_weight(layer, 0, linear)}.weight" for linear in (arch.gate, arch.down))
-        inner, hidden = source.specs[gate_name].shape
-        experts = source.expert_count()
-        gate_up = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device=self.device)
-        down = torch.empty(experts, *source.specs[down_name].shape, dtype=torch.bfloat16, device=self.device)
-        rest = {}
+        arch, names = self.workspace.architecture, self.source.layer_names(layer)
         with self.weights.checkpoint.reader() as reader:
-            for tensor in source.layer_names(layer):
-                local = arch.split(tensor)[1]
-                value = self.weights.read(reader, tensor, self.device)
-                parts = arch.split_expert(local)
-                if parts is None:
-                    # A copy: views would keep the shard mapped.
-                    rest[local] = value.clone()
-                    continue
-                expert, linear, _ = parts
-                target = {arch.gate: gate_up[:, :inner], arch.up: gate_up[:, inner:], arch.down: down}[linear]
-                target[expert].copy_(value)
+            tensors = ((arch.split(name)[1], self.weights.read(reader, name, self.device)) for name in names)
+            content = LayerContent.stacked(arch, self.source.expert_count(), tensors, self.device)
         self.workspace.reporter.advance(self.plan.units[layer].read)
-        return LayerContent(gate_up, down, rest)
+        return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
         """Shard, statistics and hidden states, then the journal, then the last layer's hidden states may go."""
