@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, Rows, make_output
 from mmq.errors import LockedError, RecipeError, one_line
+from mmq.recipe import load
 
 if TYPE_CHECKING:
     from mmq.calibration import Tokens
@@ -20,7 +21,7 @@ SHOWN_LANGUAGES = 4
 def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
     """What the calibration samples become: tokens, what is cut, languages. Keeps the tokens for the awq stage."""
     with handled():
-        loaded = read_recipe(recipe, set_)
+        loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.calibration import CACHE_NAME, describe, kept_path, load_tokens
         from mmq.workspace import STATE, Workspace

@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.options import Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries
 from mmq.cli.output import make_output
+from mmq.recipe import load
 
 
 def evaluate(
@@ -34,7 +35,7 @@ def evaluate(
     again += [part for key, value in options.items() if value is not None for part in (key, str(value))]
     with handled(shlex.join(["mmq", "eval", *again])):
         output = make_output(mode(json, quiet))
-        loaded = read_recipe(recipe, set_)
+        loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
         from mmq.workspace import Workspace

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from mmq.cli.output import Mode
-from mmq.recipe import Recipe, load
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 Set = Annotated[
@@ -26,11 +25,6 @@ def mode(json: bool, quiet: bool) -> Mode:
     if json:
         return Mode.JSON
     return Mode.QUIET if quiet else Mode.HUMAN
-
-
-def read_recipe(path: Path, overrides: list[str] | None) -> Recipe:
-    """Load the recipe. Raises RecipeError."""
-    return load(path, overrides)
 
 
 def quiet_libraries() -> None:

@@ -11,10 +11,10 @@ import typer
 
 from mmq.architectures import architecture_of
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, human_bytes, make_output
 from mmq.errors import RecipeError, one_line
-from mmq.recipe import Recipe, parse_size
+from mmq.recipe import Recipe, load, parse_size
 from mmq.sizes import (
     CACHE_BYTES,
     DEFAULT_RESERVE,
@@ -70,7 +70,7 @@ def plan(
 ) -> None:
     """Sizes before and after, disk, memory, and the KV cache on --gpus, from the source's config.json alone."""
     with handled():
-        loaded = read_recipe(recipe, set_)
+        loaded = load(recipe, set_)
         quiet_libraries()
         machines = parse_gpus(gpus) if gpus is not None else None
         if not 0 < utilization <= 1:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmq.cli.errors import handled
-from mmq.cli.options import DryRun, Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.options import DryRun, Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries
 from mmq.cli.output import Output, human_bytes, make_output
+from mmq.recipe import load
 
 if TYPE_CHECKING:
     from mmq.workspace import Workspace
@@ -42,7 +43,7 @@ def stage_command(name: str) -> Callable[..., None]:
 def _run(command: str, path: Path, overrides: list[str] | None, dry_run: bool, restart: bool, output: Output) -> None:
     again = [str(path), *(part for override in overrides or [] for part in ("--set", override))]
     with handled(shlex.join(["mmq", command, *again])):
-        recipe = read_recipe(path, overrides)
+        recipe = load(path, overrides)
         quiet_libraries()
         from mmq.pipeline import run_stages, stages_of
         from mmq.workspace import Workspace

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, Quiet, RecipePath, Set, mode, quiet_libraries, read_recipe
+from mmq.cli.options import Json, Quiet, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, make_output
 from mmq.errors import VerifyError
+from mmq.recipe import load
 
 if TYPE_CHECKING:
     from mmq.workspace import Workspace
@@ -23,7 +24,7 @@ def verify(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quie
         from mmq.workspace import Workspace
 
         with output.live():
-            verify_and_report(Workspace.of(read_recipe(recipe, set_), output), output)
+            verify_and_report(Workspace.of(load(recipe, set_), output), output)
 
 
 def verify_and_report(workspace: Workspace, output: Output) -> None:
@@ -45,7 +46,7 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
     """Show which stage and unit each is at, and what the next command is."""
     with handled():
         output = make_output(mode(json, False))
-        loaded = read_recipe(recipe, set_)
+        loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.pipeline import status as read_status
         from mmq.workspace import Workspace
