@@ -77,7 +77,8 @@ class StackedAWQModifier(AWQModifier):
         Returns:
             scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over all outputs.
         """
-        x_mean = _mean_magnitude(block.x)
+        # bf16 magnitudes and, inside the sum, their fp32 copy.
+        x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
         sums = [normalized_mean(part, block.group_size).sum(0) for part in block.gate_up.split(block.step)]
         w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
         kept = torch.empty_like(block.gate_up) if block.keeps_copy else None
@@ -129,7 +130,8 @@ class StackedAWQModifier(AWQModifier):
         for ratio, duo in self._get_grid_search_params():
             scales = candidate_scales(x_mean, w_mean, ratio, duo)
             limit = float(best.error) if best is not None and best.error.ndim == 0 else torch.inf
-            loss = error(scales, limit)
+            # NaN compares as no better than anything, and nothing would be better than it.
+            loss = error(scales, limit).nan_to_num_(nan=torch.inf, posinf=torch.inf)
             here = Found(scales, torch.full_like(loss, ratio), torch.full_like(loss, duo, dtype=torch.bool), loss, loss)
             if best is None:
                 # Every form of the grid begins with (0, no duo scaling), which is the identity.
@@ -147,7 +149,8 @@ class StackedAWQModifier(AWQModifier):
         return best
 
 
-def _mean_magnitude(x: torch.Tensor, step: int = 2**14) -> torch.Tensor:
+def _mean_magnitude(x: torch.Tensor, step: int) -> torch.Tensor:
+    """Mean |x| of each channel of [T, H], `step` tokens at a time: float32 [H]."""
     total = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
     for start in range(0, x.shape[0], step):
         total += x[start : start + step].abs().sum(0, dtype=torch.float32)

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import re
 import resource
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,18 +34,46 @@ def present_device(name: str) -> torch.device:
 def release_memory() -> None:
     """Free the last layer now: its hooks make reference cycles, and the C library keeps freed blocks for later."""
     gc.collect()
+    _spare_libraries()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
+@cache
+def _spare_libraries() -> None:
+    """What is alive after the first layer is mostly what the libraries' imports made: to search it for cycles again
+    after every layer would take longer than a small layer."""
+    gc.freeze()
+
+
 def peak_host() -> int:
     """The process's largest resident size so far, in bytes. Linux's getrusage would tell of the parent's as well."""
+    peak = _proc_status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak
+
+
+def resident_host() -> int | None:
+    """The process's resident size now, in bytes; None on a system without /proc."""
+    return _proc_status("VmRSS")
+
+
+def open_files() -> int | None:
+    """How many files, pipes and sockets the process holds open; None on a system without /proc."""
+    try:
+        # One of them is the listing's own.
+        return len(list(Path("/proc/self/fd").iterdir())) - 1
+    except OSError:
+        return None
+
+
+def _proc_status(field: str) -> int | None:
+    """A size from Linux's account of this process, in bytes."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        return int(status.partition(f"{field}:")[2].split()[0]) * 1024
     except (OSError, IndexError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return None
 
 
 def reset_peak_device(device: torch.device) -> None:

@@ -10,19 +10,16 @@ rounds keys after rotary and values with the calibrated scales.
 from __future__ import annotations
 
 import math
-import platform
 import shutil
 import time
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, Protocol
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
 
-import mmq
 from mmq.architectures import Architecture
 from mmq.calibration import Tokens, load_tokens
 from mmq.device import present_device, release_memory
@@ -34,19 +31,22 @@ from mmq.layer_quantizer import LayerContent
 from mmq.layers import DecoderLayer, embed, quantize_kv_cache, transformers_config
 from mmq.layout import layer_unit, scale_name
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.stages.base import check_disk
+from mmq.stages.base import begin_run, check_disk
 from mmq.state import LayerFiles
-from mmq.storage.atomic import FileRecord, remove_temporaries, write_json
+from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, read_json
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import dequantize_block, is_finite
 from mmq.tensors.int4 import QuantizedStack
+from mmq.versions import versions
 from mmq.workspace import HYBRID, Workspace
 
 name = "eval"
 REPORT_NAME = "eval.json"
 DEFAULT_DATA = "calibration_data/eval.jsonl"
 HEAD = "head"
+# The fingerprint's field that says of which result the evaluation is.
+RESULT_FIELD = "hybrid (restore's output)"
 # Logits computed at one time; a few tensors of this many float32 are alive together.
 HEAD_ELEMENTS = 2**25
 # exp of more would not fit into a float.
@@ -117,6 +117,11 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for entry in report["variants"]
     ]
+
+
+def units_of(source: Fp8Source) -> list[str]:
+    """What the journal names: every layer, then the head."""
+    return [*map(layer_unit, range(source.layer_count())), HEAD]
 
 
 class LayerWeights(Protocol):
@@ -349,8 +354,9 @@ class _Evaluation:
         if self.journal.complete:
             self.workspace.reporter.note(f"{name} is complete: {self.report_path}")
             return read_json(self.report_path)
-        self.files.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.files.folder)
         remove_temporaries(self.files.folder)
+        begin_run(self.workspace, self.journal)
         if HEAD not in self.journal.units:
             self._compute()
         report = read_json(self.report_path)
@@ -441,7 +447,7 @@ class _Evaluation:
             },
             "variants": [{"variant": variant} | metrics[variant] for variant in metrics],
             "layers": [{key: record[key] for key in ("layer", "relative_error")} for record in records],
-            "versions": _versions(),
+            "versions": versions(),
             "seconds": {
                 "layers": [record["seconds"] for record in records],
                 HEAD: head_seconds,
@@ -483,7 +489,7 @@ class _Evaluation:
     def _fingerprint(self) -> dict[str, Any]:
         return {
             "model.source": self.source.checkpoint.fingerprint(),
-            "hybrid (restore's output)": self.workspace.journal.stage("restore").digest(HYBRID),
+            RESULT_FIELD: self.workspace.journal.stage("restore").digest(HYBRID),
             "data (its tokens)": self.tokens.fingerprint(),
             "awq.group_size": self.workspace.recipe.awq.group_size,
         }
@@ -547,8 +553,3 @@ def _take_kv_scales(arch: Architecture, content: LayerContent) -> dict[str, torc
     attention = arch.attention[0].rpartition(".")[0]
     found = {scale: content.rest.pop(f"{attention}.{scale}", None) for scale in ("k_scale", "v_scale")}
     return {scale: value for scale, value in found.items() if value is not None}
-
-
-def _versions() -> dict[str, str]:
-    packages = ("torch", "transformers", "compressed-tensors")
-    return {"mmq": mmq.__version__, "python": platform.python_version()} | {p: version(p) for p in packages}

@@ -91,7 +91,11 @@ class ExpertBlock:
     @property
     def working_memory(self) -> int:
         """Bytes that the block's computations may take beside its tensors: half for a quantized copy of gate and up, a
-        quarter for the rows of a chunk of tokens, an eighth each for kept inputs and for the experts of a step."""
+        quarter for the rows of a chunk of tokens, an eighth each for kept inputs and for the experts of a step.
+
+        The least is one expert at a time, which takes up to 14 bytes for each weight of its gate and up, and 24 bytes
+        for each of a token's choices, by which the rows are sorted.
+        """
         return self.budget or default_budget(self.x.device)
 
     @property
@@ -145,7 +149,7 @@ class ExpertBlock:
         """
         total = torch.zeros((), dtype=torch.float64, device=reference.device)
         for _, difference in self.forward(weights, reference):
-            total += difference.square_().sum()
+            total += sum_of_squares(difference)
             if total > limit * reference.numel():
                 return torch.full_like(total, torch.inf)
         return total / reference.numel()
@@ -154,7 +158,8 @@ class ExpertBlock:
         """What goes into the down layers of experts first..last, from their routed and their extra rows."""
         chunks = list(self.chunks)
         if self.extra is not None:
-            chunks.append(Chunk(0, self.x.shape[0], self.extra, None))
+            most = self._outputs.shape[0]
+            chunks += [Chunk(0, self.x.shape[0], rows, None) for rows in self.extra.cut(most)]
         counts = torch.tensor([chunk.rows.counts[first:last] for chunk in chunks]).sum(0)
         inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2])
         for chunk in chunks:
@@ -163,6 +168,11 @@ class ExpertBlock:
                 gate_up = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
                 inputs.add(gated(gate_up, self.activation), piece.ends)
         return inputs
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
+    return x.square_().sum(1).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -207,7 +217,8 @@ class DownInputs:
         """
         if self.moments is not None:
             moments = self.moments.to(change.dtype)
-            return torch.bmm(change, moments).mul_(change).sum((1, 2), dtype=torch.float32)
+            # Row by row: a sum over all of a matrix is cut up among threads, in another order for each number of them.
+            return torch.bmm(change, moments).mul_(change).sum(2, dtype=torch.float32).sum(1)
         total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
         for rows, ends in self.rows:
             squares = grouped_linear(rows, change, ends).square_().sum(1, dtype=torch.float32)

@@ -1,7 +1,7 @@
 """The journal of a work_dir: which units of which stage are whole on disk, and from which inputs they were made.
 
 It is one JSON file, replaced atomically after every unit, so it never names a unit whose files are not in place. It
-knows files and fingerprints, not tensors.
+knows files, fingerprints and what each run of a stage took, not tensors.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from mmq.errors import JournalError, LockedError
-from mmq.storage.atomic import FileRecord, write_json
+from mmq.storage.atomic import FileRecord, file_digest, make_folder, naming, write_all, write_json
 
 JOURNAL_NAME = "journal.json"
 LOCK_NAME = "lock"
-FORMAT = 1
+FORMAT = 2
+
+Facts = dict[str, Any]
 
 
 class StageJournal:
@@ -33,6 +36,8 @@ class StageJournal:
     Attributes:
         fingerprint: the inputs that decide the stage's bytes, by the name a user knows them by.
         complete: the stage has ended.
+        runs: what each run that finished something took, in order: `began`, `seconds`, `units`, and what `begin_run`
+            was told to note.
     """
 
     def __init__(self, journal: Journal, name: str, record: dict[str, Any] | None) -> None:
@@ -42,7 +47,10 @@ class StageJournal:
         record = record or {}
         self.fingerprint: dict[str, Any] = dict(record.get("fingerprint", {}))
         self.complete: bool = record.get("complete", False) is True
+        self.runs: list[Facts] = list(record.get("runs", []))
         self._units: dict[str, dict[str, list[Any]]] = dict(record.get("units", {}))
+        self._note_run: Callable[[], None] = lambda: None
+        self._checked: set[str] = set()
 
     @property
     def units(self) -> list[str]:
@@ -87,10 +95,49 @@ class StageJournal:
                         f"{file} {found} since {self.name} wrote it; run `mmq {self.name} --restart` to make it anew"
                     )
 
+    def check_content(self, path: str) -> bool:
+        """Read a finished unit's file, by path relative to the work_dir, and compare its hash; once in a process.
+
+        Returns:
+            whether the file was read now.
+
+        Raises:
+            JournalError: it is not what the stage wrote.
+        """
+        if path in self._checked:
+            return False
+        file, record = self._journal.work_dir / path, self._records().get(path)
+        if record is None or file_digest(file) != record.digest:
+            raise JournalError(
+                f"{file} is not what {self.name} wrote, its content has changed; run `mmq {self.name} --restart` to"
+                " make it anew"
+            )
+        self._checked.add(path)
+        return True
+
+    def begin_run(self, facts: Facts, measure: Callable[[], Facts]) -> None:
+        """Time what is done from now on.
+
+        Args:
+            facts: of the run as a whole.
+            measure: called whenever a unit is finished; the last answer stays.
+        """
+        begin = time.monotonic()
+        run = {"began": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": 0.0, "units": 0, **facts}
+        before = len(self._units)
+
+        def note() -> None:
+            run.update(measure(), seconds=round(time.monotonic() - begin, 3), units=len(self._units) - before)
+            if not self.runs or self.runs[-1] is not run:
+                self.runs.append(run)
+
+        self._note_run = note
+
     def finish_unit(self, unit: str, files: dict[str, FileRecord]) -> None:
         """Note that a unit's files, by path relative to the work_dir, are in place."""
         with self._journal.mutex:
             self._units[unit] = {path: [record.size, record.digest] for path, record in files.items()}
+            self._note_run()
             self._journal.save()
 
     def forget_files(self, unit: str, paths: list[str]) -> None:
@@ -105,21 +152,32 @@ class StageJournal:
     def finish(self) -> None:
         """The stage is complete."""
         self.complete = True
+        self._note_run()
         self._journal.save()
 
     def reset(self) -> None:
         """Forget all of the stage."""
-        self.begun, self.complete, self.fingerprint, self._units = False, False, {}, {}
+        self.begun, self.complete, self.fingerprint, self._units, self.runs = False, False, {}, {}, []
+        self._checked.clear()
         self._journal.save()
 
     def digest(self, folder: str) -> str:
         """One value for all bytes that the stage wrote below `folder`."""
-        files = {path: record for unit in self._units for path, record in self.files(unit).items()}
-        digests = sorted((path, record.digest) for path, record in files.items() if path.startswith(f"{folder}/"))
+        files = self._records().items()
+        digests = sorted((path, record.digest) for path, record in files if path.startswith(f"{folder}/"))
         return xxhash.xxh3_128(json.dumps(digests).encode()).hexdigest()
 
+    def _records(self) -> dict[str, FileRecord]:
+        """All files of all units."""
+        return {path: record for unit in self._units for path, record in self.files(unit).items()}
+
     def as_json(self) -> dict[str, Any]:
-        return {"fingerprint": self.fingerprint, "complete": self.complete, "units": self._units}
+        return {
+            "fingerprint": self.fingerprint,
+            "complete": self.complete,
+            "runs": self.runs,
+            "units": self._units,
+        }
 
 
 class Journal:
@@ -135,16 +193,16 @@ class Journal:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format"]
-            if version == FORMAT:
-                for name, record in content["stages"].items():
-                    stage = StageJournal(self, name, record)
-                    for unit in stage.units:
-                        stage.files(unit)
-                    self._stages[name] = stage
+            stages = _MIGRATIONS[version](content["stages"]) if version in _MIGRATIONS else {}
+            for name, record in stages.items():
+                stage = StageJournal(self, name, record)
+                for unit in stage.units:
+                    stage.files(unit)
+                self._stages[name] = stage
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise JournalError(f"the journal {path} can't be read ({type(error).__name__}: {error})") from None
-        if version != FORMAT:
-            raise JournalError(f"the journal {path} has format {version!r}; this mmq writes format {FORMAT}")
+        if version not in _MIGRATIONS:
+            raise JournalError(f"the journal {path} has format {version!r}; this mmq reads formats 1 to {FORMAT}")
 
     def stage(self, name: str) -> StageJournal:
         return self._stages.setdefault(name, StageJournal(self, name, None))
@@ -155,6 +213,20 @@ class Journal:
             write_json(self.work_dir / JOURNAL_NAME, {"format": FORMAT, "stages": stages})
 
 
+def _from_format_1(stages: dict[str, Facts]) -> dict[str, Facts]:
+    """Format 2 has `runs`, which may be missing, and fields in awq's fingerprint whose values were fixed before."""
+    if "awq" in stages and stages["awq"]["fingerprint"]:
+        stages["awq"]["fingerprint"] |= {"seed": 0}
+    return stages
+
+
+# From each format that can be read to the present one; a journal is written in that at its next save.
+_MIGRATIONS: dict[Any, Callable[[dict[str, Facts]], dict[str, Facts]]] = {
+    1: _from_format_1,
+    FORMAT: lambda stages: stages,
+}
+
+
 @contextmanager
 def lock(work_dir: Path) -> Iterator[None]:
     """Hold the work_dir for this process. The system releases the lock of a dead one.
@@ -162,21 +234,24 @@ def lock(work_dir: Path) -> Iterator[None]:
     Raises:
         LockedError: a living process holds it.
     """
-    work_dir.mkdir(parents=True, exist_ok=True)
-    with open(work_dir / LOCK_NAME, "a+", encoding="utf-8") as file:
+    make_folder(work_dir)
+    path = work_dir / LOCK_NAME
+    with open(path, "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise LockedError(f"{work_dir} is in use by {holder}; wait for it or stop it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        with naming(path):
+            file.truncate(0)
+            write_all(file, owner.encode())
         try:
             yield
         finally:
-            file.truncate(0)
+            with naming(path):
+                file.truncate(0)
 
 
 def _show(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,12 +13,12 @@ import torch
 
 from mmq.architectures import Architecture
 from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
-from mmq.errors import CalibrationError
-from mmq.expert_block import ExpertBlock, Smoothed, Weights, top_up
+from mmq.errors import CalibrationError, CheckpointError
+from mmq.expert_block import ExpertBlock, Smoothed, Weights, sum_of_squares, top_up
 from mmq.layers import DecoderLayer, transformers_config
 from mmq.recipe import Awq
 from mmq.tensors.fp8 import is_finite
-from mmq.tensors.int4 import quantize_stack
+from mmq.tensors.int4 import fits, quantize_stack
 from mmq.tensors.smoothing import smooth_norm
 
 
@@ -74,13 +75,25 @@ class LayerResult:
     statistics: dict[str, Any]
 
 
+class NotFiniteError(CalibrationError):
+    """NaN or infinity appeared in a layer. `samples` are the calibration samples it appeared for, counted from 1."""
+
+    def __init__(self, what: str, samples: list[int]) -> None:
+        super().__init__(f"{what} NaN or infinite for {_named(samples)}")
+        self.samples = samples
+
+
 class LayerQuantizer:
     """Quantizes the layers of one model, each given the hidden states that the one before it left.
 
     Args:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
+        excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
         say: told what is being done.
+
+    Attributes:
+        samples: tokens of each sample that is still in the run, by its number counted from 1.
     """
 
     def __init__(
@@ -91,20 +104,51 @@ class LayerQuantizer:
         lengths: list[int],
         device: torch.device,
         say: Callable[[str], None] = lambda _: None,
+        excluded: Iterable[int] = (),
     ) -> None:
-        self.arch, self.settings, self.lengths, self.device, self.say = arch, settings, lengths, device, say
+        self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        left_out = set(excluded)
+        self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
             mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
         )
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample that is still in the run."""
+        return list(self.samples.values())
+
     @torch.no_grad()
     def quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         """Quantize a layer. `content`'s experts are overwritten.
 
+        With `nonfinite: exclude` a sample for which NaN or infinity appears leaves `samples`, and the layer is begun
+        anew without it: the result is that of a run whose hidden states never held it from this layer on.
+
         Raises:
-            CalibrationError: NaN or infinity appeared; the message names layer and sample.
+            CalibrationError: NaN or infinity appeared and must not, or no sample is left; it names layer and samples.
         """
+        fatal = self.settings.calibration.nonfinite == "error"
+        excluded: list[int] = []
+        while True:
+            try:
+                result = self._quantize(layer, content, hidden)
+                break
+            except NotFiniteError as error:
+                if fatal:
+                    raise CalibrationError(
+                        f"{error}; awq.calibration.nonfinite: exclude leaves such samples out"
+                    ) from None
+                hidden = self._leave_out(error, hidden)
+                excluded += error.samples
+        if fatal:
+            # Otherwise the next layer finds it, and leaves the sample out.
+            self._check_finite(result.hidden, f"the output of layer {layer}'s quantized experts is")
+        result.statistics["excluded_samples"] = sorted(excluded)
+        return result
+
+    def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
         clock = _Clock(self.device, lambda part: self.say(f"layer {layer}: {part}"))
         with clock.part("attention"):
@@ -113,9 +157,11 @@ class LayerQuantizer:
                 decoder.observe_kv_cache(settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
             )
             residual = decoder.attend(hidden, self.lengths)
+            if observer and (broken := observer.broken(self.lengths)):
+                raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
             kv_scales = observer.scales() if observer else {}
             x = decoder.block_input(residual)
-            self._check_finite(x, f"the input of layer {layer}'s experts")
+            self._check_finite(x, f"the input of layer {layer}'s experts is")
             logits, weight, index = decoder.route(x)
         with clock.part("searching"):
             extra = top_up(logits, index, settings.min_tokens)
@@ -125,11 +171,12 @@ class LayerQuantizer:
                 settings.memory_budget,
             )  # fmt: skip
             reference = block.output(Weights(block))
-            self._check_finite(reference, f"the output of layer {layer}'s experts")
+            # The sum is bf16 as well, and what the next layer gets.
+            self._check_finite(residual + reference.to(residual.dtype), f"the output of layer {layer}'s experts is")
             chosen, statistics = self._search(block, reference)
         with clock.part("quantizing"):
             norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
-            tensors = self._quantize_experts(block, applied, chosen.inner)
+            tensors = self._quantize_experts(layer, block, applied, chosen.inner)
             # fp32 in the families known so far; another dtype is rounded here, as it will be served.
             router = content.rest[arch.router].to(self.device)
             router = (router.float() * applied).to(router.dtype)
@@ -140,7 +187,7 @@ class LayerQuantizer:
             decoder.set_norm(norm)
             decoder.set_router(router)
             output = self._served(decoder, block, residual)
-            statistics["loss_propagated"] = float((output - reference).square_().mean(dtype=torch.float64))
+            statistics["loss_propagated"] = _number(float(sum_of_squares(output - reference)) / reference.numel())
             following = output if settings.propagate_quantized else reference
             hidden = residual + following.to(residual.dtype)
         statistics = {
@@ -161,8 +208,8 @@ class LayerQuantizer:
         before, after = (float(block.loss(weights, reference)) for weights in (plain, found))
         better = after < before
         statistics = {
-            "loss_round_to_nearest": before,
-            "loss_chosen": after if better else before,
+            "loss_round_to_nearest": _number(before),
+            "loss_chosen": _number(after if better else before),
             "identity_kept": not better,
             "norm": _describe(norm),
             "down": _describe(down),
@@ -170,7 +217,7 @@ class LayerQuantizer:
         return found if better else plain, statistics
 
     def _quantize_experts(
-        self, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
+        self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """Scale and quantize all experts; the block's weights become the dequantized ones.
 
@@ -180,6 +227,9 @@ class LayerQuantizer:
 
         Returns:
             the packed tensors by their names in the layer.
+
+        Raises:
+            CheckpointError: a weight is so large that an int4 value of its group would be infinite.
         """
         arch, group, inner = self.arch, self.settings.group_size, block.down.shape[2]
         tensors = {}
@@ -199,8 +249,13 @@ class LayerQuantizer:
                 for number, expert in enumerate(range(first, first + weight.shape[0])):
                     for place, linear in enumerate(linears):
                         base = f"{arch.expert.format(expert=expert)}{linear}.weight"
-                        tensors[f"{base}_packed"] = packed[number, place * rows : (place + 1) * rows]
-                        tensors[f"{base}_scale"] = scale[number, place * rows : (place + 1) * rows]
+                        own = slice(place * rows, (place + 1) * rows)
+                        if not fits(scale[number, own]):
+                            raise CheckpointError(
+                                f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
+                            )
+                        tensors[f"{base}_packed"] = packed[number, own]
+                        tensors[f"{base}_scale"] = scale[number, own]
                         tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
         return tensors
 
@@ -214,12 +269,26 @@ class LayerQuantizer:
         return served.output(Weights(served))
 
     def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
+        """Raises NotFiniteError where [T, H] holds NaN or infinity."""
         if is_finite(tensor):
             return
-        token = int((~torch.isfinite(tensor)).any(dim=1).nonzero()[0])
-        ends = torch.tensor(self.lengths).cumsum(0)
-        sample = int(torch.searchsorted(ends, token, right=True))
-        raise CalibrationError(f"{what} is NaN or infinite for calibration sample {sample + 1}")
+        good = torch.isfinite(tensor).all(dim=1).cpu()
+        broken = [place for place, tokens in enumerate(good.split(self.lengths)) if not tokens.all()]
+        raise NotFiniteError(what, self._numbers(broken))
+
+    def _numbers(self, places: list[int]) -> list[int]:
+        """Numbers of the samples at these places among those still in the run."""
+        numbers = list(self.samples)
+        return [numbers[place] for place in places]
+
+    def _leave_out(self, error: NotFiniteError, hidden: torch.Tensor) -> torch.Tensor:
+        """Drop the error's samples from `samples`; the hidden states [T, H] without them."""
+        parts = zip(self.samples, hidden.split(self.lengths), strict=True)
+        kept = [part for number, part in parts if number not in error.samples]
+        if not kept:
+            raise CalibrationError(f"{error}; no calibration sample is left")
+        self.samples = {number: length for number, length in self.samples.items() if number not in error.samples}
+        return torch.cat(kept)
 
 
 class _Clock:
@@ -239,11 +308,28 @@ class _Clock:
         self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
+def _named(samples: list[int], most: int = 8) -> str:
+    """Samples in words: the first few of them."""
+    listed = ", ".join(map(str, samples[:most])) + (f" and {len(samples) - most} more" if len(samples) > most else "")
+    return f"calibration sample{'s' if len(samples) > 1 else ''} {listed}"
+
+
 def _describe(found: Found) -> dict[str, Any]:
     """A search's result for the statistics; lists where there is one per expert."""
     return {
         "ratio": found.ratio.tolist(),
         "duo_scaling": found.duo.tolist(),
-        "error": found.error.tolist(),
-        "identity_error": found.identity_error.tolist(),
+        "error": _numbers(found.error),
+        "identity_error": _numbers(found.identity_error),
     }
+
+
+def _numbers(errors: torch.Tensor) -> Any:
+    """A tensor of one dimension as a list, of none as a number."""
+    values = errors.tolist()
+    return [_number(value) for value in values] if isinstance(values, list) else _number(values)
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which knows neither NaN nor infinity: a loss too large for fp32."""
+    return value if math.isfinite(value) else None

@@ -7,6 +7,8 @@ layer's own forward gives the residual stream, and the block itself is computed 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,11 +27,14 @@ from llmcompressor.modifiers.quantization.calibration import (
 from transformers.activations import ACT2FN
 
 from mmq.architectures import Architecture
-from mmq.errors import CalibrationError, CheckpointError, one_line
+from mmq.errors import CalibrationError, CheckpointError, one_line, shown
 from mmq.tensors.experts import Activation
 
 # Tokens in one attention call; sequences of equal length share a call.
 BATCH_TOKENS = 8192
+# Elements that torch gives to one thread of a CPU. Of more, each thread gets a part whose last few values, no vector's
+# width, go through other code for the sigmoid, and come out an ulp apart.
+ONE_THREAD = 2**15 - 1
 
 
 def transformers_config(architecture: Architecture, config: dict[str, Any]) -> Any:
@@ -39,19 +44,32 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     (huggingface/transformers issue 48241).
 
     Raises:
-        CheckpointError: the activation is unknown.
+        CheckpointError: the activation is unknown, or transformers refuses a value.
     """
-    known = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map", "architectures")}
+    config_class = architecture.transformers_class(architecture.config_class)
+    # Its own fields alone: of those that all models share, num_labels alone fills any memory.
+    known = {key: value for key, value in config.items() if key in config_class.__annotations__}
     known["rope_parameters"] = rope_parameters(config)
-    if known.get("hidden_act", "silu") not in ACT2FN:
-        raise CheckpointError(f"config.json: transformers knows no activation {known['hidden_act']!r}")
-    result = architecture.transformers_class(architecture.config_class).from_dict(known)
-    result._attn_implementation = "sdpa"
+    activation = known.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise CheckpointError(f"config.json: transformers knows no activation {shown(activation)}")
+    try:
+        result = config_class.from_dict(known)
+        result._attn_implementation = "sdpa"
+    except Exception as error:  # it raises whatever an odd value leads to
+        raise CheckpointError(f"config.json: transformers refuses it: {one_line(error)}") from None
     return result
 
 
 def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json's rotary settings in transformers' form: theta, type and the share of head dimensions that turn."""
+    """config.json's rotary settings in transformers' form: theta, type and the share of head dimensions that turn.
+
+    Raises:
+        CheckpointError: one is of a wrong kind, or more than all dimensions would turn.
+    """
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise CheckpointError(f"config.json: {key} is {shown(config[key])} instead of an object")
     given = dict(config.get("rope_parameters") or {})
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     if config.get("rotary_dim"):
@@ -60,6 +78,11 @@ def rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in given:
         given["rope_theta"] = config.get("rope_theta", 10000.0)
     given.setdefault("rope_type", (config.get("rope_scaling") or {}).get("rope_type", "default"))
+    share = given["partial_rotary_factor"]
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise CheckpointError(
+            f"config.json: partial_rotary_factor is {shown(share)} instead of a share of head dimensions"
+        )
     return given
 
 
@@ -105,10 +128,13 @@ class DecoderLayer:
         self.architecture = architecture
         self.device = device
         self._config = config
-        with torch.device("meta"):
-            module = architecture.transformers_class(architecture.layer_class)(config, layer)
-            # Outside the meta context, so that its buffer is real.
-        self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
+        try:
+            with torch.device("meta"):
+                module = architecture.transformers_class(architecture.layer_class)(config, layer)
+                # Outside the meta context, so that its buffer is real.
+            self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
+        except Exception as error:  # it raises whatever an odd value leads to
+            raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
         block = getattr(module, architecture.moe_module)
         self._router = block.gate
         self._bias: torch.Tensor | None = None
@@ -158,11 +184,12 @@ class DecoderLayer:
         return torch.cat([norm(part) for part in residual.split(step)])
 
     @torch.no_grad()
-    def route(self, x: torch.Tensor, step: int = 2**14) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """transformers' router on [T, H]: logits float32 [T, E], weights float32 [T, k], indices int64 [T, k].
 
         The choices of a token come sorted by expert, so that sums over them have one order on every device.
         """
+        step = 2**14 if x.device.type != "cpu" else max(1, ONE_THREAD // self._router.weight.shape[0])
         parts = [
             self._router(part, self._bias) if self._bias is not None else self._router(part) for part in x.split(step)
         ]
@@ -189,11 +216,26 @@ class KvObserver:
         # Observe only: the hidden states of calibration are not those of a quantized cache.
         attention.quantization_enabled = False
         initialize_hooked_kv_cache(SimpleNamespace(config=config), attention)
-        for name in ("k", "v"):
+        self._finite: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
+        for name, register, hook in (
+            ("k", register_key_hook, calibrate_key_hook),
+            ("v", register_value_hook, calibrate_value_hook),
+        ):
             initialize_observer(attention, name)
-        register_key_hook(attention, calibrate_key_hook)
-        register_value_hook(attention, calibrate_value_hook)
+            register(attention, partial(self._look, name))
+            register(attention, hook)
         self._attention = attention
+
+    def broken(self, lengths: list[int]) -> list[int]:
+        """Which samples had NaN or infinite keys or values: indices into the lengths of the one `attend` since."""
+        finite = torch.cat(self._finite["k"]) & torch.cat(self._finite["v"])
+        starts = [start for group, _ in _batches(lengths) for start in group]
+        order = {start: sample for sample, start in enumerate(accumulate(lengths, initial=0))}
+        return sorted(order[start] for start, good in zip(starts, finite.tolist(), strict=True) if not good)
+
+    def _look(self, name: str, _attention: torch.nn.Module, states: torch.Tensor) -> None:
+        """Note which sequences of a batch [B, heads, T, dim] are finite."""
+        self._finite[name].append(torch.isfinite(states).flatten(1).all(1))
 
     def scales(self) -> dict[str, torch.Tensor]:
         """`k_scale` and `v_scale`, float32 [1], from all that was observed."""
@@ -203,7 +245,9 @@ class KvObserver:
             # The statistics are in the activations' bf16; the scale itself is stored in fp32.
             for attribute, value in observer.get_statistics().items():
                 setattr(observer, attribute, value.float())
-            result[f"{name}_scale"] = observer.get_qparams()["scale"].float().cpu().reshape(1)
+            scale = observer.get_qparams()["scale"].float().cpu().reshape(1)
+            # A server divides by it, on devices that may read a denormal as zero.
+            result[f"{name}_scale"] = scale.clamp(min=torch.finfo(torch.float32).tiny)
         return result
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,13 +25,16 @@ from pydantic import (
     model_validator,
 )
 
-from mmq.errors import RecipeError, one_line
+from mmq.errors import RecipeError, one_line, shown
 
 SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
+SHOWN_FAULTS = 20
+LARGEST = 2**20  # bytes of a recipe
 
 # YAML's true is no number, and a quoted number is no number either.
-Count = Annotated[int, Field(strict=True, gt=0)]
+Count = Annotated[int, Field(strict=True, gt=0, lt=2**53)]
+Seed = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -44,6 +48,9 @@ class Model(Section):
 
     source: str = Field(description="a checkpoint folder, or a hub id fetched with huggingface_hub")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    trust_remote_code: bool = Field(
+        False, strict=True, description="run the Python code in the model's folder that its tokenizer may name"
+    )
 
 
 class Dequant(Section):
@@ -71,7 +78,7 @@ class HubSamples(Section):
     )
     revision: str | None = Field(None, description="branch, tag or commit")
     samples: Count = Field(description="how many samples to take")
-    seed: Annotated[int, Field(strict=True)] = Field(0, description="of the shuffle before taking")
+    seed: Seed | None = Field(None, description="of the shuffle before taking; default: the recipe's")
 
 
 def _samples_kind(value: object) -> str:
@@ -87,7 +94,12 @@ class Calibration(Section):
     """What the experts are calibrated on."""
 
     files: list[Samples] = Field(min_length=1)
-    sequence_length: Annotated[int, Field(strict=True, ge=2)] = Field(1024, description="tokens kept of each sample")
+    sequence_length: Annotated[Count, Field(ge=2)] = Field(1024, description="tokens kept of each sample")
+    nonfinite: Literal["error", "exclude"] = Field(
+        "error",
+        description="a sample whose activations become NaN or infinite ends the run, or is left out from that layer on;"
+        " such values among the checkpoint's weights and scales always end it",
+    )
 
 
 class KvCacheScheme(Section):
@@ -111,12 +123,12 @@ class Awq(Section):
     source: Literal["bf16", "fp8"] = Field(
         "bf16", description="read the dequantized folder, or the fp8 checkpoint itself, with the same result"
     )
-    n_grid: Annotated[int, Field(strict=True, ge=3)] = Field(20, description="points of the scale search")
+    n_grid: Annotated[int, Field(strict=True, ge=3, le=1000)] = Field(20, description="points of the scale search")
     duo_scaling: Literal[True, False, "both"] = Field(
         True, description="scales from activations and weights, activations only, or half the grid each"
     )
     group_size: Literal[32, 64, 128] = Field(128, description="input channels that share an int4 scale")
-    min_tokens: Annotated[int, Field(strict=True, ge=0)] = Field(
+    min_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**53)] = Field(
         128,
         description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
     )
@@ -127,7 +139,8 @@ class Awq(Section):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...")
     memory_budget: Count | None = Field(
         None,
-        description="working memory on the device beyond the layer and the hidden states, e.g. 4GiB; default: fits",
+        description="working memory on the device beyond the layer and the hidden states, e.g. 4GiB, though never less"
+        " than one expert takes; default: fits",
     )
 
     @field_validator("memory_budget", mode="before")
@@ -154,6 +167,7 @@ class Recipe(Section):
     awq: Awq
     restore: Restore = Restore()
     workers: Count | None = Field(None, description="threads over shards; default: the cores, at most 8")
+    seed: Seed = Field(0, description="of whatever is drawn by chance: the order of hub samples")
 
     # Where relative paths start; set by `load`.
     root: Path = Field(default=Path(), exclude=True)
@@ -165,8 +179,15 @@ class Recipe(Section):
         return self
 
     def path(self, value: str) -> Path:
-        """A path of the recipe, resolved."""
-        return (self.root / Path(value).expanduser()).resolve()
+        """A path of the recipe, resolved.
+
+        Raises:
+            RecipeError: the system knows no such path, as with a NUL in it or the home of a user who isn't there.
+        """
+        try:
+            return (self.root / Path(value).expanduser()).resolve()
+        except (ValueError, RuntimeError, OSError) as error:
+            raise RecipeError(f"{shown(value)} is no path: {one_line(error)}") from None
 
     @property
     def work_path(self) -> Path:
@@ -178,14 +199,32 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load, but a key given twice is an error instead of the last one winning."""
+    """yaml.safe_load, but a key given twice is an error instead of the last one winning, and so is an alias: a few
+    lines of them can stand for more than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not taken", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is given twice", node.start_mark)
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable) or key in seen:
+                fault = "is given twice" if isinstance(key, Hashable) else "is no name"
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} {fault}", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _parse(text: str) -> Any:
+    """YAML's value. Raises ValueError with one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML raises whatever a tag on the wrong value leads to
+        raise ValueError(one_line(error)) from None
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -199,10 +238,12 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
         RecipeError: the file is missing or not valid; the message names the file and the key.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        if path.is_file() and path.stat().st_size > LARGEST:
+            raise ValueError(f"it is larger than {LARGEST} bytes")
+        content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except (ValueError, OSError) as error:
         raise RecipeError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path} must hold a mapping with the keys {', '.join(_keys(Recipe))}")
@@ -213,7 +254,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     try:
         return Recipe.model_validate(content | {"root": project_root(path)})
     except ValidationError as error:
-        raise RecipeError(f"{path}: {'; '.join(_sentences(error))}") from None
+        more = f"; and {error.error_count() - SHOWN_FAULTS} more" if error.error_count() > SHOWN_FAULTS else ""
+        raise RecipeError(f"{path}: {'; '.join(_sentences(error))}{more}") from None
 
 
 def project_root(recipe: Path) -> Path:
@@ -241,25 +283,25 @@ def _override(content: dict[str, Any], override: str) -> None:
     key, separator, value = override.partition("=")
     parts = key.strip().split(".")
     if not separator or not all(parts):
-        raise RecipeError(f"--set takes key.sub=value, not {override!r}")
+        raise RecipeError(f"--set takes key.sub=value, not {shown(override)}")
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {key}: {one_line(error)}") from None
+        parsed = _parse(value)
+    except ValueError as error:
+        raise RecipeError(f"--set {key[:100]}: {error}") from None
     node: Any = content
     for part in parts[:-1]:
         if node.get(part) is None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise RecipeError(f"--set {key}: {part} holds no keys")
+            raise RecipeError(f"--set {key[:100]}: {part[:100]} holds no keys")
     node[parts[-1]] = parsed
 
 
 def _sentences(error: ValidationError) -> list[str]:
     lines = []
-    for fault in error.errors():
-        location = [str(part) for part in fault["loc"] if part not in ("file", "hub")]
+    for fault in error.errors()[:SHOWN_FAULTS]:
+        location = [str(part)[:100] for part in fault["loc"] if part not in ("file", "hub")]
         key = ".".join(location)
         if fault["type"] == "extra_forbidden":
             close = difflib.get_close_matches(location[-1], sorted(ALL_KEYS), n=1, cutoff=0.6)
@@ -267,7 +309,7 @@ def _sentences(error: ValidationError) -> list[str]:
         elif fault["type"] == "missing":
             message = f"the key {key} is missing"
         else:
-            message = f"{key}: {fault['msg'].removeprefix('Value error, ')} (it is {fault['input']!r})"
+            message = f"{key}: {fault['msg'].removeprefix('Value error, ')} (it is {shown(fault['input'])})"
         if message not in lines:
             lines.append(message)
     return lines

@@ -19,8 +19,8 @@ import torch
 
 from mmq.architectures import Architecture
 from mmq.errors import CheckpointError, JournalError, MmqError
-from mmq.storage.atomic import write_json
-from mmq.storage.checkpoint import Checkpoint, TensorReader
+from mmq.storage.atomic import FileRecord, file_digest, write_json
+from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorReader, read_json
 from mmq.workspace import HYBRID, Workspace
 
 REPORT_NAME = "verify.json"
@@ -29,6 +29,8 @@ ROUTER_TOLERANCE = 1e-6
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
+# Weights below this do nothing. bf16 and fp32 lose bits near 1e-38, and with them what scaled such weights.
+NEGLIGIBLE = 1e-30
 INT4_PARTS = {"weight_packed": "I32", "weight_scale": "BF16", "weight_shape": "I64"}
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -43,6 +45,7 @@ class Report:
         checks: what was looked at, and how many things.
         layers: per decoder layer, errors of the experts and the KV scales.
         attention: sha256 of every attention tensor, equal in source and result.
+        files: size and xxh3-128 of every file that this is about, by name.
     """
 
     folder: Path
@@ -51,6 +54,7 @@ class Report:
     checks: dict[str, int] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     attention: dict[str, str] = field(default_factory=dict)
+    files: dict[str, list[Any]] = field(default_factory=dict)
 
     def count(self, check: str, number: int = 1) -> None:
         self.checks[check] = self.checks.get(check, 0) + number
@@ -67,6 +71,7 @@ class Report:
             "checks": self.checks,
             "layers": self.layers,
             "attention_sha256": self.attention,
+            "files": self.files,
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -84,7 +89,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
     folder = workspace.folder(HYBRID)
     if not workspace.journal.stage("restore").complete:
         raise JournalError(f"{folder} is not complete; run `mmq restore` first")
-    report = Report(folder, workspace.work_dir / REPORT_NAME)
+    report = Report(folder, workspace.work_dir / REPORT_NAME, files=finished_files(workspace))
     source = workspace.source.checkpoint
     try:
         result = Checkpoint.open(folder)
@@ -100,6 +105,39 @@ def verify_checkpoint(workspace: Workspace) -> Report:
             _check_tensors(report, arch, source, result, workspace.recipe.worker_count)
     write_json(report.path, report.as_json())
     return report
+
+
+def finished_files(workspace: Workspace) -> dict[str, list[Any]]:
+    """Size and xxh3-128 of the hybrid folder's files by name: shards as restore wrote them, the small ones as they are.
+
+    The model card is not among them, nor is what mmq did not put there.
+    """
+    folder, restore = workspace.folder(HYBRID), workspace.journal.stage("restore")
+    records = [record for unit in restore.units for record in restore.files(unit).values()]
+    small = [CONFIG_NAME, INDEX_NAME, *(path.name for path in workspace.source.checkpoint.carried_files())]
+    records += [
+        FileRecord(name, path.stat().st_size, file_digest(path)) for name in small if (path := folder / name).is_file()
+    ]
+    return {record.name: [record.size, record.digest] for record in records}
+
+
+def read_report(workspace: Workspace) -> tuple[dict[str, Any] | None, str]:
+    """verify.json if it is about the hybrid folder's files as they are now, else None and why not, as a clause.
+
+    Raises:
+        CheckpointError: it is no JSON object, or the source can't be read.
+    """
+    path = workspace.work_dir / REPORT_NAME
+    if not path.is_file():
+        return None, "it was not verified"
+    record, now = read_json(path), finished_files(workspace)
+    then = _mapping(record.get("files"))
+    changed = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+    if changed:
+        return None, f"it is not what was verified: {changed[0]} differs" + (
+            f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        )
+    return record, ""
 
 
 def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -315,19 +353,23 @@ def _check_experts(
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
         rows = _row_scales(smoothed[arch.up], _float32(results[f"{bases[arch.up]}.weight_scale"]))
-        smoothed[arch.up] *= rows[:, None]
-        smoothed[arch.down] /= rows
+        lost = np.isnan(rows)
+        smoothed[arch.up] *= np.where(lost, 1.0, rows).astype(np.float32)[:, None]
+        smoothed[arch.down] /= np.where(lost, 1.0, rows).astype(np.float32)
         for linear, base in bases.items():
             expected = smoothed[linear]
             shape = results[f"{base}.weight_shape"].tolist()
             report.require(shape == list(expected.shape), f"{base}.weight_shape is {shape}, not {list(expected.shape)}")
             codes, steps = _int4_codes(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
             difference = codes * steps - expected
-            far = np.count_nonzero(~(np.abs(difference) <= FARTHEST * steps))
+            if linear == arch.down:
+                # Up's row is zero, and so is all that this column is multiplied by.
+                difference[:, lost] = 0
+            far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
             report.require(
                 far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
             )
-            squares[linear] += [np.sum(part**2, dtype=np.float64) for part in (difference, expected)]
+            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
         report.count("experts whose int4 codes are the nearest")
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
@@ -336,13 +378,15 @@ def _check_experts(
 def _row_scales(weight: Array, steps: Array) -> Array:
     """float32 [out]: what up's rows were multiplied by, from the steps [out, groups] of the scaled rows.
 
-    A group's step is its largest magnitude / 7.5; the median over a row's groups is good to a bf16 rounding.
+    A group's step is its largest magnitude / 7.5; the median over a row's groups is good to a bf16 rounding. NaN where
+    a row is zero or negligible.
     """
     largest = np.abs(weight).reshape(*steps.shape, -1).max(-1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = np.where(largest > 0, 7.5 * steps / largest, np.nan)
-    found = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else 1.0 for row in shares])
-    return np.where(found > 0, found, 1.0).astype(np.float32)
+        shares = np.where(largest > NEGLIGIBLE, 7.5 * steps / largest, np.nan)
+    found = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else np.nan for row in shares])
+    found[(largest > NEGLIGIBLE).any(-1) & ~(found > 0)] = 1.0
+    return found.astype(np.float32)
 
 
 def _check_outside(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:

@@ -6,9 +6,9 @@ statistics and hidden states are on disk before the journal says so, and a kille
 
 from __future__ import annotations
 
-import json
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,16 @@ import torch
 from safetensors.torch import load_file
 
 from mmq.calibration import CACHE_NAME, Tokens, load_tokens, save_tokens
-from mmq.device import named_device, peak_device, peak_host, present_device, release_memory, reset_peak_device
+from mmq.device import (
+    named_device,
+    open_files,
+    peak_device,
+    peak_host,
+    present_device,
+    release_memory,
+    reset_peak_device,
+    resident_host,
+)
 from mmq.errors import CheckpointError, JournalError
 from mmq.expert_block import default_budget
 from mmq.fp8_source import Fp8Source
@@ -26,10 +35,10 @@ from mmq.layers import embed
 from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
 from mmq.sizes import awq_memory, most_tokens
-from mmq.stages.base import BASE_MEMORY, Plan, Unit
+from mmq.stages.base import BASE_MEMORY, Plan, Unit, one_thread
 from mmq.state import LayerFiles
-from mmq.storage.atomic import write_json
-from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder
+from mmq.storage.atomic import make_folder, write_json
+from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
 from mmq.workspace import AWQ, BF16, STATE, Workspace
 
@@ -70,6 +79,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.min_tokens": awq.min_tokens,
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
+        "seed": workspace.recipe.seed,
     }
 
 
@@ -115,8 +125,9 @@ class _Stage:
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
+        self.stopping = threading.Event()
         self.files = LayerFiles.of(workspace, name)
-        self.files.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.files.folder)
         tokens = _tokens(workspace)
         self.quantizer = LayerQuantizer(
             workspace.architecture,
@@ -125,12 +136,13 @@ class _Stage:
             tokens.lengths,
             self.device,
             workspace.reporter.item,
+            self._excluded(),
         )
         self.hidden = self._hidden_states(tokens)
         workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
         self.two_layers_fit = _two_layers_fit(self.device, plan, widest_layer(self.source))
-        self.writer = ThreadPoolExecutor(1, thread_name_prefix="mmq-writer")
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="mmq-reader")
+        self.writer = one_thread("mmq-writer")
+        self.reader = one_thread("mmq-reader")
         self.pending: Future[None] | None = None
         self.ahead: Future[LayerContent | None] | None = None
 
@@ -138,6 +150,8 @@ class _Stage:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # What is being written is a layer's work and is waited for; what is being read is nothing lost.
+        self.stopping.set()
         self.reader.shutdown(wait=True, cancel_futures=True)
         self.writer.shutdown(wait=True)
 
@@ -152,8 +166,17 @@ class _Stage:
         result = self.quantizer.quantize(layer, content, self.hidden)
         result.statistics["seconds"] = {"reading": reading} | result.statistics["seconds"]
         result.statistics["peak_host_bytes"] = peak_host()
+        result.statistics["host_bytes"] = resident_host()
+        result.statistics["open_files"] = open_files()
         result.statistics["peak_device_bytes"] = peak_device(self.device)
         self.hidden = result.hidden
+        if excluded := result.statistics["excluded_samples"]:
+            self.workspace.reporter.note(
+                f"layer {layer} leaves out the calibration samples {', '.join(map(str, excluded))}, for which it is NaN"
+                " or infinite",
+                layer=layer,
+                excluded_samples=excluded,
+            )
         self.finish_writing()
         self.pending = self.writer.submit(self._write, layer, result)
 
@@ -166,19 +189,20 @@ class _Stage:
     def carry_outside(self) -> None:
         """Embeddings, final norm, head: as the dequantized checkpoint has them."""
         path = self.plan.folder / shard_name(self.workspace, None)
+        self._bring_near(self.source.outside_names())
         with (
             self.weights.checkpoint.reader() as reader,
             write_shard(path, quantized_specs(self.workspace, None)) as shard,
         ):
             for spec in shard.specs:
                 shard.add(spec.name, self.weights.read(reader, spec.name))
-                self.workspace.reporter.advance(2 * spec.nbytes)
+        self.workspace.reporter.advance(self.plan.units[-1].read + self.plan.units[-1].written)
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
     def finish_state(self) -> None:
         """All layers are done: collect their statistics; no hidden states are needed any more."""
-        statistics = [json.loads(self.files.record(layer).read_text(encoding="utf-8")) for layer in self.layers]
+        statistics = [read_json(self.files.record(layer)) for layer in self.layers]
         write_json(self.files.folder / STATISTICS, statistics)
         self.journal.forget_files(
             layer_unit(self.layers[-1]), [self.files.in_journal(self.files.hidden(self.layers[-1]))]
@@ -186,15 +210,38 @@ class _Stage:
         self.journal.save()
         self.files.remove_hidden()
 
+    def _excluded(self) -> list[int]:
+        """Samples that finished layers left out, counted from 1.
+
+        Raises:
+            JournalError: there are some, and the recipe does not allow it. The other way round nothing was left out,
+                so that going on with `exclude` mixes nothing.
+        """
+        records = (read_json(self.files.record(layer)) for layer in range(self._done))
+        found = [number for record in records for number in record.get("excluded_samples", [])]
+        if found and self.workspace.recipe.awq.calibration.nonfinite == "error":
+            raise JournalError(
+                f"finished layers left out the calibration samples {', '.join(map(str, sorted(found)))}, which"
+                " awq.calibration.nonfinite = error forbids; set it to exclude, or run `mmq awq --restart`"
+            )
+        return found
+
+    @property
+    def _done(self) -> int:
+        """Finished layers."""
+        return sum(layer_unit(layer) in self.journal.units for layer in self.layers)
+
     def _hidden_states(self, tokens: Tokens) -> torch.Tensor:
         """bf16 [T, H] on the device: the last finished layer's output, or the embeddings."""
-        done = sum(layer_unit(layer) in self.journal.units for layer in self.layers)
+        done = self._done
         if done == len(self.layers):
             return torch.empty(0)
         path = self.files.hidden(done - 1) if done else None
         self.files.remove_hidden(but=path)
         if path is not None:
+            self.journal.check_content(self.files.in_journal(path))
             return load_file(path, device=str(self.device))["hidden_states"]
+        self._bring_near([self.workspace.architecture.embedding])
         with self.weights.checkpoint.reader() as reader:
             return embed(reader[self.workspace.architecture.embedding], tokens.ids).to(self.device)
 
@@ -202,25 +249,43 @@ class _Stage:
         """The layer that was read ahead, or read now."""
         content = None
         if self.ahead is None:
-            self._bring_near(layer)
+            self._bring_near(self.source.layer_names(layer))
         else:
             content, self.ahead = self.ahead.result(), None
         return content or self._read_layer(layer)
 
     def _read_ahead(self, layer: int) -> None:
         """While a layer computes: read the next one onto the device if both fit there, else bring its bytes near."""
-        if layer < len(self.layers):
-            self.ahead = self.reader.submit(self._read_apart if self.two_layers_fit else self._bring_near, layer)
+        if layer >= len(self.layers):
+            return
+        if self.two_layers_fit:
+            self.ahead = self.reader.submit(self._read_apart, layer)
+        else:
+            self.ahead = self.reader.submit(self._bring_near, self.source.layer_names(layer))
 
-    def _bring_near(self, layer: int) -> None:
-        """A layer's bytes into the system's page cache, which costs this process no memory: from the disk in large
-        pieces, where mapped files would come page by page."""
+    def _bring_near(self, names: list[str]) -> None:
+        """Tensors' bytes into the system's page cache, which costs this process no memory: from the disk in large
+        pieces, where mapped files would come page by page.
+
+        Raises:
+            JournalError: a shard is not what the dequant stage wrote.
+        """
         checkpoint = self.weights.checkpoint
-        checkpoint.read_ahead(tensor for tensor in self.source.layer_names(layer) if tensor in checkpoint.specs)
+        whole = set()
+        if not isinstance(self.weights, Fp8Source):
+            dequant = self.workspace.journal.stage("dequant")
+            for shard in sorted({*map(checkpoint.shard_of, names)}):
+                if self.stopping.is_set():
+                    return
+                if dequant.check_content(f"{BF16}/{shard}"):
+                    whole.add(shard)
+        checkpoint.read_ahead((name for name in names if checkpoint.shard_of(name) not in whole), self.stopping)
 
-    def _read_apart(self, layer: int) -> LayerContent:
-        """Read a layer on a stream of its own, so that its copies run beside the computations."""
-        self._bring_near(layer)
+    def _read_apart(self, layer: int) -> LayerContent | None:
+        """Read a layer on a stream of its own, so that its copies run beside the computations; None once stopping."""
+        self._bring_near(self.source.layer_names(layer))
+        if self.stopping.is_set():
+            return None
         if self.device.type != "cuda":
             return self._read_layer(layer)
         stream = torch.cuda.Stream(self.device)
@@ -308,8 +373,8 @@ def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
     """What is worth showing of a layer."""
     before, after = statistics["loss_round_to_nearest"], statistics["loss_chosen"]
     return {
-        "loss": f"{after:.3e}",
-        "of round-to-nearest": f"{after / before:.1%}" if before else "-",
+        "loss": "-" if after is None else f"{after:.3e}",
+        "of round-to-nearest": f"{after / before:.1%}" if before and after is not None else "-",
         "fewest tokens": min(statistics["tokens_per_expert"]),
         "topped up": sum(1 for count in statistics["topped_up"] if count),
         "kept as they were": _kept(statistics),

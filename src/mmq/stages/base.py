@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import socket
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from mmq.device import named_device, peak_device, peak_host
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.journal import StageJournal
-from mmq.storage.atomic import remove_temporaries
+from mmq.storage.atomic import make_folder, remove_temporaries
+from mmq.versions import versions
 from mmq.workspace import Workspace
 
 # Python, torch and the libraries, before any tensor.
@@ -100,16 +105,28 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     if journal.complete:
         workspace.reporter.note(f"{stage.name} is complete: {plan.folder}")
         return
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    make_folder(plan.folder)
     remove_temporaries(plan.folder)
     pending = [unit for unit in plan.units if unit.name not in journal.units]
     check_disk(plan.folder, sum(unit.written for unit in pending))
+    begin_run(workspace, journal)
     workspace.reporter.start(stage.name, len(pending), sum(unit.read + unit.written for unit in pending))
     if len(pending) < len(plan.units):
         workspace.reporter.note(f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done")
     stage.work(workspace, plan, journal)
     journal.finish()
     workspace.reporter.finish(stage.name)
+
+
+def begin_run(workspace: Workspace, journal: StageJournal) -> None:
+    """Have the journal note what this run takes, and where it was made."""
+    # Nothing is drawn by chance but the hub's samples; a library that draws shall draw the same.
+    torch.manual_seed(workspace.recipe.seed)
+    device = named_device(workspace.recipe.awq.device)
+    journal.begin_run(
+        {"host": socket.gethostname(), "seed": workspace.recipe.seed, "versions": versions()},
+        lambda: {"peak_host_bytes": peak_host(), "peak_device_bytes": peak_device(device)},
+    )
 
 
 def check_disk(folder: Path, needed: int) -> None:
@@ -122,12 +139,14 @@ def check_disk(folder: Path, needed: int) -> None:
 def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], None], workers: int) -> None:
     """Run `job` for every unit on `workers` threads; the first error stops the others at their next tensor."""
     stop = threading.Event()
+    futures: list[Future[None]] = []
     kept = torch.get_num_threads()
     try:
         # One thread for each worker's tensors; setting it in a worker sets it for threads to come as well.
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            futures = [pool.submit(job, unit, stop) for unit in units]
             try:
+                with signals_held():
+                    futures += [pool.submit(job, unit, stop) for unit in units]
                 wait(futures, return_when=FIRST_EXCEPTION)
             finally:
                 stop.set()
@@ -140,6 +159,25 @@ def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], Non
             raise errors[0]
     finally:
         torch.set_num_threads(kept)
+
+
+def one_thread(name: str) -> ThreadPoolExecutor:
+    """A pool of one thread that is running already; see `signals_held`."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    with signals_held():
+        pool.submit(lambda: None)
+    return pool
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """No signal ends the block: where threads start, one that its pool does not know of yet would outlive the stage,
+    and the lock. The threads hold these signals for good; the main thread takes them."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
 def check_stop(stop: threading.Event) -> None:

@@ -43,12 +43,17 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
     def convert(unit: Unit, stop: threading.Event) -> None:
         specs = [source.specs[t] for t in source.checkpoint.shards[unit.name] if t in source.specs]
+        left = unit.read + unit.written
         with source.checkpoint.reader() as reader, write_shard(plan.folder / unit.name, specs) as shard:
             for spec in shard.specs:
                 check_stop(stop)
                 reporter.item(spec.name)
                 shard.add(spec.name, source.read(reader, spec.name))
-                reporter.advance(spec.nbytes + source.checkpoint.specs[spec.name].nbytes)
+                step = spec.nbytes + source.checkpoint.specs[spec.name].nbytes
+                left -= step
+                reporter.advance(step)
+        # Scales and the header.
+        reporter.advance(left)
         journal.finish_unit(unit.name, {f"{BF16}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 

@@ -59,6 +59,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
     def restore(unit: Unit, stop: threading.Event) -> None:
         specs = hybrid_specs(workspace, layers[unit.name])
+        reporter.item(f"{unit.name}: reading")
+        awq_journal.check_content(f"{AWQ}/{unit.name}")
         with (
             source.checkpoint.reader() as originals,
             quantized.reader() as results,
@@ -69,6 +71,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 reporter.item(spec.name)
                 shard.add(spec.name, _tensor(workspace, originals, results, spec.name))
                 reporter.advance(2 * spec.nbytes)
+        # Its header.
+        reporter.advance(unit.written - unit.read)
         journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 
@@ -89,8 +93,9 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
         for tensor in names:
             if not _same_bytes(source.read(originals, tensor), results[tensor]):
                 raise CheckpointError(
-                    f"{tensor} differs between {source.checkpoint.folder} and {quantized.folder}: the original"
-                    " attention would not fit this awq output"
+                    f"{tensor} differs between {source.checkpoint.folder} and"
+                    f" {quantized.folder / quantized.shard_of(tensor)}: the original attention would not fit this awq"
+                    " output; run `mmq awq --restart` to make it anew"
                 )
 
 

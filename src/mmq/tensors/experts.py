@@ -55,6 +55,12 @@ class Rows:
         """Rows of each expert."""
         return [end - start for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
+    def cut(self, size: int) -> Iterator[Rows]:
+        """The same rows, at most `size` at a time, for those that are in no token's output."""
+        for start in range(0, self.token.shape[0], size):
+            token = self.token[start : start + size]
+            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], None)
+
     def piece(self, first: int, last: int) -> Piece | None:
         """The rows of experts first..last, if they have any."""
         start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]

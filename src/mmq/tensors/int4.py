@@ -65,6 +65,11 @@ def quantize_stack(weight: torch.Tensor, group_size: int) -> QuantizedStack:
     return QuantizedStack(values.view(weight.shape), scale, group_size)
 
 
+def fits(scale: torch.Tensor) -> bool:
+    """Whether every code, -8 included, times its group's scale is finite in the scale's dtype."""
+    return bool(torch.isfinite(scale * Q_MIN).all())
+
+
 def fake_quantize_scaled(
     weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -99,7 +104,11 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """max|w| / 7.5 of each group [..., group] in the dtype it is stored in; a group of zeros gets its epsilon."""
+    """max|w| / 7.5 of each group [..., group] in the dtype it is stored in; a group of zeros gets its epsilon.
+
+    It is never denormal: such a number has too few bits to divide by, and devices that flush it read a zero.
+    """
+    info = torch.finfo(dtype)
     largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
     scale = largest.div_(HALF_RANGE).to(dtype)
-    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    return torch.where(scale == 0, info.eps, scale.clamp_(min=info.tiny))
