@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -409,40 +408,3 @@ def test_a_disk_that_is_too_small_is_refused_first(project: Path, monkeypatch: p
     assert half_made(project) == set()
     monkeypatch.undo()
     succeed("dequant", recipe, "--quiet")
-
-
-@pytest.mark.parametrize("stage", ["dequant", "awq", "restore"])
-def test_a_disk_that_fills_up_costs_only_the_time(
-    project: Path, finished: Path, stage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """ENOSPC at one flush after the other; the same command always goes on, and the bytes are the same."""
-    recipe = project / "recipe.yaml"
-    fsync, left = os.fsync, [0]
-
-    def filling(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    for before in ("dequant", "awq"):
-        if before == stage:
-            break
-        succeed(before, recipe, "--quiet")
-    monkeypatch.setattr(os, "fsync", filling)
-    failures = 0
-    for flushes in range(0, 60, 7):
-        left[0] = flushes
-        result = cli(stage, recipe, "--quiet")
-        assert not list((project / "run").rglob("*.mmq-tmp"))
-        if result.exit_code == 0:
-            break
-        assert result.exit_code == 2
-        assert result.stderr.startswith("error: the disk is full: ")
-        assert len(result.stderr.splitlines()) == 1
-        failures += 1
-    assert failures > 2
-    monkeypatch.undo()
-    succeed(stage, recipe, "--quiet")
-    folder = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}[stage]
-    assert digests(project / "run" / folder) == digests(finished / "run" / folder)

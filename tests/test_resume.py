@@ -1,13 +1,13 @@
-"""Stopping at any moment and going on: SIGKILL, SIGTERM, Ctrl-C, changed inputs, lost files, torn journals, locks.
+"""Stopping and going on: the real command, changed inputs, lost files, torn journals, locks, status.
 
-Most processes here are forked from a server that has torch loaded, and send themselves the signal at a given system
-call: so every moment is hit exactly, and the signals, processes and locks are real all the same.
+`faults/` stops a tiny model at every system call. Most processes here are forked from a server that has torch loaded,
+and send themselves the signal at a given system call: so the moment is hit exactly, and the signals, processes and
+locks are real all the same.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 import torch
 
-import mmq.storage.atomic
-import mmq.storage.shards
 from conftest import digests, edit_json, write_recipe
+from faults import harness
+from faults.harness import FOLDERS, FORK
+from faults.inject import Fault, Injector
 from mmq.cli.app import app
 from mmq.errors import LockedError
 from mmq.journal import lock
@@ -32,32 +33,12 @@ from mmq.synth import Sizes, write_checkpoint, write_samples
 from test_cli import cli, events, refused, succeed
 from test_storage import edit_tensors
 
-FOLDERS = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["mmq.pipeline", "mmq.cli.app", "llmcompressor", "transformers", "pytest"])
 
-
-def _child(arguments: list[str], call: str, number: int, sent: int, stderr: str) -> None:
-    """Run a command; at the `number`-th `call` of a kind send this process a signal."""
+def _child(arguments: list[str], root: str, call: str, number: int, sent: int, stderr: str) -> None:
+    """Run a command; at the `number`-th `call` of a kind below `root` send this process a signal."""
     os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    seen = [0]
-
-    def counted(original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any) -> Any:
-            seen[0] += 1
-            if seen[0] == number:
-                os.kill(os.getpid(), sent)
-            return original(*args)
-
-        return function
-
-    if call == "fsync":
-        os.fsync = counted(os.fsync)
-    elif call == "replace":
-        os.replace = counted(os.replace)
-    else:
-        mmq.storage.shards.write_all = counted(mmq.storage.shards.write_all)
+    Injector(Path(root), Fault(number, sent=signal.Signals(sent), kind=call)).arm()
     app(arguments)
 
 
@@ -67,7 +48,7 @@ def stopped(
     """Exit code and standard error of a stage that gets a signal at a moment."""
     stderr = project / "stderr"
     arguments = [stage, str(project / "recipe.yaml"), *(options or [])]
-    process = FORK.Process(target=_child, args=(arguments, call, number, int(sent), str(stderr)))
+    process = FORK.Process(target=_child, args=(arguments, str(project), call, number, int(sent), str(stderr)))
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -78,14 +59,7 @@ def stopped(
 
 def up_to(project: Path, finished: Path, stage: str) -> Path:
     """Put what the stages before this one made into a project; its recipe."""
-    run, done = project / "run", finished / "run"
-    run.mkdir()
-    before = list(FOLDERS)[: list(FOLDERS).index(stage)]
-    for name in before:
-        shutil.copytree(done / FOLDERS[name], run / FOLDERS[name])
-    journal = json.loads((done / "journal.json").read_text(encoding="utf-8"))
-    journal["stages"] = {name: journal["stages"][name] for name in before}
-    (run / "journal.json").write_text(json.dumps(journal), encoding="utf-8")
+    harness.up_to(finished / "run", stage, project / "run")
     return project / "recipe.yaml"
 
 
@@ -104,52 +78,12 @@ def is_complete(work_dir: Path, stage: str) -> bool:
     return bool(stages.get(stage, {}).get("complete"))
 
 
-# One moment of each sort at least: in a unit's data, at its flush and its rename, at the journal's after it, in a later
-# unit, in the small files at the end, at the index, and at the very last rename, the journal's that says "complete".
-MOMENTS = {
-    "dequant": [("write", 3), ("fsync", 1), ("fsync", 4), ("replace", 3), ("replace", 9), ("replace", 12),
-                ("replace", 15), ("replace", 16)],
-    "awq": [("write", 3), ("replace", 2), ("write", 13), ("fsync", 5), ("replace", 4), ("replace", 5), ("write", 134),
-            ("replace", 8), ("write", 180), ("replace", 12), ("replace", 19), ("replace", 20), ("replace", 21)],
-    "restore": [("write", 9), ("fsync", 4), ("replace", 5), ("replace", 7), ("replace", 10), ("replace", 13),
-                ("replace", 14)],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("stage", "call", "number"), [(stage, *moment) for stage, moments in MOMENTS.items() for moment in moments]
-)
-def test_a_killed_stage_goes_on_to_the_same_bytes(
-    project: Path, finished: Path, stage: str, call: str, number: int
-) -> None:
-    recipe = up_to(project, finished, stage)
-    code, _ = stopped(project, stage, call, number)
-    assert code == -signal.SIGKILL, "the moment never came"
-    assert not is_complete(project / "run", stage)
-    succeed(stage, recipe, "--quiet")
-    assert_same_outputs(project, finished, stage)
-
-
 def test_a_stage_killed_again_and_again_ends_with_the_same_bytes(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
     for number in (3, 4, 6, 9, 12):
         assert stopped(project, "awq", "fsync", number)[0] == -signal.SIGKILL
     succeed("awq", recipe, "--quiet")
     assert_same_outputs(project, finished, "awq")
-
-
-@pytest.mark.parametrize("stage", FOLDERS)
-@pytest.mark.parametrize(("sent", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
-def test_a_polite_signal_ends_in_order(project: Path, finished: Path, stage: str, sent: int, wanted: int) -> None:
-    recipe = up_to(project, finished, stage)
-    code, message = stopped(project, stage, "fsync", 5, sent)
-    assert code == wanted, message
-    assert f"mmq {stage} {recipe}" in message
-    assert "Traceback" not in message
-    assert len(message.splitlines()) == 1
-    assert not list((project / "run").rglob("*.mmq-tmp"))
-    succeed(stage, recipe, "--quiet")
-    assert_same_outputs(project, finished, stage)
 
 
 def test_the_hint_after_a_signal_repeats_the_overrides(project: Path) -> None:
@@ -220,7 +154,10 @@ def test_the_real_command_killed_twice_ends_with_the_same_bytes(slow: Path) -> N
     assert finished_units(run, "awq") < 5
     succeed("run", recipe, "--quiet")
     for folder in FOLDERS.values():
-        assert digests(run / folder) == digests(slow / "wanted" / folder)
+        made = digests(run / folder)
+        if folder == FOLDERS["restore"]:
+            assert made.pop("README.md"), "the model card, which says how long this run took"
+        assert made == digests(slow / "wanted" / folder)
 
 
 @pytest.mark.parametrize(("sent", "wanted"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
@@ -429,7 +366,7 @@ def test_a_garbage_journal_is_refused(project: Path, command: str, content: str)
     assert digests(project / "run").keys() <= {"journal.json", "lock"}
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_a_journal_of_another_format_is_refused(finished_copy: Path, version: object) -> None:
     edit_json(finished_copy / "run" / "journal.json", lambda journal: journal.update(format=version))
     message = refused("dequant", finished_copy / "recipe.yaml")
@@ -491,6 +428,7 @@ def test_status_in_the_middle_of_awq(project: Path, finished: Path) -> None:
     recipe = up_to(project, finished, "awq")
     assert stopped(project, "awq", "replace", 7)[0] == -signal.SIGKILL
     found = status(recipe)["stages"][1]
+    assert 0 < found.pop("percent") < 100
     assert found == {"stage": "awq", "state": "begun", "done": 1, "units": 3, "last": "layer-00000"}
 
 
