@@ -6,10 +6,32 @@ it into an exit code.
 
 from __future__ import annotations
 
+import reprlib
+
+LONGEST_MESSAGE = 1000
+LONGEST_VALUE = 300
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+
 
 def one_line(error: object) -> str:
-    """A library's message without its line breaks, so that it fits into a sentence."""
-    return " ".join(str(error).split())
+    """A library's message without its line breaks, and cut where it is long, so that it fits into a sentence."""
+    text = str(error)
+    return " ".join(text[:LONGEST_MESSAGE].split()) + ("..." if len(text) > LONGEST_MESSAGE else "")
+
+
+def shown(value: object) -> str:
+    """A value of a file for a sentence: its repr, cut where it is long or deep."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python does not print integers of thousands of digits
+        return "a number that is too large"
+    return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: control characters, which file and tensor names may hold, as escapes; lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class MmqError(Exception):
@@ -40,6 +62,10 @@ class LockedError(MmqError):
 
 class DiskSpaceError(MmqError):
     """The disk is full, or would be before the stage ends."""
+
+
+class PushError(MmqError):
+    """The hub does not take the checkpoint, or can't be reached."""
 
 
 class VerifyError(MmqError):

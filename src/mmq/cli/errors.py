@@ -8,50 +8,76 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import IO, cast
 
 from rich.console import Console
 from rich.text import Text
 
-from mmq.errors import MmqError
+from mmq.cli.streams import Stream, Terminated
+from mmq.errors import MmqError, printable
 
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
-
-
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+# A shell's exit code for a command that a signal ended is this and the signal's number.
+SIGNALLED = 128
+# Signals that this process got while a command ran.
+_received: list[int] = []
 
 
 @contextmanager
 def handled(resume: str = "") -> Iterator[None]:
-    """Turn errors of mmq into a message and its exit code, and let SIGTERM and Ctrl-C end a command in good order.
+    """Turn errors of mmq into a message and its exit code, and let SIGTERM, SIGHUP and Ctrl-C end a command in good
+    order. A signal that is ignored already, as nohup has it, stays so.
 
     Args:
         resume: what to run after an interruption.
     """
-    previous = signal.signal(signal.SIGTERM, _raise_terminated)
+    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, _terminate) for number in numbers}
+    _received.clear()
     try:
         yield
-    except MmqError as error:
-        _leave(f"error: {error}", error.exit_code)
-    except (KeyboardInterrupt, Terminated) as stop:
-        code = EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
-        hint = f"; go on with: {resume}" if resume else ""
-        _leave(f"stopped: finished shards and layers are safe{hint}", code)
-    except OSError as error:
-        kind = errno.errorcode.get(error.errno or 0, type(error).__name__)
-        where = f" ({error.filename})" if error.filename else ""
-        _leave(f"error: the system refused: {error.strerror or error}{where} {kind}", 2)
+    except BaseException as error:
+        if (end := ending(error, resume)) is None:
+            raise
+        _leave(*end)
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _raise_terminated(_signal: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
+    """The sentence and the exit code with which an error ends a command; None for one that nobody foresaw."""
+    if _received and isinstance(error, Exception):
+        # A library's compiled code may turn what a signal raised in its midst into an error of its own.
+        error = Terminated(_received[0])
+    if isinstance(error, MmqError):
+        return f"error: {error}", error.exit_code
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        # A short command whose reader had enough has nothing to say.
+        quiet = number == signal.SIGPIPE and not resume
+        hint = f"; go on with: {resume}" if resume else ""
+        return "" if quiet else f"stopped: finished shards and layers are safe{hint}", SIGNALLED + number
+    if isinstance(error, OSError):
+        kind = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        where = f" ({str(error.filename)[-300:]})" if error.filename else ""
+        return f"error: the system refused: {error.strerror or error}{where} {kind}", 2
+    return None
+
+
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    # Once is enough: a terminal that closes may send it twice, and the second would cut the first one's tidying short.
+    # Whoever presses Ctrl-C again means just that.
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_IGN)
+    _received.append(number)
+    raise Terminated(number)
 
 
 def _leave(message: str, code: int) -> None:
-    text = Text(message)
-    text.highlight_regex(r"^error:", "red")
-    Console(stderr=True).print(text, soft_wrap=True)
+    if message:
+        text = Text(printable(message))
+        text.highlight_regex(r"^error:", "red")
+        stream = cast(IO[str], Stream(sys.stderr, needed=False))
+        Console(file=stream, stderr=True).print(text, soft_wrap=True)
     sys.exit(code)

@@ -17,6 +17,14 @@ Set = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan: files, bytes, memory, disk. Touches nothing.")]
 Restart = Annotated[bool, typer.Option("--restart", help="Begin the stage anew instead of resuming it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")]
+LogFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--log-file",
+        metavar="PATH",
+        help="Append to this file what happens (10 MB, five older ones kept), and go on when the terminal closes.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 

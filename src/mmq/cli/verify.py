@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import shlex
+from typing import TYPE_CHECKING, Any
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, Quiet, RecipePath, Set, mode, quiet_libraries
-from mmq.cli.output import Output, make_output
+from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries
+from mmq.cli.output import Output, Rows, human_time, make_output
+from mmq.cli.session import session
 from mmq.errors import VerifyError
 from mmq.recipe import load
 
@@ -16,15 +18,15 @@ if TYPE_CHECKING:
 SHOWN_PROBLEMS = 20
 
 
-def verify(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
+def verify(
+    recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quiet = False, log_file: LogFile = None
+) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
-    with handled():
-        output = make_output(mode(json, quiet))
-        quiet_libraries()
+    with session("verify", recipe, set_, mode(json, quiet), log_file) as run:
         from mmq.workspace import Workspace
 
-        with output.live():
-            verify_and_report(Workspace.of(load(recipe, set_), output), output)
+        with run.output.live():
+            verify_and_report(Workspace.of(run.recipe, run.output), run.output)
 
 
 def verify_and_report(workspace: Workspace, output: Output) -> None:
@@ -43,7 +45,7 @@ def verify_and_report(workspace: Workspace, output: Output) -> None:
 
 
 def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
-    """Show which stage and unit each is at, and what the next command is."""
+    """Show how far each stage is, which process is at work, and what the next command is."""
     with handled():
         output = make_output(mode(json, False))
         loaded = load(recipe, set_)
@@ -52,6 +54,26 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         from mmq.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
-        found["next"] = f"mmq {found['next']} {recipe}"
-        output.result(found, found["work_dir"], found["stages"])
-        output.hint(found["next"])
+        again = [str(recipe), *(part for override in set_ or [] for part in ("--set", override))]
+        if found["next"]:
+            found["next"] = shlex.join(["mmq", found["next"], *again])
+        output.result(found, found["work_dir"], _rows(found["stages"]))
+        if found["running"] and not json:
+            output.note(_at_work(found["running"]))
+        evaluated = any(stage["stage"] == "eval" and stage["state"] == "complete" for stage in found["stages"])
+        further = "" if evaluated else f"; {shlex.join(['mmq', 'eval', *again])} compares it with its source"
+        output.hint(found["next"] or f"nothing, the result is verified{further}")
+
+
+def _rows(stages: Rows) -> Rows:
+    return [stage | {"percent": f"{stage['percent']} %", "last": stage["last"] or "-"} for stage in stages]
+
+
+def _at_work(running: dict[str, Any]) -> str:
+    """Who holds the work_dir, where it is and how long it will take, in a sentence."""
+    who = f"process {running['process']} on {running['host']} since {running['since']}"
+    if not running["seen"]:
+        return f"at work, or stopped without a trace: {who}; whether it lives can't be seen from here"
+    what = f", {running['stage']}: {running['unit'] or 'ending'}" if running["stage"] else ""
+    eta = running["eta_seconds"]
+    return f"at work: {who}{what}" + ("" if eta is None else f", {human_time(eta)} left of this stage")
