@@ -367,7 +367,7 @@ def test_the_fingerprint_tells_dtypes_shapes_names_and_config_apart(folder: Path
 
 
 def test_only_small_plain_files_are_carried(folder: Path) -> None:
-    carried = ["LICENSE", "README.md", "chat_template.jinja", "merges.txt", "modeling_x.py", "tokenizer.json"]
+    carried = ["LICENSE", "chat_template.jinja", "merges.txt", "modeling_x.py", "tokenizer.json"]
     others = [
         "pytorch_model.bin",
         "pytorch_model.bin.index.json",
@@ -378,6 +378,7 @@ def test_only_small_plain_files_are_carried(folder: Path) -> None:
         ".gitattributes",
         "tokenizer.json.lock",
         "blob.incomplete",
+        "README.md",
     ]
     for name in carried + others:
         (folder / name).write_text(name)
@@ -389,7 +390,7 @@ def test_only_small_plain_files_are_carried(folder: Path) -> None:
 def test_a_carried_file_must_not_come_from_outside_the_folder(folder: Path, tmp_path: Path) -> None:
     """As for shards: a link could pull any file of the machine into a folder that is meant to be published."""
     (tmp_path / "secret").write_text("secret")
-    (folder / "README.md").symlink_to(tmp_path / "secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "secret")
     checkpoint = Checkpoint.open(folder)
     try:
         carried = [path.name for path in checkpoint.carried_files()]

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mmq.architectures import Architecture
-from mmq.errors import CheckpointError
+from mmq.errors import CheckpointError, shown
 from mmq.recipe import FileSamples, Recipe
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
@@ -43,6 +43,7 @@ Split = Literal["tensor parallel", "kv heads", "none"]
 
 GIB = 2**30
 ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
+DTYPE_LABELS = {"F8_E4M3": "fp8", "BF16": "bf16", "F32": "fp32", "I32": "int4 in I32", "I64": "int64"}
 FP8 = "F8_E4M3"
 BLOCK = 128  # rows and columns of a block with one scale, and what vLLM's kernels want of each GPU's part
 PACK = 8  # int4 codes in an int32
@@ -374,5 +375,5 @@ def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _count(config: dict[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 1 <= value <= LARGEST:
-        raise CheckpointError(f"config.json: {key} is {value!r} instead of a number from 1 to {LARGEST}")
+        raise CheckpointError(f"config.json: {key} is {shown(value)} instead of a number from 1 to {LARGEST}")
     return value

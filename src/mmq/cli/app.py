@@ -11,7 +11,9 @@ from mmq.cli.calibration import calibration
 from mmq.cli.doctor import doctor
 from mmq.cli.evaluate import evaluate
 from mmq.cli.plan import plan
+from mmq.cli.push import push
 from mmq.cli.recipe import recipe_app
+from mmq.cli.report import report
 from mmq.cli.stages import HELP, stage_command
 from mmq.cli.synth import synth
 from mmq.cli.verify import status, verify
@@ -25,7 +27,7 @@ app = typer.Typer(
 )
 for name, text in HELP.items():
     app.command(name, help=text)(stage_command(name))
-for command in (plan, calibration, verify, status, synth, doctor):
+for command in (plan, calibration, verify, status, report, push, synth, doctor):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(recipe_app, name="recipe")

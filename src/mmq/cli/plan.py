@@ -19,6 +19,7 @@ from mmq.sizes import (
     CACHE_BYTES,
     DEFAULT_RESERVE,
     DEFAULT_UTILIZATION,
+    DTYPE_LABELS,
     GIB,
     Component,
     Dimensions,
@@ -42,7 +43,6 @@ GPUS = re.compile(r"(\d{1,6})\s*x\s*(\d+(?:\.\d+)?\s*[kmg]i?b)", re.IGNORECASE)
 FORMS: tuple[Form, ...] = ("source", "bf16", "awq", "hybrid")
 # What is worth serving: the finished checkpoint with either cache, and the awq stage's output to compare with.
 SERVED: tuple[tuple[Form, str], ...] = (("hybrid", "bf16"), ("hybrid", "fp8"), ("awq", "bf16"))
-DTYPES = {"F8_E4M3": "fp8", "BF16": "bf16", "F32": "fp32", "I32": "int4 in I32", "I64": "int64"}
 
 GpusOption = Annotated[
     str | None,
@@ -280,9 +280,9 @@ def _show(output: Output, value: dict[str, Any]) -> None:
             "component": entry["component"],
             "parameters": _billions(entry["parameters"]),
             "share": f"{entry['parameters'] / total['parameters']:.1%}",
-            "before": " + ".join(DTYPES[dtype] for dtype in entry["before"]["dtypes"]),
+            "before": " + ".join(DTYPE_LABELS[dtype] for dtype in entry["before"]["dtypes"]),
             "bytes before": human_bytes(entry["before"]["bytes"]),
-            "after": " + ".join(DTYPES[dtype] for dtype in entry["after"]["dtypes"]),
+            "after": " + ".join(DTYPE_LABELS[dtype] for dtype in entry["after"]["dtypes"]),
             "bytes after": human_bytes(entry["after"]["bytes"]),
         }
         for entry in value["components"]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmq.cli.errors import handled
-from mmq.cli.options import DryRun, Json, Quiet, RecipePath, Restart, Set, mode, quiet_libraries
-from mmq.cli.output import Output, human_bytes, make_output
-from mmq.recipe import load
+from mmq.cli.options import DryRun, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
+from mmq.cli.output import Mode, Output, human_bytes
+from mmq.cli.session import session
 
 if TYPE_CHECKING:
     from mmq.workspace import Workspace
@@ -20,7 +18,7 @@ HELP = {
     "dequant": "Stage 1: dequantize the fp8 checkpoint to bf16.",
     "awq": "Stage 2: AWQ the experts to int4 and calibrate the KV cache's scales, layer by layer.",
     "restore": "Stage 3: put the original fp8 attention back.",
-    "run": "All stages in order, then verify. Resumes where it was stopped.",
+    "run": "All stages in order, then verify and a report. Resumes where it was stopped.",
 }
 
 
@@ -34,35 +32,43 @@ def stage_command(name: str) -> Callable[..., None]:
         restart: Restart = False,
         json: Json = False,
         quiet: Quiet = False,
+        log_file: LogFile = None,
     ) -> None:
-        _run(name, recipe, set_, dry_run, restart, make_output(mode(json, quiet)))
+        _run(name, recipe, set_, dry_run, restart, mode(json, quiet), log_file)
 
     return command
 
 
-def _run(command: str, path: Path, overrides: list[str] | None, dry_run: bool, restart: bool, output: Output) -> None:
-    again = [str(path), *(part for override in overrides or [] for part in ("--set", override))]
-    with handled(shlex.join(["mmq", command, *again])):
-        recipe = load(path, overrides)
-        quiet_libraries()
+def _run(
+    command: str,
+    path: Path,
+    overrides: list[str] | None,
+    dry_run: bool,
+    restart: bool,
+    shown: Mode,
+    log_file: Path | None,
+) -> None:
+    # A plan touches nothing, a log file neither.
+    with session(command, path, overrides, shown, None if dry_run else log_file) as run:
         from mmq.pipeline import run_stages, stages_of
         from mmq.workspace import Workspace
 
         whole = command == "run"
-        names = stages_of(recipe) if whole else [command]
-        workspace = Workspace.of(recipe, output, offline=dry_run)
+        names = stages_of(run.recipe) if whole else [command]
+        workspace = Workspace.of(run.recipe, run.output, offline=dry_run)
         if dry_run:
-            _show_plans(workspace, names, output)
+            _show_plans(workspace, names, run.output)
             return
-        with output.live():
+        with run.output.live():
             run_stages(workspace, names, restart)
             if whole:
+                from mmq.cli.report import write_and_note
                 from mmq.cli.verify import verify_and_report
 
-                verify_and_report(workspace, output)
+                verify_and_report(workspace, run.output)
+                write_and_note(workspace, run.output)
         if not whole:
-            following = {"dequant": "awq", "awq": "restore", "restore": "verify"}[command]
-            output.hint(shlex.join(["mmq", following, *again]))
+            run.hint({"dequant": "awq", "awq": "restore", "restore": "verify"}[command])
 
 
 def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
