@@ -364,6 +364,7 @@ def test_kept_tokens_of_other_inputs_are_not_taken(project: Path) -> None:
 
 def test_tokens_are_kept_whole_or_not_at_all(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = project / "recipe.yaml"
+    (project / "run/state/calibration").mkdir(parents=True)
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mmq.errors import CheckpointError
+from mmq.errors import CheckpointError, shown
+
+# One spelling a number, so that two names never stand for one tensor; no sign, leading zero or other script's digits.
+NUMBER = "(0|[1-9][0-9]{0,8})"
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,12 @@ class Architecture:
 
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
-        return re.compile(re.escape(self.layer).replace(r"\{layer\}", r"(\d+)") + "(.+)")
+        return re.compile(re.escape(self.layer).replace(r"\{layer\}", NUMBER) + "(.+)")
 
     @cached_property
     def _expert_pattern(self) -> re.Pattern[str]:
         linears = "|".join(map(re.escape, self.expert_linears))
-        return re.compile(re.escape(self.expert).replace(r"\{expert\}", r"(\d+)") + f"({linears})" + r"\.(.+)")
+        return re.compile(re.escape(self.expert).replace(r"\{expert\}", NUMBER) + f"({linears})" + r"\.(.+)")
 
     def split(self, name: str) -> tuple[int | None, str]:
         """`model.layers.7.x.y` -> (7, `x.y`); a tensor outside the layers -> (None, its name)."""
@@ -92,6 +95,15 @@ class Architecture:
         """`...experts.3.w1.weight` inside a layer -> (3, `w1`, `weight`); anything else -> None."""
         match = self._expert_pattern.fullmatch(local)
         return (int(match[1]), match[2], match[3]) if match else None
+
+    @cached_property
+    def _quantized_pattern(self) -> re.Pattern[str]:
+        attention, experts = ("|".join(map(re.escape, names)) for names in (self.attention, self.expert_linears))
+        return re.compile(rf"(.*\.)?(({attention})|experts\.\d+\.({experts}))\.weight")
+
+    def looks_quantized(self, name: str) -> bool:
+        """Whether the outputs' config.json, whose patterns name no layer, takes a tensor for one that is quantized."""
+        return self._quantized_pattern.fullmatch(name) is not None
 
     def module_name(self, local: str) -> str:
         """A layer's tensor under transformers' name."""
@@ -155,5 +167,5 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
         if architecture.causal_lm in names or architecture.model_type == model_type:
             return architecture
     raise CheckpointError(
-        f"the model type {model_type!r} is not supported; mmq knows {', '.join(sorted(ARCHITECTURES))}"
+        f"the model type {shown(model_type)} is not supported; mmq knows {', '.join(sorted(ARCHITECTURES))}"
     )

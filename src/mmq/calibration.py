@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from fnmatch import fnmatch
 from itertools import islice
@@ -20,9 +21,11 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from mmq.errors import CalibrationError, one_line
+from mmq.chat_template import Chat, render
+from mmq.errors import CalibrationError, one_line, shown
 from mmq.recipe import FileSamples, HubSamples, Recipe
-from mmq.storage.atomic import remove_temporaries
+from mmq.storage.atomic import make_folder, remove_temporaries
+from mmq.storage.checkpoint import CONFIG_NAME, read_json
 from mmq.storage.shards import save_tensors
 
 # What transformers makes a tokenizer from, chat template included; config.json names its class where nothing else does.
@@ -31,6 +34,10 @@ TOKENIZER_FILES = (
     "*.tiktoken", "chat_template*", "*.jinja",
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
+# What a tokenizer may be made of besides, where the recipe trusts it.
+CODE = "*.py"
+# Of layers, heads, experts, labels in a config.json.
+LARGEST_COUNT = 10**6
 # The kept sets' folder, below the work_dir's state/.
 CACHE_NAME = "calibration"
 # Of the kept sets: one that another way of reading or encoding has made must not be taken.
@@ -102,11 +109,16 @@ def load_tokens(recipe: Recipe, tokenizer_folder: Path, cache: Path | None = Non
     kept = _read_kept(kept_path(cache, inputs), inputs) if cache else None
     if kept is not None:
         return kept
-    tokenizer = _tokenizer(tokenizer_folder)
+    tokenizer = _tokenizer(tokenizer_folder, recipe.model.trust_remote_code)
+    contents = []
+    for index, where, content in _contents(recipe, files):
+        _check_form(where, content)
+        contents.append((index, where, content))
+    rendered = iter(_render(tokenizer, [(where, content) for _, where, content in contents if _is_chat(content)]))
     ids: list[int] = []
     samples = []
-    for index, where, content in _contents(recipe, files):
-        whole = _encode(tokenizer, where, content)
+    for index, where, content in contents:
+        whole = _encode(tokenizer, where, content, next(rendered) if _is_chat(content) else None)
         part = whole[: settings.sequence_length]
         ids += part
         samples.append(Sample(index, len(part), len(whole) - len(part), _is_chat(content), _language(content)))
@@ -117,7 +129,7 @@ def save_tokens(tokens: Tokens, cache: Path) -> Tokens:
     """Keep them for the next run, unless they come from there. Only for the holder of the work_dir's lock."""
     if tokens.cached:
         return tokens
-    cache.mkdir(parents=True, exist_ok=True)
+    make_folder(cache)
     remove_temporaries(cache)
     samples = json.dumps([astuple(sample) for sample in tokens.samples], ensure_ascii=False).encode()
     digest = _digest(tokens.inputs, tokens.ids, samples)
@@ -126,6 +138,12 @@ def save_tokens(tokens: Tokens, cache: Path) -> Tokens:
         {"ids": tokens.ids, "samples": _bytes_tensor(samples), "digest": _bytes_tensor(digest)},
     )
     return replace(tokens, cached=True)
+
+
+def kept_tokens(cache: Path, fingerprint: str) -> Tokens | None:
+    """A kept set by its tokens' fingerprint, whatever has become of samples and tokenizer; None where there is none."""
+    kept = (_read_kept(path, path.stem) for path in sorted(cache.glob("*.safetensors")))
+    return next((tokens for tokens in kept if tokens is not None and tokens.fingerprint() == fingerprint), None)
 
 
 def kept_path(cache: Path, inputs: str) -> Path:
@@ -205,7 +223,12 @@ def _inputs_fingerprint(recipe: Recipe, files: dict[Path, bytes], tokenizer_fold
         (path.relative_to(tokenizer_folder).as_posix(), xxhash.xxh3_128_hexdigest(path.read_bytes()))
         for path in _tokenizer_files(tokenizer_folder)
     ]
-    decisive = [FORMAT, settings.model_dump(), sources, tokenizer]
+    decisive = [FORMAT, settings.model_dump(exclude={"nonfinite"}), recipe.seed, sources, tokenizer]
+    if recipe.model.trust_remote_code:
+        code = [
+            (path.name, xxhash.xxh3_128_hexdigest(path.read_bytes())) for path in sorted(tokenizer_folder.glob(CODE))
+        ]
+        decisive.append(code)
     return xxhash.xxh3_128_hexdigest(json.dumps(decisive, sort_keys=True).encode())
 
 
@@ -274,6 +297,7 @@ def _file_samples(path: Path, data: bytes, source: FileSamples) -> Iterator[tupl
             continue
         try:
             sample = json.loads(line)
+            json.dumps(sample, ensure_ascii=False).encode()  # raises for half a character, which no text holds
         except (ValueError, RecursionError) as error:
             raise CalibrationError(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(sample, dict):
@@ -296,7 +320,8 @@ def _hub_samples(recipe: Recipe, source: HubSamples) -> Iterator[tuple[str, Cont
     name = str(folder) if folder.is_dir() else source.hub
     try:
         stream = datasets.load_dataset(name, source.name, split=source.split, revision=source.revision, streaming=True)
-        matching = (sample for sample in stream.shuffle(seed=source.seed) if _matches(source, sample))
+        seed = recipe.seed if source.seed is None else source.seed
+        matching = (sample for sample in stream.shuffle(seed=seed) if _matches(source, sample))
         samples = list(islice(matching, source.samples))
     except CalibrationError:
         raise
@@ -353,15 +378,27 @@ def _without_nulls(value: Any) -> Any:
 # Encoding
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
+    path = folder / CONFIG_NAME
+    for key, value in (read_json(path) if path.exists() else {}).items():
+        # transformers reads it as well, of whatever model, and makes lists as long as it says.
+        if key.startswith("num_") and type(value) in (int, float) and value > LARGEST_COUNT:
+            raise CalibrationError(f"{path}: {key} is {shown(value)}, more than {LARGEST_COUNT}")
+    with _refused(f"{folder} holds no tokenizer that loads {'with' if trust_remote_code else 'without'} remote code"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+
+
+@contextmanager
+def _refused(sentence: str) -> Iterator[None]:
+    """Whatever a damaged tokenizer leads to becomes a CalibrationError, a panic of its Rust part included."""
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises whatever a damaged file leads to
-        raise CalibrationError(
-            f"{folder} holds no tokenizer that loads without remote code: {one_line(error)}"
-        ) from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CalibrationError(f"{sentence}: {one_line(error)}") from None
 
 
 def _is_chat(content: Content) -> bool:
@@ -374,28 +411,35 @@ def _language(content: Content) -> str | None:
     return language if isinstance(language, str) and language else None
 
 
-def _encode(tokenizer: Any, where: str, content: Content) -> list[int]:
-    """All tokens of a sample, at least one."""
+def _check_form(where: str, content: Content) -> None:
+    """A sample is a chat or a text."""
     text = content.get("text")
     if _is_chat(content):
-        ids = tokenizer(_render(tokenizer, where, content), add_special_tokens=False)["input_ids"]
-    elif isinstance(text, str) and text.strip():
-        ids = tokenizer(text)["input_ids"]
-    else:
+        if not all(isinstance(message, dict) and message.get("role") for message in content["messages"]):
+            raise CalibrationError(f"{where}: every message must be an object with a role")
+    elif not (isinstance(text, str) and text.strip()):
         raise CalibrationError(f'{where} has no text: a sample is {{"text": ...}} or {{"messages": [...]}}')
+
+
+def _encode(tokenizer: Any, where: str, content: Content, chat: str | None) -> list[int]:
+    """All tokens of a sample, at least one. A chat comes rendered."""
+    with _refused(f"{where}: the tokenizer refuses it"):
+        if chat is None:
+            ids = tokenizer(content["text"])["input_ids"]
+        else:
+            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
     if not ids:
         raise CalibrationError(f"{where} has no tokens")
     return list(ids)
 
 
-def _render(tokenizer: Any, where: str, content: Content) -> str:
-    """A chat as the model sees it, by its own template."""
-    messages = content["messages"]
-    if not all(isinstance(message, dict) and message.get("role") for message in messages):
-        raise CalibrationError(f"{where}: every message must be an object with a role")
-    if not tokenizer.chat_template:
-        raise CalibrationError(f"{where} has messages, but the tokenizer has no chat template")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tools=content.get("tools") or None, tokenize=False))
-    except Exception as error:  # templates raise whatever their author chose
-        raise CalibrationError(f"{where}: the chat template refuses it: {one_line(error)}") from None
+def _render(tokenizer: Any, chats: list[tuple[str, Content]]) -> list[str]:
+    """Chats as the model sees them, by its own template."""
+    found = []
+    for where, content in chats:
+        messages, tools = content["messages"], content.get("tools") or None
+        if not tokenizer.chat_template:
+            raise CalibrationError(f"{where} has messages, but the tokenizer has no chat template")
+        with _refused(f"{where}: the tokenizer has no chat template for it"):
+            found.append(Chat(where, str(tokenizer.get_chat_template(tools=tools)), messages, tools))
+    return render(found, tokenizer.special_tokens_map)

@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from mmq.architectures import Architecture
-from mmq.errors import CheckpointError
+from mmq.errors import CheckpointError, shown
+from mmq.sizes import Dimensions, attention_shapes
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.storage.shards import TensorSpec
 from mmq.tensors.fp8 import BLOCK, dequantize_block, is_finite, scale_shape
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
+# Times fp8's largest value, 448, it is still a bf16.
+LARGEST_SAFE_SCALE = torch.finfo(torch.bfloat16).max / torch.finfo(torch.float8_e4m3fn).max
 
 
 class Fp8Source:
@@ -34,6 +37,8 @@ class Fp8Source:
             self._check_pair(name)
         self._check_rest()
         self._check_layers()
+        # A file that can't be carried is met before the hours of work, not after them.
+        checkpoint.carried_files()
 
     @cached_property
     def scales(self) -> dict[str, str]:
@@ -55,7 +60,7 @@ class Fp8Source:
         """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
 
         Raises:
-            CheckpointError: it holds a NaN or an infinity.
+            CheckpointError: it holds a NaN or an infinity, or its dequantized values would.
         """
         weight = reader[name]
         if device is not None and device.type != "cpu":
@@ -67,7 +72,11 @@ class Fp8Source:
         scale = reader[self.scales[name]].to(weight.device)
         if not is_finite(scale):
             raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
-        return dequantize_block(weight, scale)
+        result = dequantize_block(weight, scale)
+        # Only such a scale can lead out of bf16's range, and looking at every weight again would take its time.
+        if float(scale.abs().max()) > LARGEST_SAFE_SCALE and not is_finite(result):
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} times {self.scales[name]} is beyond bf16's range")
+        return result
 
     def layer_count(self) -> int:
         return int(self.config[self.architecture.layers_key])
@@ -100,10 +109,10 @@ class Fp8Source:
             raise CheckpointError(f"{folder}: {name} is fp8, but its scale {self.scales[name]} is missing")
         shape = specs[name].shape
         if len(shape) != 2 or scale.shape != scale_shape(shape) or scale.dtype != "F32":
-            wanted = scale_shape(shape) if len(shape) == 2 else "a matrix"
+            wanted = str(list(scale_shape(shape))) if len(shape) == 2 else "and a matrix"
             raise CheckpointError(
-                f"{folder}: {scale.name} is {scale.dtype} {list(scale.shape)}, but {name} of shape {list(shape)} needs"
-                f" F32 {list(wanted)} for {BLOCK}x{BLOCK} blocks"
+                f"{folder}: {scale.name} is {scale.dtype} {shown(list(scale.shape))}, but {name} of shape"
+                f" {shown(list(shape))} needs F32 {wanted} for {BLOCK}x{BLOCK} blocks"
             )
         layer, local = self.architecture.split(name)
         inside = layer is not None and layer < self.layer_count()
@@ -116,6 +125,13 @@ class Fp8Source:
         for name, spec in self.checkpoint.specs.items():
             if name.endswith(SCALE_SUFFIX) and name not in known:
                 raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
+            layer, _ = self.architecture.split(name)
+            inside = layer is not None and layer < self.layer_count()
+            if not inside and self.architecture.looks_quantized(name):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} lies outside the decoder layers under the name of what is"
+                    " quantized in them"
+                )
             if spec.dtype == "F8_E5M2":
                 raise CheckpointError(f"{self.checkpoint.folder}: {name} is e5m2; only e4m3 is supported")
 
@@ -125,15 +141,21 @@ class Fp8Source:
         for key in (arch.layers_key, arch.experts_key, arch.top_k_key, arch.hidden_key, arch.intermediate_key):
             value = config.get(key)
             if type(value) is not int or value < 1:
-                raise CheckpointError(f"{where}: {key} is {value!r} instead of a positive number")
+                raise CheckpointError(f"{where}: {key} is {shown(value)} instead of a positive number")
         layers, experts = self.layer_count(), self.expert_count()
         if layers * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
             raise CheckpointError(
-                f"{where} tells of {layers} layers with {experts} experts, the shards hold"
+                f"{where} tells of {shown(layers)} layers with {shown(experts)} experts, the shards hold"
                 f" {len(self.checkpoint.specs)} tensors"
             )
         if config[arch.top_k_key] > experts:
-            raise CheckpointError(f"{where}: {arch.top_k_key} is {config[arch.top_k_key]}, with {experts} experts")
+            raise CheckpointError(
+                f"{where}: {arch.top_k_key} is {shown(config[arch.top_k_key])}, with {experts} experts"
+            )
+        dims = Dimensions.of(config, arch)
+        rotary = config.get("rotary_dim")
+        if rotary is not None and (type(rotary) is not int or not 0 <= rotary <= dims.head_dim):
+            raise CheckpointError(f"{where}: rotary_dim is {shown(rotary)}, with heads of {dims.head_dim} dimensions")
 
     def _check_layers(self) -> None:
         """Every layer holds attention, router and all experts, of config.json's sizes, in fp8 where it must be."""
@@ -141,17 +163,21 @@ class Fp8Source:
         hidden, inner = self.config[arch.hidden_key], self.config[arch.intermediate_key]
         experts = self.expert_count()
         linears = {arch.gate: (inner, hidden), arch.up: (inner, hidden), arch.down: (hidden, inner)}
+        attention = attention_shapes(Dimensions.of(self.config, arch), arch)
         for layer in range(self.layer_count()):
             prefix = arch.layer_prefix(layer)
-            shapes: dict[str, tuple[int, ...] | None] = {f"{prefix}{linear}.weight": None for linear in arch.attention}
-            for expert in range(experts):
-                for linear, shape in linears.items():
-                    shapes[f"{arch.expert_weight(layer, expert, linear)}.weight"] = shape
+            shapes: dict[str, tuple[int, ...]] = {
+                f"{arch.expert_weight(layer, expert, linear)}.weight": shape
+                for expert in range(experts)
+                for linear, shape in linears.items()
+            }
+            shapes |= {f"{prefix}{linear}.weight": attention[f"{linear}.weight"] for linear in arch.attention}
             for name in shapes:
                 if name in specs and name not in self.scales:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
-            shapes |= {prefix + local: None for local in arch.attention_inputs}
-            shapes[prefix + arch.smooth_norm] = (hidden,)
+            norms: dict[str, tuple[int, ...]] = {prefix + local: attention[local] for local in arch.attention_inputs}
+            norms[prefix + arch.smooth_norm] = (hidden,)
+            shapes |= norms
             shapes[prefix + arch.router] = (experts, hidden)
             if arch.router_bias:
                 shapes[prefix + arch.router_bias] = (experts,)
@@ -160,13 +186,36 @@ class Fp8Source:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is missing")
                 if expected and specs[name].shape != expected:
                     raise CheckpointError(
-                        f"{self.checkpoint.folder}: {name} has the shape {list(specs[name].shape)},"
+                        f"{self.checkpoint.folder}: {name} has the shape {shown(list(specs[name].shape))},"
                         f" config.json's sizes make it {list(expected)}"
                     )
+            for name in norms:
+                self._check_dtype(name, "BF16")
+            for name in filter(None, (arch.router, arch.router_bias)):
+                self._check_dtype(prefix + name, "BF16", "F32")
             for name in self.layer_names(layer):
                 parts = arch.split_expert(arch.split(name)[1])
                 if parts and parts[0] >= experts:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is beyond config.json's {experts} experts")
+                if parts and parts[2] != "weight":
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} is neither an expert's weight nor its scale"
+                    )
+        for name, dimensions in ((arch.embedding, 2), (arch.head, 2), (arch.final_norm, 1)):
+            if name in specs:
+                self._check_dtype(name, "BF16")
+                shape = specs[name].shape
+                if len(shape) != dimensions or shape[-1] != hidden:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} has the shape {shown(list(shape))}, config.json's"
+                        f" hidden_size is {hidden}"
+                    )
+
+    def _check_dtype(self, name: str, *wanted: str) -> None:
+        """Hidden states are bf16, and so is what they pass through; only the router may be finer."""
+        dtype = self.checkpoint.specs[name].dtype
+        if dtype not in wanted:
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} is {dtype} instead of {' or '.join(wanted)}")
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
@@ -178,6 +227,6 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         )
     block = settings.get("weight_block_size")
     if block != [BLOCK, BLOCK]:
-        raise CheckpointError(f"{where}: weight_block_size is {block}; only [{BLOCK}, {BLOCK}] is supported")
+        raise CheckpointError(f"{where}: weight_block_size is {shown(block)}; only [{BLOCK}, {BLOCK}] is supported")
     if settings.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
-        raise CheckpointError(f"{where}: fmt is {settings['fmt']!r}; only float8_e4m3fn is supported")
+        raise CheckpointError(f"{where}: fmt is {shown(settings['fmt'])}; only float8_e4m3fn is supported")

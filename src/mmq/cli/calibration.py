@@ -65,10 +65,11 @@ def _tokenizer_folder(workspace: Workspace) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from mmq.calibration import TOKENIZER_FILES
+    from mmq.calibration import CODE, TOKENIZER_FILES
 
+    wanted = [*TOKENIZER_FILES, *([CODE] if workspace.recipe.model.trust_remote_code else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(
             f"model.source: {name} is neither a folder (looked at {workspace.recipe.path(name)}), nor is its tokenizer"

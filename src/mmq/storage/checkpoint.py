@@ -7,7 +7,8 @@ on it; tensor bytes are mapped when asked for.
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,17 +20,24 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from mmq.errors import CheckpointError
-from mmq.storage.atomic import atomic_file, write_json
+from mmq.errors import CheckpointError, one_line, shown
+from mmq.storage.atomic import copy_file, naming, write_json
 from mmq.storage.shards import DTYPES, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 # Weights in other formats, and what a download leaves: never carried to an output folder.
 NOT_CARRIED = {
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack", ".lock", ".incomplete",
 }  # fmt: skip
+
+
+# config.json and the index; safetensors takes headers up to the same size.
+LARGEST_JSON = 100 * 10**6
+DEEPEST_JSON = 100
+LONGEST_NAME = 1000
 
 
 class TensorReader:
@@ -72,6 +80,8 @@ class Checkpoint:
         """
         if not folder.is_dir():
             raise CheckpointError(f"there is no checkpoint folder {folder}")
+        for name in (CONFIG_NAME, INDEX_NAME):
+            _check_inside(folder, folder / name)
         config = read_json(folder / CONFIG_NAME)
         weight_map = _weight_map(folder)
         shards = {name: _read_header(folder, name) for name in sorted(set(weight_map.values()))}
@@ -110,20 +120,26 @@ class Checkpoint:
         with ExitStack() as stack:
             yield TensorReader(self, stack)
 
-    def read_ahead(self, names: Iterable[str]) -> None:
-        """Bring tensors into the system's page cache; it takes none of this process's memory but a small buffer."""
+    def read_ahead(self, names: Iterable[str], stop: threading.Event | None = None) -> None:
+        """Bring tensors into the system's page cache; it takes none of this process's memory but a small buffer.
+
+        Args:
+            stop: give up once it is set.
+        """
         scratch = bytearray(1 << 20)
         by_shard: dict[str, list[str]] = {}
         for name in names:
             by_shard.setdefault(self.shard_of(name), []).append(name)
         for shard, wanted in by_shard.items():
-            with open(self.folder / shard, "rb", buffering=0) as file:
+            with naming(self.folder / shard), open(self.folder / shard, "rb", buffering=0) as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
                 for begin, end in sorted(header[name]["data_offsets"] for name in wanted):
                     file.seek(8 + length + begin)
                     left = end - begin
                     while left > 0 and (count := file.readinto(memoryview(scratch)[:left])):
+                        if stop is not None and stop.is_set():
+                            return
                         left -= count
 
     @property
@@ -142,6 +158,8 @@ class Checkpoint:
     def carried_files(self) -> list[Path]:
         """Tokenizer, chat template, generation config, code, licence: all plain files that hold no weights.
 
+        Not the model card, which describes this checkpoint and no other.
+
         Raises:
             CheckpointError: one is a link that leads out of the folder.
         """
@@ -150,7 +168,7 @@ class Checkpoint:
             for path in self.folder.iterdir()
             if path.is_file()
             and not path.name.startswith(".")
-            and path.name not in (CONFIG_NAME, INDEX_NAME)
+            and path.name not in (CONFIG_NAME, INDEX_NAME, CARD_NAME)
             and not path.name.endswith(".index.json")
             and path.suffix not in NOT_CARRIED
         )
@@ -160,20 +178,40 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    """Read a JSON object of a size, depth and content that can be written again.
 
     Raises:
-        CheckpointError: it is missing or no JSON object.
+        CheckpointError: it is missing or no such JSON object.
     """
+    if not path.is_file():  # a pipe would never end
+        raise CheckpointError(f"{path} is {'no plain file' if path.exists() else 'missing'}")
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"it is larger than {LARGEST_JSON // 10**6} MB")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        _check_json(value)
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return value
+
+
+def _check_json(value: Any) -> None:
+    """Python reads more than JSON can say. Raises ValueError for NaN, infinity, half a character, and absurd depth."""
+    pending = [(value, 0)]
+    while pending:
+        part, depth = pending.pop()
+        if depth > DEEPEST_JSON:
+            raise ValueError(f"it is nested more than {DEEPEST_JSON} levels deep")
+        if isinstance(part, str):
+            part.encode()
+        elif isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"{part} is no JSON number")
+        elif isinstance(part, dict):
+            pending += ((inner, depth + 1) for entry in part.items() for inner in entry)
+        elif isinstance(part, list):
+            pending += ((inner, depth + 1) for inner in part)
 
 
 def finish_folder(source: Checkpoint, folder: Path, config: dict[str, Any], shards: Iterable[str]) -> None:
@@ -183,8 +221,7 @@ def finish_folder(source: Checkpoint, folder: Path, config: dict[str, Any], shar
         CheckpointError: a shard is missing or damaged.
     """
     for path in source.carried_files():
-        with atomic_file(folder / path.name) as target, open(path, "rb") as origin:
-            shutil.copyfileobj(origin, target, 1 << 20)
+        copy_file(path, folder / path.name)
     write_json(folder / CONFIG_NAME, config)
     headers = {name: _read_header(folder, name) for name in sorted(shards)}
     weight_map = {tensor: name for name, specs in headers.items() for tensor in specs}
@@ -203,11 +240,21 @@ def _weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index_path} has no weight_map")
     for tensor, shard in weight_map.items():
+        _check_name(index_path, tensor)
         if not isinstance(shard, str) or not shard.endswith(".safetensors") or Path(shard).name != shard:
             raise CheckpointError(
-                f"{index_path} puts {tensor} in {shard!r}, which is no safetensors file of that folder"
+                f"{index_path} puts {tensor} in {shown(shard)}, which is no safetensors file of that folder"
             )
+        _check_name(index_path, shard)
     return weight_map
+
+
+def _check_name(path: Path, name: str) -> None:
+    """Tensors' and shards' names go into messages, journals and new headers."""
+    if not name or len(name) > LONGEST_NAME or not name.isprintable():
+        raise CheckpointError(
+            f"{path} holds the name {shown(name)}; names are 1 to {LONGEST_NAME} printable characters"
+        )
 
 
 def _read_header(folder: Path, shard: str) -> dict[str, TensorSpec]:
@@ -218,6 +265,7 @@ def _read_header(folder: Path, shard: str) -> dict[str, TensorSpec]:
     specs = {}
     with _open_shard(path) as file:
         for name in file.offset_keys():
+            _check_name(path, name)
             view = file.get_slice(name)
             spec = TensorSpec(name, view.get_dtype(), tuple(view.get_shape()))
             if spec.dtype not in DTYPES:
@@ -231,7 +279,7 @@ def _open_shard(path: Path) -> Iterator[Any]:
     try:
         handle = safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"the shard {path} is damaged or truncated: {error}") from None
+        raise CheckpointError(f"the shard {path} is damaged or truncated: {one_line(error)}") from None
     with handle as file:
         yield file
 
@@ -241,5 +289,9 @@ def _check_inside(folder: Path, path: Path) -> None:
     root = folder.resolve()
     if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
         root = root.parent.parent
-    if not path.resolve().is_relative_to(root):
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        target = None
+    if target is None or not target.is_relative_to(root):
         raise CheckpointError(f"{path} is a link that leads out of its folder")
