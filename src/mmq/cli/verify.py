@@ -50,7 +50,7 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         output = make_output(mode(json, False))
         loaded = load(recipe, set_)
         quiet_libraries()
-        from mmq.pipeline import status as read_status
+        from mmq.status import status as read_status
         from mmq.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
