@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -434,3 +435,21 @@ def test_capabilities(capability: tuple[int, int], runs: str, attention: str, ba
     assert ("Marlin" in entry.experts) == (capability >= (7, 5))
     minima = [entry.minimum for entry in CAPABILITIES]
     assert minima == sorted(minima, reverse=True)
+
+
+# What vLLM brings; mmq is installed beside it without its own dependencies.
+BESIDE_VLLM = {"typer", "rich", "pydantic", "yaml"}
+
+
+def test_doctor_starts_beside_vllm_without_mmqs_dependencies() -> None:
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.split(r"[<>=]", line)[0].replace("-", "_") for line in requirements}
+    missing = sorted({"yaml" if name == "PyYAML" else name for name in names} - BESIDE_VLLM - {"torch"})
+    assert {"xxhash", "llmcompressor", "datasets", "safetensors"} <= set(missing)
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['mmq', 'doctor', '--json'];"
+        " from mmq.cli.app import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["packages"]["mmq"]

@@ -13,7 +13,6 @@ import yaml
 from mmq.cli.errors import handled
 from mmq.cli.output import Mode, make_output
 from mmq.errors import RecipeError
-from mmq.storage.atomic import write_bytes
 
 recipe_app = typer.Typer(no_args_is_help=True, help="Write recipes.")
 
@@ -31,6 +30,9 @@ def init(
 ) -> None:
     """Write a commented recipe with every field and its default."""
     with handled():
+        # `mmq doctor` must start beside vLLM, where mmq is installed without what this needs.
+        from mmq.storage.atomic import write_bytes
+
         if path.exists() and not force:
             raise RecipeError(f"{path} exists; --force replaces it")
         template = files("mmq").joinpath("recipe_template.yaml").read_text(encoding="utf-8")
