@@ -161,7 +161,7 @@ def synthetic_facts() -> RunFacts:
             for name in ("dequant", "awq", "restore", "eval")
         ],
         components=[
-            Component("experts", 224_680_476_672, 224_735_330_304, 117_000_000_000, "fp8 + fp32", "int4 in I32 + bf16"),
+            Component("experts", 224_680_476_672, 224_735_330_304, 117_000_000_000, "fp8 + fp32", "int4 in int32 + bf16"),
             Component("attention", 2_730_491_904, 2_731_158_528, 2_731_158_528, "fp8 + fp32", "fp8 + fp32"),
             Component("kv_scales", 0, 0, 496, "", "fp32"),
         ],
@@ -284,7 +284,7 @@ def test_sizes_are_those_of_the_files(evaluated: Path) -> None:
         assert getattr(facts, side) == total
         assert getattr(found["experts"], side) == experts
     assert found["experts"].dtype_before == "fp8 + fp32"
-    assert found["experts"].dtype_after == "int4 in I32 + bf16 + int64"
+    assert found["experts"].dtype_after == "int4 in int32 + bf16 + int64"
     source = Checkpoint.open(evaluated / "source").specs.values()
     assert facts.parameters == sum(int(np.prod(spec.shape)) for spec in source if not spec.name.endswith("_scale_inv"))
     (total,) = (row for row in page_of(evaluated).rows("components") if row["component"] == "total")

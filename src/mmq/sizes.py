@@ -43,7 +43,7 @@ Split = Literal["tensor parallel", "kv heads", "none"]
 
 GIB = 2**30
 ITEM_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4, "I32": 4, "I64": 8}
-DTYPE_LABELS = {"F8_E4M3": "fp8", "BF16": "bf16", "F32": "fp32", "I32": "int4 in I32", "I64": "int64"}
+DTYPE_LABELS = {"F8_E4M3": "fp8", "BF16": "bf16", "F32": "fp32", "I32": "int4 in int32", "I64": "int64"}
 FP8 = "F8_E4M3"
 BLOCK = 128  # rows and columns of a block with one scale, and what vLLM's kernels want of each GPU's part
 PACK = 8  # int4 codes in an int32
