@@ -161,7 +161,9 @@ def synthetic_facts() -> RunFacts:
             for name in ("dequant", "awq", "restore", "eval")
         ],
         components=[
-            Component("experts", 224_680_476_672, 224_735_330_304, 117_000_000_000, "fp8 + fp32", "int4 in int32 + bf16"),
+            Component(
+                "experts", 224_680_476_672, 224_735_330_304, 117_000_000_000, "fp8 + fp32", "int4 in int32 + bf16"
+            ),
             Component("attention", 2_730_491_904, 2_731_158_528, 2_731_158_528, "fp8 + fp32", "fp8 + fp32"),
             Component("kv_scales", 0, 0, 496, "", "fp32"),
         ],

@@ -239,9 +239,7 @@ def test_restore_does_not_go_on_with_other_settings(finished_copy: Path) -> None
 def test_no_stage_goes_on_with_another_source(finished_copy: Path, stage: str) -> None:
     recipe = finished_copy / "recipe.yaml"
     router = "model.layers.0.block_sparse_moe.gate.weight"
-    edit_tensors(
-        finished_copy / "source", lambda tensors: tensors.update({router: tensors[router].to(torch.bfloat16)})
-    )
+    edit_tensors(finished_copy / "source", lambda tensors: tensors.update({router: tensors[router].to(torch.bfloat16)}))
     assert "model.source" in refused(stage, recipe)
 
 
