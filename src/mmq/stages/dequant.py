@@ -44,6 +44,9 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     def convert(unit: Unit, stop: threading.Event) -> None:
         specs = [source.specs[t] for t in source.checkpoint.shards[unit.name] if t in source.specs]
         left = unit.read + unit.written
+        # In large pieces, and where the disk fails the error has its sentence; a mapped file's would be a signal.
+        reporter.item(f"{unit.name}: reading")
+        source.checkpoint.read_ahead(source.checkpoint.shards[unit.name], stop)
         with source.checkpoint.reader() as reader, write_shard(plan.folder / unit.name, specs) as shard:
             for spec in shard.specs:
                 check_stop(stop)

@@ -17,7 +17,7 @@ from mmq.journal import StageJournal
 from mmq.layout import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
 from mmq.quant_config import output_config
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
-from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder
+from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.workspace import AWQ, HYBRID, Workspace
 
@@ -61,6 +61,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         specs = hybrid_specs(workspace, layers[unit.name])
         reporter.item(f"{unit.name}: reading")
         awq_journal.check_content(f"{AWQ}/{unit.name}")
+        origins = {spec.name: _original(workspace, spec.name) for spec in specs}
+        source.checkpoint.read_ahead(filter(None, origins.values()), stop)
         with (
             source.checkpoint.reader() as originals,
             quantized.reader() as results,
@@ -69,7 +71,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
             for spec in shard.specs:
                 check_stop(stop)
                 reporter.item(spec.name)
-                shard.add(spec.name, _tensor(workspace, originals, results, spec.name))
+                origin = origins[spec.name]
+                shard.add(spec.name, originals[origin] if origin else results[spec.name])
                 reporter.advance(2 * spec.nbytes)
         # Its header.
         reporter.advance(unit.written - unit.read)
@@ -84,30 +87,33 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     """Raises CheckpointError where awq changed a tensor that attention depends on."""
     source, arch = workspace.source, workspace.architecture
-    names = [arch.embedding]
+    groups = [[arch.embedding]]
     for layer in range(source.layer_count()):
-        prefix = arch.layer_prefix(layer)
-        names += [prefix + local for local in arch.attention_inputs]
-        names += [f"{prefix}{linear}.weight" for linear in arch.attention]
+        tensors = [*arch.attention_inputs, *(f"{linear}.weight" for linear in arch.attention)]
+        groups.append([arch.layer_prefix(layer) + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:
-        for tensor in names:
-            if not _same_bytes(source.read(originals, tensor), results[tensor]):
-                raise CheckpointError(
-                    f"{tensor} differs between {source.checkpoint.folder} and"
-                    f" {quantized.folder / quantized.shard_of(tensor)}: the original attention would not fit this awq"
-                    " output; run `mmq awq --restart` to make it anew"
-                )
+        for names in groups:
+            scales = [source.scales[tensor] for tensor in names if tensor in source.scales]
+            source.checkpoint.read_ahead([*names, *scales])
+            quantized.read_ahead(names)
+            for tensor in names:
+                if not _same_bytes(source.read(originals, tensor), results[tensor]):
+                    raise CheckpointError(
+                        f"{tensor} differs between {source.checkpoint.folder} and"
+                        f" {quantized.folder / quantized.shard_of(tensor)}: the original attention would not fit this"
+                        " awq output; run `mmq awq --restart` to make it anew"
+                    )
 
 
-def _tensor(workspace: Workspace, originals: TensorReader, results: TensorReader, name: str) -> torch.Tensor:
-    """A tensor of the hybrid checkpoint, from the side that owns it."""
+def _original(workspace: Workspace, name: str) -> str | None:
+    """The source's tensor whose bytes a tensor of the hybrid checkpoint has; None for what awq made."""
     source, arch = workspace.source, workspace.architecture
     component = arch.component(name)
     if component == "attention" and name.endswith(SCALE_NAME):
-        return originals[source.scales[name.removesuffix(SCALE_NAME) + "weight"]]
+        return source.scales[name.removesuffix(SCALE_NAME) + "weight"]
     if component in ("attention", "embeddings", "head") or arch.split(name)[1] == arch.router_bias:
-        return originals[name]
-    return results[name]
+        return name
+    return None
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
