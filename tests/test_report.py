@@ -454,7 +454,7 @@ def test_before_the_first_layer(finished_copy: Path) -> None:
     for name in ("ratios.png", "mine.png"):
         (run / "report" / name).write_bytes(b"old")
     before = digests(finished_copy)
-    written = write_report(workspace(finished_copy))
+    written = write_report(read_run(workspace(finished_copy)))
     assert {path.name for path in written.plots} == {"sizes.png", "stage-costs.png"}
     after = digests(finished_copy)
     new = {f"run/report/{name}" for name in ("report.html", "sizes.png", "stage-costs.png")}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from mmq.architectures import Architecture, architecture_of
 from mmq.calibration import Tokens
-from mmq.errors import RecipeError, one_line
+from mmq.errors import RecipeError
 from mmq.fp8_source import Fp8Source
+from mmq.hub import is_hub_id, source_refused
 from mmq.journal import Journal
 from mmq.progress import Reporter, Silent
 from mmq.recipe import Recipe
@@ -72,12 +73,12 @@ class Workspace:
                 raise RecipeError(f"model.source: {folder} and {written}, which mmq writes, lie in one another")
         if folder.is_dir():
             return folder
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        if not is_hub_id(name):
             raise RecipeError(f"model.source: there is no folder {folder}")
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        try:
+        where = "in the hub's cache" if self.offline else "on the hub"
+        with source_refused(f"{name} is neither a folder (looked at {folder}) nor found {where}"):
             return Path(
                 snapshot_download(
                     name,
@@ -86,8 +87,3 @@ class Workspace:
                     ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"],
                 )
             )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            where = "in the hub's cache" if self.offline else "on the hub"
-            raise RecipeError(
-                f"model.source: {name} is neither a folder (looked at {folder}) nor found {where}: {one_line(error)}"
-            ) from None

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, Rows, make_output
-from mmq.errors import LockedError, RecipeError, one_line
+from mmq.errors import LockedError
+from mmq.hub import is_hub_id, source_refused
 from mmq.recipe import load
 
 if TYPE_CHECKING:
@@ -60,21 +61,17 @@ def _tokenizer_folder(workspace: Workspace) -> Path:
         RecipeError: it is not there.
     """
     name, revision = workspace.recipe.model.source, workspace.recipe.model.revision
-    if workspace.recipe.path(name).is_dir() or name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if workspace.recipe.path(name).is_dir() or not is_hub_id(name):
         return workspace.source_folder
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from mmq.calibration import CODE, TOKENIZER_FILES
 
     wanted = [*TOKENIZER_FILES, *([CODE] if workspace.recipe.model.trust_remote_code else [])]
-    try:
+    with source_refused(
+        f"{name} is neither a folder (looked at {workspace.recipe.path(name)}), nor is its tokenizer found on the hub"
+    ):
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise RecipeError(
-            f"model.source: {name} is neither a folder (looked at {workspace.recipe.path(name)}), nor is its tokenizer"
-            f" found on the hub: {one_line(error)}"
-        ) from None
 
 
 def _rows(found: dict[str, Any]) -> Rows:

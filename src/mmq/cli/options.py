@@ -35,6 +35,11 @@ def mode(json: bool, quiet: bool) -> Mode:
     return Mode.QUIET if quiet else Mode.HUMAN
 
 
+def recipe_arguments(recipe: Path, overrides: list[str] | None) -> list[str]:
+    """The recipe and its overrides as a command line names them."""
+    return [str(recipe), *(part for override in overrides or [] for part in ("--set", override))]
+
+
 def quiet_libraries() -> None:
     """llmcompressor and transformers log on their own; what matters of it mmq reports itself."""
     import os

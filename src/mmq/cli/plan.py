@@ -13,7 +13,8 @@ from mmq.architectures import architecture_of
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, human_bytes, make_output
-from mmq.errors import RecipeError, one_line
+from mmq.errors import RecipeError
+from mmq.hub import is_hub_id, source_refused
 from mmq.recipe import Recipe, load, parse_size
 from mmq.sizes import (
     CACHE_BYTES,
@@ -131,21 +132,16 @@ def _config(recipe: Recipe) -> dict[str, Any]:
     folder = recipe.path(name)
     if folder.is_dir():
         return read_json(folder / CONFIG_NAME)
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise RecipeError(f"model.source: there is no folder {folder}")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    try:
+    with source_refused(f"{name} is neither a folder (looked at {folder}), nor is its {CONFIG_NAME} found on the hub"):
         try:
             path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision, local_files_only=True)
         except LocalEntryNotFoundError:
             path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise RecipeError(
-            f"model.source: {name} is neither a folder (looked at {folder}), nor is its {CONFIG_NAME} found on the hub:"
-            f" {one_line(error)}"
-        ) from None
     return read_json(Path(path))
 
 

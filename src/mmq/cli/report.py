@@ -31,11 +31,13 @@ def report(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quie
 def write_and_note(workspace: Workspace, output: Output) -> Written:
     """Write all that describes a run, and say where it lies. Raises MmqError."""
     from mmq.report.card import write_card
+    from mmq.report.facts import read_run
     from mmq.report.page import write_report
 
-    written = write_report(workspace)
+    facts = read_run(workspace)
+    written = write_report(facts)
     output.note(f"report: {written.page}")
-    if card := write_card(workspace):
+    if card := write_card(workspace, facts):
         output.note(f"model card: {card}")
     for sentence in written.missing:
         output.note(sentence)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mmq
 from mmq.cli.errors import ending, handled
-from mmq.cli.options import quiet_libraries
+from mmq.cli.options import quiet_libraries, recipe_arguments
 from mmq.cli.output import Logged, Mode, Output, make_output
 from mmq.cli.streams import Terminated
 from mmq.errors import MmqError, RecipeError, printable
@@ -62,7 +62,7 @@ def session(
     Args:
         options: further arguments that say what to do again after an interruption.
     """
-    again = [str(path), *(part for override in overrides or [] for part in ("--set", override))]
+    again = recipe_arguments(path, overrides)
     logging_to = ["--log-file", str(log_file)] if log_file else []
     resume = shlex.join(["mmq", command, *again, *options, *logging_to])
     with handled(resume):

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries
+from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
 from mmq.cli.output import Output, Rows, human_time, make_output
 from mmq.cli.session import session
 from mmq.errors import VerifyError
@@ -54,7 +54,7 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         from mmq.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
-        again = [str(recipe), *(part for override in set_ or [] for part in ("--set", override))]
+        again = recipe_arguments(recipe, set_)
         if found["next"]:
             found["next"] = shlex.join(["mmq", found["next"], *again])
         output.result(found, found["work_dir"], _rows(found["stages"]))

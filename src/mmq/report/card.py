@@ -67,11 +67,11 @@ class Setting:
     calibration: dict[str, Any] | None = None
 
 
-def write_card(workspace: Workspace, model: str = HYBRID) -> Path | None:
+def write_card(workspace: Workspace, facts: RunFacts | None = None) -> Path | None:
     """Write README.md into the hybrid folder; None where restore has not ended or the source is gone.
 
     Args:
-        model: see `Setting`.
+        facts: of the run, where they were read already.
 
     Raises:
         MmqError: the run can't be read.
@@ -79,13 +79,18 @@ def write_card(workspace: Workspace, model: str = HYBRID) -> Path | None:
     if not workspace.journal.stage("restore").complete or not _has_source(workspace):
         return None
     path = workspace.folder(HYBRID) / CARD_NAME
-    write_bytes(path, render(workspace, model).encode())
+    write_bytes(path, render(workspace, facts=facts).encode())
     return path
 
 
-def render(workspace: Workspace, model: str = HYBRID) -> str:
-    """The card of a finished run; writes nothing. Raises MmqError where the run or its source can't be read."""
-    facts = read_run(workspace)
+def render(workspace: Workspace, model: str = HYBRID, facts: RunFacts | None = None) -> str:
+    """The card of a finished run; writes nothing. Raises MmqError where the run or its source can't be read.
+
+    Args:
+        model: see `Setting`.
+        facts: of the run, where they were read already.
+    """
+    facts = facts or read_run(workspace)
     return model_card(facts, setting(workspace, facts, model))
 
 

@@ -19,10 +19,9 @@ from matplotlib.figure import Figure
 import mmq
 from mmq import evaluate
 from mmq.report import plots
-from mmq.report.facts import RunFacts, StageFacts, loss_share, read_run
+from mmq.report.facts import RunFacts, StageFacts, loss_share
 from mmq.report.text import UNITS_OF_COUNTS, bytes_text, count_text, duration_text, plain_number, unit_for
 from mmq.storage.atomic import write_bytes
-from mmq.workspace import Workspace
 
 FOLDER = "report"
 PAGE_NAME = "report.html"
@@ -183,18 +182,15 @@ class Written:
     missing: list[str]
 
 
-def write_report(workspace: Workspace) -> Written:
+def write_report(facts: RunFacts) -> Written:
     """Write the page and the plots into `report/` of the work_dir.
 
     Raises:
-        JournalError: nothing has begun.
-        CheckpointError: a record of the run is missing or damaged.
         DiskSpaceError: the disk is full.
     """
-    facts = read_run(workspace)
     drawn = [found for plot in PLOTS if (found := Drawn.of(plot, facts)) is not None]
     page = render(facts, drawn)
-    folder = workspace.folder(FOLDER)
+    folder = facts.work_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for found in drawn:
