@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 import mmq.cli.session
 import mmq.pipeline
@@ -245,9 +246,13 @@ def test_a_verification_is_logged_with_its_problems(finished_copy: Path) -> None
     assert "  - " in text
 
 
+@pytest.mark.parametrize("propagate", [False, True], ids=["transformers-apart", "transformers-propagates"])
 def test_unforeseen_errors_warnings_and_records_of_libraries_are_logged(
-    project: Path, monkeypatch: pytest.MonkeyPatch
+    project: Path, monkeypatch: pytest.MonkeyPatch, propagate: bool
 ) -> None:
+    logger = transformers.utils.logging.get_logger("transformers")
+    monkeypatch.setattr(logger, "propagate", propagate)
+
     def fail(*_: object) -> None:
         warnings.warn("a warning", stacklevel=1)
         logging.getLogger("a.library").warning("a record")

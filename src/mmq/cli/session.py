@@ -24,7 +24,7 @@ from mmq.recipe import Recipe, load
 
 LOG_BYTES = 10 * 2**20
 LOG_FILES = 5
-# Libraries whose records don't reach the root logger.
+# Libraries whose records don't, or needn't, reach the root logger.
 APART = ("transformers", "torch")
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,12 @@ class _LogFile(RotatingFileHandler):
         formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record once: with CI=true in the environment, transformers' logger hands its own to the root too."""
+        if vars(record).setdefault("mmq_log", None) is not self:
+            vars(record)["mmq_log"] = self
+            super().emit(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
