@@ -170,7 +170,7 @@ class PeakMemory:
         self.bytes = self._highest - self._begin
 
     def _sample(self) -> None:
-        while not self._over.wait(0.005):
+        while not self._over.wait(0.02):
             self._highest = max(self._highest, _resident())
 
 

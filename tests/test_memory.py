@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,9 +15,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers.activations import ACT2FN
 
+import mmq.expert_block
 from mmq.architectures import MINIMAX_M2
 from mmq.awq_modifier import StackedAWQModifier, awq_mappings
-from mmq.expert_block import ExpertBlock, Weights, top_up
+from mmq.expert_block import ExpertBlock, SmoothedGateUp, Weights, top_up
 from mmq.layer_quantizer import LayerQuantizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -107,6 +109,25 @@ def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
     assert all(own + bytes_ <= allowed for bytes_ in found.values()), (own, found, allowed)
     # Not by doing without: what a larger budget is for is used.
     assert budget < 48 or max(found.values()) > shape.least
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")
+@pytest.mark.parametrize("budget", [56, 100], ids=lambda mebibytes: f"{mebibytes}MiB")
+def test_threads_share_the_budget(shape: Shape, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once: torch's account is of one thread, so one's steps are counted for each."""
+    monkeypatch.setattr(mmq.expert_block, "CPU_STEP_ELEMENTS", 2**17)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    block = make_block(shape, budget * 2**20)
+    assert block.workers > 1
+    modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=3)
+    point = SmoothedGateUp(block, torch.ones(shape.hidden), None)
+    chunk = block.chunks[0]
+    outputs = torch.empty(len(chunk.rows.token), shape.hidden, dtype=torch.bfloat16)
+    steps = [lambda: modifier._search_down(block, 0, block.step)]
+    steps += [partial(block._linears, chunk, point, outputs, piece) for piece in chunk.pieces]
+    most = max(peak(step)[0] for step in steps)
+    # An eighth for the experts of all steps, a quarter for a chunk's rows.
+    assert block.workers * most <= block.working_memory * 3 // 8 + SLACK
 
 
 def test_budgets_of_the_test_part_the_work() -> None:

@@ -207,7 +207,7 @@ def test_rows_sort_tokens_by_expert_and_combine_adds_them_back() -> None:
     for token in range(50):
         for slot in range(3):
             expected[token] += weights[token, slot] * (matrices[index[token, slot]] @ x[token])
-    assert torch.allclose(combine(outputs, rows, weights, start.clone()), expected, atol=1e-5)
+    assert torch.allclose(combine(outputs, rows.place, weights, start.clone()), expected, atol=1e-5)
 
 
 def test_second_moments_add_up() -> None:

@@ -79,7 +79,7 @@ class StackedAWQModifier(AWQModifier):
         """
         # bf16 magnitudes and, inside the sum, their fp32 copy.
         x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
-        sums = [normalized_mean(part, block.group_size).sum(0) for part in block.gate_up.split(block.step)]
+        sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
         w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
         kept = torch.empty_like(block.gate_up) if block.keeps_copy else None
 
@@ -93,15 +93,18 @@ class StackedAWQModifier(AWQModifier):
         """Scales of each up layer's output: those of the grid whose quantized down layer changes its output least.
 
         With X the expert's inputs and D = Q(W s)/s - W the change of its weight, the squared difference is that of
-        X D^T, or trace(D G D^T) with G = X^T X; inputs are kept for `block.step` experts at a time.
+        X D^T, or trace(D G D^T) with G = X^T X; each worker keeps the inputs of `block.step` experts at a time.
 
         Returns:
             scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
         """
         step, experts = block.step, block.gate_up.shape[0]
-        parts = [self._search_down(block, first, min(first + step, experts)) for first in range(0, experts, step)]
+        parts = block.each(
+            lambda first: self._search_down(block, first, min(first + step, experts)), range(0, experts, step)
+        )
         return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
 
+    @torch.no_grad()
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
         inputs = block.down_inputs(first, last)
         weight = block.down[first:last]
@@ -111,8 +114,8 @@ class StackedAWQModifier(AWQModifier):
         change = torch.empty_like(weight)
 
         def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
-            fake_quantize_scaled(weight, scales.unsqueeze(1), block.group_size, change)
-            return inputs.squared_change(change.sub_(weight)) / (count * weight.shape[1])
+            fake_quantize_scaled(weight, scales.unsqueeze(1), block.group_size, change, change=True)
+            return inputs.squared_change(change) / (count * weight.shape[1])
 
         found = self._search(x_mean, w_mean, error)
         unused = inputs.counts == 0

@@ -6,16 +6,31 @@ working memory, so that neither the number of experts nor that of tokens decides
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
-from mmq.tensors.experts import Activation, Piece, Rows, combine, gated, grouped_linear, second_moments
+from mmq.tensors.experts import (
+    Activation,
+    Piece,
+    Rows,
+    combine,
+    gated,
+    grouped_linear,
+    second_moments,
+    squared_error,
+    squares_by_expert,
+)
 from mmq.tensors.int4 import fake_quantize_scaled
+from mmq.threads import Item, Result, each
 
-# On a CPU, weights quantized at one time; more would leave the cache.
-CPU_STEP_ELEMENTS = 2**20
+# On a CPU, weights quantized at one time: fewer, and the threads wait for Python more than they compute; more, and they
+# wait for each other at the end.
+CPU_STEP_ELEMENTS = 2**21
+# On a CPU, tokens whose experts' outputs are summed at one time.
+CPU_PART_TOKENS = 512
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
 # A search gives a point up at the first chunk that makes it worse than the best: at least this many chunks, as long as
@@ -30,11 +45,13 @@ def default_budget(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens start..stop, their rows by expert, and the rows' inputs [R, H] where the budget lets them be kept."""
+    """Tokens start..stop, their rows by expert, a step's rows at a time, and the rows' inputs [R, H] where the budget
+    lets them be kept."""
 
     start: int
     stop: int
     rows: Rows
+    pieces: list[Piece]
     inputs: torch.Tensor | None
 
 
@@ -50,6 +67,7 @@ class ExpertBlock:
         extra: rows that take part in the down search only; tokens that top up experts which few tokens reach.
         budget: bytes of working memory; by default what suits the device.
         step: experts at a time.
+        workers: threads that take a step each; on a GPU the calling thread alone.
     """
 
     x: torch.Tensor
@@ -63,16 +81,23 @@ class ExpertBlock:
     budget: int | None = None
     chunks: list[Chunk] = field(init=False)
     step: int = field(init=False)
+    workers: int = field(init=False)
 
     def __post_init__(self) -> None:
         (tokens, hidden), top_k = self.x.shape, self.index.shape[1]
         experts, inner, width = self.gate_up.shape[0], self.down.shape[2], self.x.element_size()
         # fake_quantize_scaled works in fp32 and has two more bytes a weight to write to; second moments are fp32 too.
         per_expert = 8 * max(self.gate_up[0].numel(), self.down[0].numel() + inner**2)
-        limit = self.working_memory // 8
+        room = self.working_memory // 8
         if self.x.device.type == "cpu":
-            limit = min(limit, 8 * CPU_STEP_ELEMENTS)
-        self.step = max(1, min(experts, limit // per_expert))
+            # What is computed depends on the step at most, never on the number of threads.
+            self.step = max(1, min(experts, min(room, 8 * CPU_STEP_ELEMENTS) // per_expert))
+            self.workers = max(
+                1, min(torch.get_num_threads(), room // (self.step * per_expert), -(-experts // self.step))
+            )
+        else:
+            self.step = max(1, min(experts, room // per_expert))
+            self.workers = 1
         # Per token: k rows of input, gate and up, their product and output, and the fp32 sum.
         per_token = top_k * (2 * hidden + 3 * inner) * width + 12 * hidden
         most = self.working_memory // 4 // per_token
@@ -83,10 +108,11 @@ class ExpertBlock:
         for start in range(0, tokens, size):
             stop = min(start + size, tokens)
             rows = Rows.of(self.index[start:stop], experts)
+            # The largest first: threads that take what is left end at about the same time.
+            pieces = sorted(rows.pieces(self.step), key=lambda piece: piece.start - piece.stop)
             inputs = self.x[start:stop].index_select(0, rows.token) if keep else None
-            self.chunks.append(Chunk(start, stop, rows, inputs))
+            self.chunks.append(Chunk(start, stop, rows, pieces, inputs))
         self._outputs = self.x.new_empty(size * top_k, hidden)
-        self._sums = self.x.new_empty(size, hidden, dtype=torch.float32)
 
     @property
     def working_memory(self) -> int:
@@ -97,6 +123,10 @@ class ExpertBlock:
         for each of a token's choices, by which the rows are sorted.
         """
         return self.budget or default_budget(self.x.device)
+
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """The function of every item, on the block's workers."""
+        return each(function, items, self.workers, max(1, torch.get_num_threads() // self.workers))
 
     @property
     def keeps_copy(self) -> bool:
@@ -115,30 +145,29 @@ class ExpertBlock:
             return chunk.inputs[piece.start : piece.stop]
         return self.x[chunk.start : chunk.stop].index_select(0, chunk.rows.token[piece.start : piece.stop])
 
-    def forward(self, weights: Weights, subtract: torch.Tensor | None = None) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """The block's output, less `subtract` [T, H], one chunk after the other: float32 [stop-start, H].
-
-        The tensor is overwritten by the next chunk.
-        """
+    def forward(self, weights: Weights) -> Iterator[tuple[Chunk, torch.Tensor]]:
+        """The experts' outputs [R, H] for each chunk's rows; the tensor is overwritten by the next chunk."""
         for chunk in self.chunks:
             outputs = self._outputs[: chunk.rows.token.shape[0]]
-            for piece in chunk.rows.pieces(self.step):
-                gate_up = weights.gate_up(piece.first, piece.last)
-                middle = gated(grouped_linear(self.inputs(chunk, piece), gate_up, piece.ends), self.activation)
-                down = weights.down(piece.first, piece.last)
-                outputs[piece.start : piece.stop] = grouped_linear(middle, down, piece.ends)
-            sums = self._sums[: chunk.stop - chunk.start]
-            if subtract is None:
-                sums.zero_()
-            else:
-                torch.neg(subtract[chunk.start : chunk.stop], out=sums)
-            yield chunk, combine(outputs, chunk.rows, self.weight[chunk.start : chunk.stop], sums)
+            self.each(partial(self._linears, chunk, weights, outputs), chunk.pieces)
+            yield chunk, outputs
+
+    def _linears(self, chunk: Chunk, weights: Weights, outputs: torch.Tensor, piece: Piece) -> None:
+        """The experts' own outputs of a piece of a chunk's rows, into [R, H] of the whole chunk."""
+        gate_up = weights.gate_up(piece.first, piece.last)
+        middle = gated(grouped_linear(self.inputs(chunk, piece), gate_up, piece.ends), self.activation)
+        outputs[piece.start : piece.stop] = grouped_linear(middle, weights.down(piece.first, piece.last), piece.ends)
 
     def output(self, weights: Weights) -> torch.Tensor:
         """The block's output for all tokens: float32 [T, H]."""
-        result = torch.empty_like(self.x, dtype=torch.float32)
-        for chunk, part in self.forward(weights):
-            result[chunk.start : chunk.stop] = part
+        result = torch.zeros_like(self.x, dtype=torch.float32)
+        for chunk, outputs in self.forward(weights):
+
+            def add(part: slice, chunk: Chunk = chunk, outputs: torch.Tensor = outputs) -> None:
+                tokens = slice(chunk.start + part.start, chunk.start + part.stop)
+                combine(outputs, chunk.rows.place[part], self.weight[tokens], result[tokens])
+
+            self.each(add, self._parts(chunk))
         return result
 
     def loss(self, weights: Weights, reference: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
@@ -148,18 +177,29 @@ class ExpertBlock:
             limit: infinity is returned as soon as the loss is sure to be larger than this.
         """
         total = torch.zeros((), dtype=torch.float64, device=reference.device)
-        for _, difference in self.forward(weights, reference):
-            total += sum_of_squares(difference)
+        for chunk, outputs in self.forward(weights):
+
+            def squares(part: slice, chunk: Chunk = chunk, outputs: torch.Tensor = outputs) -> torch.Tensor:
+                tokens = slice(chunk.start + part.start, chunk.start + part.stop)
+                return squared_error(outputs, chunk.rows.place[part], self.weight[tokens], reference[tokens])
+
+            total += torch.stack(self.each(squares, self._parts(chunk))).sum()
             if total > limit * reference.numel():
                 return torch.full_like(total, torch.inf)
         return total / reference.numel()
+
+    def _parts(self, chunk: Chunk) -> Iterator[slice]:
+        """A chunk's tokens, counted from its first, as many at a time as suits the device."""
+        tokens = chunk.stop - chunk.start
+        step = CPU_PART_TOKENS if self.x.device.type == "cpu" else tokens
+        return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
     def down_inputs(self, first: int, last: int) -> DownInputs:
         """What goes into the down layers of experts first..last, from their routed and their extra rows."""
         chunks = list(self.chunks)
         if self.extra is not None:
             most = self._outputs.shape[0]
-            chunks += [Chunk(0, self.x.shape[0], rows, None) for rows in self.extra.cut(most)]
+            chunks += [Chunk(0, self.x.shape[0], rows, [], None) for rows in self.extra.cut(most)]
         counts = torch.tensor([chunk.rows.counts[first:last] for chunk in chunks]).sum(0)
         inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2])
         for chunk in chunks:
@@ -168,11 +208,6 @@ class ExpertBlock:
                 gate_up = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
                 inputs.add(gated(gate_up, self.activation), piece.ends)
         return inputs
-
-
-def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
-    return x.square_().sum(1).sum(dtype=torch.float64)
 
 
 @dataclass
@@ -221,9 +256,7 @@ class DownInputs:
             return torch.bmm(change, moments).mul_(change).sum(2, dtype=torch.float32).sum(1)
         total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
         for rows, ends in self.rows:
-            squares = grouped_linear(rows, change, ends).square_().sum(1, dtype=torch.float32)
-            running = torch.nn.functional.pad(squares.cumsum(0, dtype=torch.float64), (1, 0))[ends.long()]
-            total += torch.diff(running, prepend=running.new_zeros(1))
+            total += squares_by_expert(grouped_linear(rows, change, ends), ends)
         return total.float()
 
 
@@ -302,4 +335,4 @@ def top_up(logits: torch.Tensor, index: torch.Tensor, minimum: int) -> Rows | No
     most = int(missing.max())
     ranked = scores.topk(most, dim=1).indices
     wanted = torch.arange(most, device=index.device) < missing[short].unsqueeze(1)
-    return Rows(ranked[wanted], missing.cumsum(0).tolist(), None)
+    return Rows(ranked[wanted], missing.cumsum(0).tolist(), index[:0])

@@ -14,9 +14,10 @@ import torch
 from mmq.architectures import Architecture
 from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
 from mmq.errors import CalibrationError, CheckpointError
-from mmq.expert_block import ExpertBlock, Smoothed, Weights, sum_of_squares, top_up
+from mmq.expert_block import ExpertBlock, Smoothed, Weights, top_up
 from mmq.layers import DecoderLayer, transformers_config
 from mmq.recipe import Awq
+from mmq.tensors.experts import sum_of_squares
 from mmq.tensors.fp8 import is_finite
 from mmq.tensors.int4 import fits, quantize_stack
 from mmq.tensors.smoothing import smooth_norm

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mmq.architectures import Architecture
 from mmq.errors import CheckpointError, JournalError, MmqError
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, TensorReader, read_json
+from mmq.threads import each
 from mmq.workspace import HYBRID, Workspace
 
 REPORT_NAME = "verify.json"
@@ -269,11 +269,7 @@ def _check_tensors(report: Report, arch: Architecture, source: Checkpoint, resul
         for layer in layers
     ]
     jobs.append(lambda part: _check_outside(part, arch, source, result))
-    kept = torch.get_num_threads()
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = list(pool.map(guarded, jobs))
-    torch.set_num_threads(kept)
-    for part in parts:
+    for part in each(guarded, jobs, workers):
         report.problems += part.problems
         report.layers += part.layers
         report.attention |= part.attention

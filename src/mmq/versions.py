@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import mmq
 
-PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors")
+PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors", "safetensors", "numba")
 
 
 def versions() -> dict[str, str]:

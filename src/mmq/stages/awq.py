@@ -35,11 +35,12 @@ from mmq.layers import embed
 from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
 from mmq.quant_config import output_config
 from mmq.sizes import awq_memory, most_tokens
-from mmq.stages.base import BASE_MEMORY, Plan, Unit, one_thread
+from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.state import LayerFiles
 from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
+from mmq.threads import one_thread
 from mmq.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +17,7 @@ from mmq.device import named_device, peak_device, peak_host
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.journal import StageJournal
 from mmq.storage.atomic import make_folder, remove_temporaries
+from mmq.threads import computing, signals_held
 from mmq.versions import versions
 from mmq.workspace import Workspace
 
@@ -140,44 +139,20 @@ def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], Non
     """Run `job` for every unit on `workers` threads; the first error stops the others at their next tensor."""
     stop = threading.Event()
     futures: list[Future[None]] = []
-    kept = torch.get_num_threads()
-    try:
-        # One thread for each worker's tensors; setting it in a worker sets it for threads to come as well.
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                with signals_held():
-                    futures += [pool.submit(job, unit, stop) for unit in units]
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                stop.set()
-                for future in futures:
-                    future.cancel()
-        errors = [future.exception() for future in futures if not future.cancelled() and future.exception()]
-        errors.sort(key=lambda error: isinstance(error, Stopped))
-        if errors:
-            assert errors[0] is not None
-            raise errors[0]
-    finally:
-        torch.set_num_threads(kept)
-
-
-def one_thread(name: str) -> ThreadPoolExecutor:
-    """A pool of one thread that is running already; see `signals_held`."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
-    with signals_held():
-        pool.submit(lambda: None)
-    return pool
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """No signal ends the block: where threads start, one that its pool does not know of yet would outlive the stage,
-    and the lock. The threads hold these signals for good; the main thread takes them."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    with computing(workers) as pool:
+        try:
+            with signals_held():
+                futures += [pool.submit(job, unit, stop) for unit in units]
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+    errors = [future.exception() for future in futures if not future.cancelled() and future.exception()]
+    errors.sort(key=lambda error: isinstance(error, Stopped))
+    if errors:
+        assert errors[0] is not None
+        raise errors[0]
 
 
 def check_stop(stop: threading.Event) -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mmq.tensors.dispatch import worth_compiling
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,12 +34,12 @@ class Rows:
     Attributes:
         token: int64 [R], the row's token.
         ends: where the rows of each expert end.
-        place: int64 [T, k], the row of each token's j-th expert; None for rows that are in no token's output.
+        place: int64 [T, k], the row of each token's j-th expert; [0, k] for rows that are in no token's output.
     """
 
     token: torch.Tensor
     ends: list[int]
-    place: torch.Tensor | None
+    place: torch.Tensor
 
     @classmethod
     def of(cls, experts: torch.Tensor, num_experts: int) -> Rows:
@@ -59,7 +61,7 @@ class Rows:
         """The same rows, at most `size` at a time, for those that are in no token's output."""
         for start in range(0, self.token.shape[0], size):
             token = self.token[start : start + size]
-            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], None)
+            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], self.place)
 
     def piece(self, first: int, last: int) -> Piece | None:
         """The rows of experts first..last, if they have any."""
@@ -104,18 +106,50 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate).mul_(up)
 
 
-def combine(outputs: torch.Tensor, rows: Rows, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """start + the sum over a token's experts of weight * output.
 
     Args:
-        outputs: [R, H], in the order of `rows`.
+        outputs: [R, H], sorted by expert.
+        place: int64 [T, k], the tokens' rows in it.
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    assert rows.place is not None
     for j in range(weights.shape[1]):
-        start.addcmul_(outputs.index_select(0, rows.place[:, j]), weights[:, j : j + 1])
+        start.addcmul_(outputs.index_select(0, place[:, j]), weights[:, j : j + 1])
     return start
+
+
+def squared_error(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """Sum of squared differences between what `combine` makes of a block's outputs and float32 [T, H]: float64 []."""
+    if worth_compiling(outputs):
+        from mmq.tensors import compiled
+
+        return compiled.squared_error(outputs, place, weights, reference)
+    return sum_of_squares(combine(outputs, place, weights, reference.neg()))
+
+
+def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Sum of the squares of each expert's rows: float64 [E].
+
+    Args:
+        rows: [R, n], sorted by expert; overwritten.
+        ends: int32 [E], where each expert's rows end.
+    """
+    if worth_compiling(rows):
+        from mmq.tensors import compiled
+
+        return compiled.squares_by_expert(rows, ends)
+    squares = rows.square_().sum(1, dtype=torch.float32)
+    running = torch.nn.functional.pad(squares.cumsum(0, dtype=torch.float64), (1, 0))[ends.long()]
+    return torch.diff(running, prepend=running.new_zeros(1))
+
+
+def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
+    """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
+    return x.square_().sum(1).sum(dtype=torch.float64)
 
 
 def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:

@@ -11,9 +11,13 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 
+from mmq.tensors.dispatch import worth_compiling
+
 Q_MIN, Q_MAX = -8, 7
 # Half of the 16 codes on either side of zero: compressed-tensors' symmetric scale is max|w| / 7.5.
 HALF_RANGE = 7.5
+# Added to a group's largest weight before the group is divided by it, as llmcompressor does.
+SMALLEST_GROUP = 1e-6
 
 
 def weight_args(group_size: int) -> QuantizationArgs:
@@ -71,7 +75,7 @@ def fits(scale: torch.Tensor) -> bool:
 
 
 def fake_quantize_scaled(
-    weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor | None = None
+    weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor | None = None, change: bool = False
 ) -> torch.Tensor:
     """Q(W * s) / s with a scale per input channel, as AWQ's search measures it.
 
@@ -79,17 +83,24 @@ def fake_quantize_scaled(
         weight: [n, out, in] of any float dtype; the group scales are rounded to it.
         scales: float32, broadcastable to [n, 1, in].
         out: where to put the result, of the weight's shape and dtype.
+        change: give the result less W, rounded once more.
 
     Source: AWQ (arXiv 2306.00978), equation 4; rounding as in compressed-tensors.
     """
     if out is None:
         out = torch.empty_like(weight)
+    if worth_compiling(weight):
+        from mmq.tensors import compiled
+
+        compiled.fake_quantize_scaled(weight, scales, group_size, out, change)
+        return out
     work = weight.to(torch.float32, copy=True)
     work.mul_(scales)
     groups = work.unflatten(-1, (-1, group_size))
     step = _scale(groups, weight.dtype).float().unsqueeze(-1)
     groups.div_(step).round_().clamp_(Q_MIN, Q_MAX).mul_(step)
-    return out.copy_(work.div_(scales))
+    out.copy_(work.mul_(scales.reciprocal()))
+    return out.sub_(weight) if change else out
 
 
 def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -98,8 +109,12 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         weight: [n, out, in]; computed in its own dtype, as `AWQModifier._compute_layer_means` does.
     """
+    if worth_compiling(weight):
+        from mmq.tensors import compiled
+
+        return compiled.normalized_mean(weight, group_size)
     groups = weight.abs().unflatten(-1, (-1, group_size))
-    groups.div_(groups.amax(-1, keepdim=True) + 1e-6)
+    groups.div_(groups.amax(-1, keepdim=True) + SMALLEST_GROUP)
     return groups.flatten(-2).sum(1, dtype=torch.float64)
 
 

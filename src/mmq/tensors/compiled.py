@@ -1,0 +1,161 @@
+"""The search's elementwise steps on a CPU, compiled by numba: each in one pass where torch takes four to ten.
+
+The search repeats them for every point of the grid, and with a few hundred tokens to an expert torch's passes take as
+long as the matrix products. All take bfloat16 tensors that lie contiguous in memory, and let other threads run.
+`int4` and `experts` say what they compute, and compute it by torch everywhere else.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+
+from mmq.tensors.int4 import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
+
+_BF16 = torch.finfo(torch.bfloat16)
+_EPSILON, _TINY = np.float32(_BF16.eps), np.float32(_BF16.tiny)
+_HALF_RANGE, _Q_MIN, _Q_MAX = np.float32(HALF_RANGE), np.float32(Q_MIN), np.float32(Q_MAX)
+# torch rounds a number that is added to a tensor to the tensor's dtype.
+_SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item())
+# bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
+_HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
+_MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+
+
+def fake_quantize_scaled(
+    weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor, change: bool
+) -> None:
+    """`int4.fake_quantize_scaled`, bit for bit."""
+    experts, _, columns = weight.shape
+    scales = scales.expand(experts, 1, columns).reshape(experts, -1, group_size).contiguous()
+    inverse = scales.reciprocal()
+    _quantize(_groups(weight, group_size), scales.numpy(), inverse.numpy(), _groups(out, group_size), change)
+
+
+def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`int4.normalized_mean`, bit for bit where no weight is infinite."""
+    experts, _, columns = weight.shape
+    sums = torch.zeros(experts, columns, dtype=torch.float64)
+    _normalize(_groups(weight, group_size), sums.view(experts, -1, group_size).numpy())
+    return sums
+
+
+def squared_error(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """`experts.squared_error`."""
+    found = _squared_error(_bits(outputs), place.numpy(), weights.numpy(), reference.numpy())
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """`experts.squares_by_expert`."""
+    sums = torch.zeros(ends.shape[0], dtype=torch.float64)
+    _squares_by_expert(_bits(rows), ends.numpy(), sums.numpy())
+    return sums
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(torch.uint16).numpy()
+
+
+def _groups(tensor: torch.Tensor, group_size: int) -> np.ndarray:
+    """The bits of [n, out, in] as [n, out, in/group, group]."""
+    return _bits(tensor.unflatten(-1, (-1, group_size)))
+
+
+@numba.njit
+def _wide(bits: np.uint16) -> np.float32:
+    return np.uint32(np.uint32(bits) << _SHIFT).view(np.float32)
+
+
+@numba.njit
+def _rounded(value: np.float32) -> np.uint16:
+    """Of NaN, only for what operations on numbers give: others could become a number."""
+    bits = np.float32(value).view(np.uint32)
+    return np.uint16((bits + _HALF + ((bits >> _SHIFT) & _ONE)) >> _SHIFT)
+
+
+@numba.njit
+def _magnitude(value: np.float32) -> np.uint32:
+    """As integers, magnitudes have the order of floats; infinity is larger than all, and NaN larger still."""
+    return np.uint32(np.float32(value).view(np.uint32) & _MAGNITUDE)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _quantize(weight: np.ndarray, scales: np.ndarray, inverse: np.ndarray, out: np.ndarray, change: bool) -> None:
+    experts, rows, groups, size = weight.shape
+    scaled, steps = np.empty((groups, size), np.float32), np.empty(groups, np.float32)
+    for expert in range(experts):
+        for row in range(rows):
+            # All of a row's groups first: the processor works on the next one while it waits for the largest of one.
+            for group in range(groups):
+                largest = np.uint32(0)
+                for i in range(size):
+                    value = _wide(weight[expert, row, group, i]) * scales[expert, group, i]
+                    scaled[group, i] = value
+                    largest = max(largest, _magnitude(value))
+                step = _wide(_rounded(np.uint32(largest).view(np.float32) / _HALF_RANGE))
+                steps[group] = np.nan if largest >= _INFINITY else _EPSILON if step == 0 else max(step, _TINY)
+            for group in range(groups):
+                step = steps[group]
+                for i in range(size):
+                    code = min(max(np.rint(scaled[group, i] / step), _Q_MIN), _Q_MAX)
+                    bits = _rounded(code * step * inverse[expert, group, i])
+                    if change:
+                        bits = _rounded(_wide(bits) - _wide(weight[expert, row, group, i]))
+                    out[expert, row, group, i] = bits
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _normalize(weight: np.ndarray, sums: np.ndarray) -> None:
+    experts, rows, groups, size = weight.shape
+    for expert in range(experts):
+        for row in range(rows):
+            for group in range(groups):
+                largest = np.uint32(0)
+                for i in range(size):
+                    largest = max(largest, _magnitude(_wide(weight[expert, row, group, i])))
+                if largest >= _INFINITY:
+                    for i in range(size):
+                        sums[expert, group, i] = np.nan
+                    continue
+                unit = _wide(_rounded(np.uint32(largest).view(np.float32) + _SMALLEST_GROUP))
+                for i in range(size):
+                    share = abs(_wide(weight[expert, row, group, i])) / unit
+                    sums[expert, group, i] += np.float64(_wide(_rounded(share)))
+
+
+# Sums in another order let a row be summed by vectors.
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _squared_error(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, reference: np.ndarray) -> float:
+    tokens, top_k = place.shape
+    hidden = outputs.shape[1]
+    difference = np.empty(hidden, np.float32)
+    total = np.float64(0)
+    for token in range(tokens):
+        for i in range(hidden):
+            difference[i] = -reference[token, i]
+        for j in range(top_k):
+            row, weight = place[token, j], weights[token, j]
+            for i in range(hidden):
+                difference[i] += weight * _wide(outputs[row, i])
+        squares = np.float32(0)
+        for i in range(hidden):
+            squares += difference[i] * difference[i]
+        total += squares
+    return float(total)
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> None:
+    begin = 0
+    for expert in range(ends.shape[0]):
+        for row in range(begin, ends[expert]):
+            squares = np.float32(0)
+            for i in range(rows.shape[1]):
+                value = _wide(rows[row, i])
+                squares += value * value
+            sums[expert] += squares
+        begin = ends[expert]

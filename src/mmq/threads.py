@@ -1,0 +1,108 @@
+"""Threads that compute, and threads that read and write: none of them takes a signal."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from functools import cache
+from threading import Barrier
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int, cores: int = 1) -> list[Result]:
+    """The function of every item, in the items' order, on a number of threads. None of them runs on when this returns
+    or raises, and the first error is raised.
+
+    Args:
+        function: must not call `each`.
+        cores: torch's threads for each of them. A single worker is the calling thread, with those it has.
+    """
+    if workers == 1:
+        return [function(item) for item in items]
+    left = deque(enumerate(items))
+    results: dict[int, Result] = {}
+
+    def work() -> None:
+        while True:
+            try:
+                number, item = left.popleft()
+            except IndexError:
+                return
+            results[number] = function(item)
+
+    pool = _kept_pool(workers, cores)
+    futures = [pool.submit(work) for _ in range(workers)]
+    try:
+        wait(futures, return_when=FIRST_EXCEPTION)
+    finally:
+        left.clear()
+        wait(futures)
+    for future in futures:
+        future.result()
+    return [results[number] for number in range(len(results))]
+
+
+@cache
+def _kept_pool(workers: int, cores: int) -> ThreadPoolExecutor:
+    """A pool that lives as long as the process: the search shares out a few milliseconds at a time, and new threads
+    would take as long to begin."""
+    kept = torch.get_num_threads()
+    pool = ThreadPoolExecutor(workers, "mmq-compute", _take_cores, (cores,))
+    running = Barrier(workers + 1)
+    with signals_held():
+        for _ in range(workers):
+            pool.submit(running.wait)
+        running.wait()
+    # Set in a thread, the number holds for threads to come as well.
+    torch.set_num_threads(kept)
+    return pool
+
+
+os.register_at_fork(after_in_child=_kept_pool.cache_clear)
+
+
+@contextmanager
+def computing(workers: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose threads have one of torch's own threads each; to be filled under `signals_held`."""
+    kept = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(workers, initializer=_take_cores, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(kept)
+
+
+def _take_cores(number: int) -> None:
+    """Have the calling thread compute on a number of torch's threads."""
+    # A thread takes the process's number when it first computes or asks, over any set before.
+    torch.get_num_threads()
+    torch.set_num_threads(number)
+
+
+def one_thread(name: str) -> ThreadPoolExecutor:
+    """A pool of one thread that is running already, with as many of torch's threads as the caller; see
+    `signals_held`."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+    with signals_held():
+        pool.submit(torch.get_num_threads)
+    return pool
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """No signal ends the block: where threads start, one that its pool does not know of yet would outlive the stage,
+    and the lock. The threads hold these signals for good; the main thread takes them."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
