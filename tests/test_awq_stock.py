@@ -190,10 +190,10 @@ def linears(weights: torch.Tensor) -> list[torch.nn.Module]:
     return result
 
 
-def grid_scales(x: torch.Tensor, weights: torch.Tensor, grid: list[tuple[float, bool]]) -> list[torch.Tensor]:
+def grid_scales(x: torch.Tensor, weights: torch.Tensor, grid: list[tuple[float, bool]]) -> torch.Tensor:
     x_mean = x.abs().float().mean(0)
     w_mean = AWQModifier._compute_layer_means(linears(weights))
-    return [candidate_scales(x_mean, w_mean, ratio, duo) for ratio, duo in grid]
+    return candidate_scales(x_mean, w_mean.float(), grid)
 
 
 @every_shape

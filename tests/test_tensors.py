@@ -171,8 +171,7 @@ def test_smoothing_keeps_channels_that_would_vanish() -> None:
 def test_candidate_scales_follow_the_paper_and_are_normalized() -> None:
     x, w = torch.rand(3, 64) + 0.1, torch.rand(3, 64) + 0.1
     for ratio in (0.0, 0.3, 1.0):
-        plain = candidate_scales(x, None, ratio, False)
-        duo = candidate_scales(x, w, ratio, True)
+        plain, duo = candidate_scales(x, w, [(ratio, False), (ratio, True)])
         for row in range(3):
             raw = torch.tensor([float(v) ** ratio for v in x[row]])
             assert torch.allclose(plain[row] / plain[row, 0], raw / raw[0], rtol=1e-5)
@@ -182,11 +181,11 @@ def test_candidate_scales_follow_the_paper_and_are_normalized() -> None:
             assert torch.allclose(duo[row] / duo[row, 0], raw / raw[0], rtol=1e-4)
         for scales in (plain, duo):
             assert torch.allclose(scales.amax(-1) * scales.amin(-1), torch.ones(3), rtol=1e-5)
-    assert torch.equal(candidate_scales(x, None, 0.0, False), torch.ones(3, 64))
+    assert torch.equal(candidate_scales(x, w, [(0.0, False)]), torch.ones(1, 3, 64))
 
 
 def test_dead_channels_get_a_finite_scale() -> None:
-    scales = candidate_scales(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 0.5, 0.5]), 0.5, True)
+    scales = candidate_scales(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([0.0, 0.5, 0.5]), [(0.5, True)])
     assert torch.isfinite(scales).all() and bool((scales > 0).all())
 
 

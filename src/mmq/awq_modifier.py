@@ -128,28 +128,21 @@ class StackedAWQModifier(AWQModifier):
 
     def _search(self, x_mean: torch.Tensor, w_mean: torch.Tensor, error: Error) -> Found:
         """The grid for all leading dimensions at a time; the first of equal points wins, as in the stock search."""
-        best: Found | None = None
-        w_mean = w_mean.to(torch.float32)
-        for ratio, duo in self._get_grid_search_params():
-            scales = candidate_scales(x_mean, w_mean, ratio, duo)
-            limit = float(best.error) if best is not None and best.error.ndim == 0 else torch.inf
-            # NaN compares as no better than anything, and nothing would be better than it.
-            loss = error(scales, limit).nan_to_num_(nan=torch.inf, posinf=torch.inf)
-            here = Found(scales, torch.full_like(loss, ratio), torch.full_like(loss, duo, dtype=torch.bool), loss, loss)
-            if best is None:
-                # Every form of the grid begins with (0, no duo scaling), which is the identity.
-                best = here
-                continue
-            better = loss < best.error
-            best = Found(
-                torch.where(better.unsqueeze(-1), scales, best.scales),
-                torch.where(better, here.ratio, best.ratio),
-                torch.where(better, here.duo, best.duo),
-                torch.where(better, loss, best.error),
-                best.identity_error,
-            )
-        assert best is not None
-        return best
+        grid = self._get_grid_search_params()
+        scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
+        losses: list[torch.Tensor] = []
+        limit = torch.inf
+        for point in scales:
+            # NaN is no better than anything, and nothing would be better than it.
+            losses.append(error(point, limit).nan_to_num_(nan=torch.inf, posinf=torch.inf))
+            if losses[-1].ndim == 0:
+                limit = min(limit, float(losses[-1]))
+        found, best = torch.stack(losses).min(0)
+        ratio = torch.tensor([ratio for ratio, _ in grid], dtype=found.dtype, device=best.device)
+        duo = torch.tensor([duo for _, duo in grid], device=best.device)
+        chosen = best.unsqueeze(-1).expand(scales.shape[1:]).unsqueeze(0)
+        # Every form of the grid begins with (0, no duo scaling), which is the identity.
+        return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
 
 
 def _mean_magnitude(x: torch.Tensor, step: int) -> torch.Tensor:

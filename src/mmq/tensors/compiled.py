@@ -1,8 +1,9 @@
 """The search's elementwise steps on a CPU, compiled by numba: each in one pass where torch takes four to ten.
 
 The search repeats them for every point of the grid, and with a few hundred tokens to an expert torch's passes take as
-long as the matrix products. All take bfloat16 tensors that lie contiguous in memory, and let other threads run.
-`int4` and `experts` say what they compute, and compute it by torch everywhere else.
+long as the matrix products. All take bfloat16 tensors that lie contiguous in memory, and let other threads run; what is
+around them is numpy's, since Python's lock changes hands with each of torch's operations. `int4` and `experts` say what
+they compute, and compute it by torch everywhere else.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def fake_quantize_scaled(
     weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor, change: bool
 ) -> None:
     """`int4.fake_quantize_scaled`, bit for bit."""
-    experts, _, columns = weight.shape
-    scales = scales.expand(experts, 1, columns).reshape(experts, -1, group_size).contiguous()
-    inverse = scales.reciprocal()
-    _quantize(_groups(weight, group_size), scales.numpy(), inverse.numpy(), _groups(out, group_size), change)
+    columns = weight.shape[2]
+    by_channel = np.ascontiguousarray(np.broadcast_to(scales.numpy(), (weight.shape[0], 1, columns)))
+    by_channel = by_channel.reshape(-1, columns // group_size, group_size)
+    _quantize(_groups(weight, group_size), by_channel, 1 / by_channel, _groups(out, group_size), change)
 
 
 def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -62,7 +63,8 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 
 def _groups(tensor: torch.Tensor, group_size: int) -> np.ndarray:
     """The bits of [n, out, in] as [n, out, in/group, group]."""
-    return _bits(tensor.unflatten(-1, (-1, group_size)))
+    bits = _bits(tensor)
+    return bits.reshape(*bits.shape[:2], -1, group_size)
 
 
 @numba.njit

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 def candidate_scales(
-    activations: torch.Tensor, weights: torch.Tensor | None, ratio: float, duo_scaling: bool
+    activations: torch.Tensor, weights: torch.Tensor, grid: Sequence[tuple[float, bool]]
 ) -> torch.Tensor:
-    """One point of AWQ's grid.
+    """The points of AWQ's grid.
 
     Args:
         activations: float32 [..., in], mean |x| of each input channel.
-        weights: [..., in], mean normalized |w| of each input channel; needed for duo scaling.
+        weights: float32 [..., in], mean normalized |w| of each input channel, for duo scaling.
+        grid: ratio and whether to scale by both, of each point.
 
     Returns:
-        float32 [..., in]: x^ratio, over w^(1-ratio) with duo scaling, normalized so that max * min = 1.
+        float32 [points, ..., in]: x^ratio, over w^(1-ratio) with duo scaling, normalized so that max * min = 1.
 
     Source: `AWQModifier._compute_best_scale` of llmcompressor, for any number of leading dimensions.
     """
-    scales = activations.pow(ratio)
-    if duo_scaling:
-        assert weights is not None
-        scales = scales / (weights.to(scales.dtype).pow(1 - ratio) + 1e-4)
+    shape = (-1,) + (1,) * activations.ndim
+    ratio = torch.tensor([ratio for ratio, _ in grid], dtype=torch.float64).view(shape)
+    duo = torch.tensor([duo for _, duo in grid], device=activations.device).view(shape)
+    scales = activations.pow(ratio.to(activations))
+    scales = torch.where(duo, scales / (weights.pow((1 - ratio).to(weights)) + 1e-4), scales)
     scales = scales.clamp(min=1e-4)
     scales = scales / (scales.amax(-1, keepdim=True) * scales.amin(-1, keepdim=True)).sqrt()
     return torch.where(torch.isfinite(scales), scales, 1.0)
