@@ -185,6 +185,7 @@ def test_results_come_in_the_items_order(torch_threads: Callable[[int], None]) -
     results = each(slow, iter(range(30)), workers=3, cores=2)
     assert [number for number, _, _ in results] == list(range(30))
     assert len({name for _, name, _ in results}) == 3
+    assert threading.current_thread().name in {name for _, name, _ in results}
     assert {cores for _, _, cores in results} == {2}
     # The caller's threads, and those of threads to come, are as they were.
     assert torch.get_num_threads() == 4
@@ -212,22 +213,33 @@ def test_an_error_ends_the_others() -> None:
         each(lambda items: items[1], [[0, 1], [0]], workers=2)
 
 
-def test_an_interrupt_leaves_nothing_running() -> None:
-    main, begun, ended = threading.main_thread().ident, [], []
-    assert main is not None
+@pytest.mark.parametrize("sender", ["caller", "other"])
+def test_an_interrupt_leaves_nothing_running(sender: str) -> None:
+    main, ended, running = threading.main_thread(), [], set()
+    assert main.ident is not None
+    sent = threading.Event()
 
     def work(number: int) -> None:
-        begun.append(number)
+        running.add(number)
+        called = threading.current_thread() is main
+        # Only the main thread takes signals.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-        assert {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= blocked
-        if number == 4:
-            signal.pthread_kill(main, signal.SIGINT)
-        time.sleep(0.05)
-        ended.append(number)
+        assert called or {signal.SIGINT, signal.SIGTERM, signal.SIGHUP} <= blocked
+        try:
+            if called == (sender == "caller") and number >= 4 and not sent.is_set():
+                sent.set()
+                signal.pthread_kill(main.ident, signal.SIGINT)
+            time.sleep(0.05)
+            ended.append(number)
+        finally:
+            running.remove(number)
 
     with pytest.raises(KeyboardInterrupt):
-        each(work, range(1000), workers=2)
-    assert sorted(begun) == sorted(ended) and 4 in begun and len(begun) < 20
+        each(work, range(1000), workers=3)
+    assert not running and 4 <= len(ended) < 30
+    before = list(ended)
+    time.sleep(0.1)
+    assert ended == before
 
 
 def _squares_in_a_child() -> None:

@@ -20,6 +20,7 @@ from mmq.architectures import MINIMAX_M2
 from mmq.awq_modifier import StackedAWQModifier, awq_mappings
 from mmq.expert_block import ExpertBlock, SmoothedGateUp, Weights, top_up
 from mmq.layer_quantizer import LayerQuantizer
+from mmq.recipe import Awq
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -90,9 +91,8 @@ def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
     allowed = max(budget * 2**20, shape.least) + SLACK
     block = make_block(shape, budget * 2**20)
     modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=3)
-    quantizer = cast(
-        LayerQuantizer, SimpleNamespace(arch=MINIMAX_M2, settings=SimpleNamespace(group_size=stock_awq.GROUP_SIZE))
-    )
+    quantizer = object.__new__(LayerQuantizer)
+    quantizer.arch, quantizer.settings = MINIMAX_M2, cast(Awq, SimpleNamespace(group_size=stock_awq.GROUP_SIZE))
     # What the block itself keeps: the order of the rows, their inputs, and room for outputs.
     rebuild = (
         block.x, block.index, block.weight, block.gate_up, block.down, block.activation, block.group_size, block.extra,
@@ -104,7 +104,7 @@ def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
     found = {"output": most - reference.nbytes}
     found["search_norm"], _, norm = peak(lambda: modifier.search_norm(block, reference))
     found["search_down"], _, down = peak(lambda: modifier.search_down(block))
-    most, tensors, _ = peak(lambda: LayerQuantizer._quantize_experts(quantizer, 0, block, norm.scales, down.scales))
+    most, tensors, _ = peak(lambda: quantizer._quantize_experts(0, block, norm.scales, down.scales))
     found["quantize"] = most - tensors
     assert all(own + bytes_ <= allowed for bytes_ in found.values()), (own, found, allowed)
     # Not by doing without: what a larger budget is for is used.

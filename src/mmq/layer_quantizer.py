@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mmq.layers import DecoderLayer, transformers_config
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
 from mmq.tensors.fp8 import is_finite
-from mmq.tensors.int4 import fits, quantize_stack
+from mmq.tensors.int4 import fits, quantize_in_place
 from mmq.tensors.smoothing import smooth_norm
 
 
@@ -232,32 +233,38 @@ class LayerQuantizer:
         Raises:
             CheckpointError: a weight is so large that an int4 value of its group would be infinite.
         """
-        arch, group, inner = self.arch, self.settings.group_size, block.down.shape[2]
+        steps = range(0, block.gate_up.shape[0], block.step)
+        parts = block.each(partial(self._quantize_step, layer, block, norm_scales, inner_scales), steps)
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    @torch.no_grad()
+    def _quantize_step(
+        self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor, first: int
+    ) -> dict[str, torch.Tensor]:
+        """`_quantize_experts` for `block.step` experts."""
+        arch, part = self.arch, slice(first, first + block.step)
+        inner = inner_scales[part]
+        # Gate's rows stay as they are.
+        divisors = torch.cat([torch.ones_like(inner), inner], dim=1).unsqueeze(2)
         tensors = {}
-        for first in range(0, block.gate_up.shape[0], block.step):
-            part = slice(first, first + block.step)
-            gate_up = block.gate_up[part].float().mul_(norm_scales)
-            gate_up[:, inner:].div_(inner_scales[part].unsqueeze(2))
-            down = block.down[part].float().mul_(inner_scales[part].unsqueeze(1))
-            for weight, target, linears in (
-                (gate_up, block.gate_up, (arch.gate, arch.up)),
-                (down, block.down, (arch.down,)),
-            ):
-                stack = quantize_stack(weight, group)
-                target[part] = stack.dequantize(target.dtype)
-                packed, scale = stack.pack().cpu(), stack.scale.cpu()
-                rows = weight.shape[1] // len(linears)
-                for number, expert in enumerate(range(first, first + weight.shape[0])):
-                    for place, linear in enumerate(linears):
-                        base = f"{arch.expert.format(expert=expert)}{linear}.weight"
-                        own = slice(place * rows, (place + 1) * rows)
-                        if not fits(scale[number, own]):
-                            raise CheckpointError(
-                                f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
-                            )
-                        tensors[f"{base}_packed"] = packed[number, own]
-                        tensors[f"{base}_scale"] = scale[number, own]
-                        tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
+        for weight, factors, divisor, linears in (
+            (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
+            (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
+        ):
+            found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
+            packed, scale = (tensor.cpu() for tensor in found)
+            rows = weight.shape[1] // len(linears)
+            for number, expert in enumerate(range(first, first + weight.shape[0])):
+                for place, linear in enumerate(linears):
+                    base = f"{arch.expert.format(expert=expert)}{linear}.weight"
+                    own = slice(place * rows, (place + 1) * rows)
+                    if not fits(scale[number, own]):
+                        raise CheckpointError(
+                            f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
+                        )
+                    tensors[f"{base}_packed"] = packed[number, own]
+                    tensors[f"{base}_scale"] = scale[number, own]
+                    tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
         return tensors
 
     def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
@@ -19,12 +19,12 @@ Result = TypeVar("Result")
 
 
 def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int, cores: int = 1) -> list[Result]:
-    """The function of every item, in the items' order, on a number of threads. None of them runs on when this returns
-    or raises, and the first error is raised.
+    """The function of every item, in the items' order, on the calling thread and as many more as make up the workers.
+    None of them runs on when this returns or raises, and the first error is raised.
 
     Args:
         function: must not call `each`.
-        cores: torch's threads for each of them. A single worker is the calling thread, with those it has.
+        cores: torch's threads for each worker; a single one has those that the calling thread has.
     """
     if workers == 1:
         return [function(item) for item in items]
@@ -37,15 +37,21 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int
                 number, item = left.popleft()
             except IndexError:
                 return
-            results[number] = function(item)
+            try:
+                results[number] = function(item)
+            except BaseException:
+                left.clear()
+                raise
 
-    pool = _kept_pool(workers, cores)
-    futures = [pool.submit(work) for _ in range(workers)]
+    pool, kept = _kept_pool(workers - 1, cores), torch.get_num_threads()
+    futures = [pool.submit(work) for _ in range(workers - 1)]
     try:
-        wait(futures, return_when=FIRST_EXCEPTION)
+        torch.set_num_threads(cores)
+        work()
     finally:
         left.clear()
         wait(futures)
+        torch.set_num_threads(kept)
     for future in futures:
         future.result()
     return [results[number] for number in range(len(results))]

@@ -31,7 +31,9 @@ def fake_quantize_scaled(
     columns = weight.shape[2]
     by_channel = np.ascontiguousarray(np.broadcast_to(scales.numpy(), (weight.shape[0], 1, columns)))
     by_channel = by_channel.reshape(-1, columns // group_size, group_size)
-    _quantize(_groups(weight, group_size), by_channel, 1 / by_channel, _groups(out, group_size), change)
+    with np.errstate(all="ignore"):
+        inverse = 1 / by_channel
+    _quantize(_groups(weight, group_size), by_channel, inverse, _groups(out, group_size), change)
 
 
 def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -16,6 +16,8 @@ from mmq.tensors.dispatch import worth_compiling
 Q_MIN, Q_MAX = -8, 7
 # Half of the 16 codes on either side of zero: compressed-tensors' symmetric scale is max|w| / 7.5.
 HALF_RANGE = 7.5
+# On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
+CPU_TILE = 2**18
 # Added to a group's largest weight before the group is divided by it, as llmcompressor does.
 SMALLEST_GROUP = 1e-6
 
@@ -67,6 +69,33 @@ def quantize_stack(weight: torch.Tensor, group_size: int) -> QuantizedStack:
     scale = _scale(groups, torch.bfloat16)
     values = groups.div_(scale.float().unsqueeze(-1)).round_().clamp_(Q_MIN, Q_MAX).to(torch.int8)
     return QuantizedStack(values.view(weight.shape), scale, group_size)
+
+
+def quantize_in_place(
+    weight: torch.Tensor, factors: torch.Tensor, divisors: torch.Tensor | None, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round W * factors / divisors to nearest; the weight becomes what will be read back.
+
+    Args:
+        weight: bfloat16 [n, out, in], overwritten.
+        factors: float32, broadcastable to [n, 1, in].
+        divisors: float32 [n, out, 1].
+
+    Returns:
+        int32 [n, out, in/8], packed, and bfloat16 [n, out, in/group], the scales.
+    """
+    count, rows, columns = weight.shape
+    step = max(1, CPU_TILE // (count * columns)) if weight.device.type == "cpu" else rows
+    packed, scale = [], []
+    for tile in (slice(first, first + step) for first in range(0, rows, step)):
+        wide = weight[:, tile].float().mul_(factors)
+        if divisors is not None:
+            wide.div_(divisors[:, tile])
+        stack = quantize_stack(wide, group_size)
+        weight[:, tile] = stack.dequantize(weight.dtype)
+        packed.append(stack.pack())
+        scale.append(stack.scale)
+    return torch.cat(packed, 1), torch.cat(scale, 1)
 
 
 def fits(scale: torch.Tensor) -> bool:
