@@ -54,6 +54,10 @@ class Chunk:
     pieces: list[Piece]
     inputs: torch.Tensor | None
 
+    def within(self, tokens: slice) -> slice:
+        """Where some of the chunk's tokens lie, counted from its first."""
+        return slice(tokens.start - self.start, tokens.stop - self.start)
+
 
 @dataclass
 class ExpertBlock:
@@ -92,9 +96,8 @@ class ExpertBlock:
         if self.x.device.type == "cpu":
             # What is computed depends on the step at most, never on the number of threads.
             self.step = max(1, min(experts, min(room, 8 * CPU_STEP_ELEMENTS) // per_expert))
-            self.workers = max(
-                1, min(torch.get_num_threads(), room // (self.step * per_expert), -(-experts // self.step))
-            )
+            steps, fit = -(-experts // self.step), room // (self.step * per_expert)
+            self.workers = max(1, min(torch.get_num_threads(), steps, fit))
         else:
             self.step = max(1, min(experts, room // per_expert))
             self.workers = 1
@@ -162,12 +165,7 @@ class ExpertBlock:
         """The block's output for all tokens: float32 [T, H]."""
         result = torch.zeros_like(self.x, dtype=torch.float32)
         for chunk, outputs in self.forward(weights):
-
-            def add(part: slice, chunk: Chunk = chunk, outputs: torch.Tensor = outputs) -> None:
-                tokens = slice(chunk.start + part.start, chunk.start + part.stop)
-                combine(outputs, chunk.rows.place[part], self.weight[tokens], result[tokens])
-
-            self.each(add, self._parts(chunk))
+            self.each(partial(self._add, chunk, outputs, result), self._parts(chunk))
         return result
 
     def loss(self, weights: Weights, reference: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
@@ -178,21 +176,24 @@ class ExpertBlock:
         """
         total = torch.zeros((), dtype=torch.float64, device=reference.device)
         for chunk, outputs in self.forward(weights):
-
-            def squares(part: slice, chunk: Chunk = chunk, outputs: torch.Tensor = outputs) -> torch.Tensor:
-                tokens = slice(chunk.start + part.start, chunk.start + part.stop)
-                return squared_error(outputs, chunk.rows.place[part], self.weight[tokens], reference[tokens])
-
-            total += torch.stack(self.each(squares, self._parts(chunk))).sum()
+            parts = self.each(partial(self._squared_error, chunk, outputs, reference), self._parts(chunk))
+            total += torch.stack(parts).sum()
             if total > limit * reference.numel():
                 return torch.full_like(total, torch.inf)
         return total / reference.numel()
 
-    def _parts(self, chunk: Chunk) -> Iterator[slice]:
-        """A chunk's tokens, counted from its first, as many at a time as suits the device."""
-        tokens = chunk.stop - chunk.start
-        step = CPU_PART_TOKENS if self.x.device.type == "cpu" else tokens
-        return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+    def _add(self, chunk: Chunk, outputs: torch.Tensor, result: torch.Tensor, part: slice) -> None:
+        """Add a part of a chunk's tokens to float32 [T, H]."""
+        combine(outputs, chunk.rows.place[chunk.within(part)], self.weight[part], result[part])
+
+    def _squared_error(self, chunk: Chunk, outputs: torch.Tensor, reference: torch.Tensor, part: slice) -> torch.Tensor:
+        """How far a part of a chunk's tokens is from float32 [T, H]: the sum of squares, float64 []."""
+        return squared_error(outputs, chunk.rows.place[chunk.within(part)], self.weight[part], reference[part])
+
+    def _parts(self, chunk: Chunk) -> list[slice]:
+        """A chunk's tokens, as many at a time as suits the device."""
+        step = CPU_PART_TOKENS if self.x.device.type == "cpu" else chunk.stop - chunk.start
+        return [slice(start, min(start + step, chunk.stop)) for start in range(chunk.start, chunk.stop, step)]
 
     def down_inputs(self, first: int, last: int) -> DownInputs:
         """What goes into the down layers of experts first..last, from their routed and their extra rows."""
