@@ -15,6 +15,7 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
 from transformers.activations import ACT2FN
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
 
+import mmq.tensors.dispatch
 from mmq.architectures import MINIMAX_M2
 from mmq.awq_modifier import Error, Found, StackedAWQModifier, awq_mappings
 from mmq.expert_block import ExpertBlock, Weights
@@ -198,10 +199,14 @@ def grid_scales(x: torch.Tensor, weights: torch.Tensor, grid: list[tuple[float, 
 
 @every_shape
 @every_grid
-def test_bf16_choices_are_good(shape: Shape, duo_scaling: bool | str) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+def test_bf16_choices_are_good(
+    shape: Shape, duo_scaling: bool | str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The stock modifier rounds W s and its losses to bf16, and differs from itself by percents when the scales move by
     an ulp. So the judge is a third: fp32 losses of weights rounded by compressed-tensors. By them, mmq's points are
     within a percent of the best, and of what the stock modifier chose."""
+    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 0 if compiled else 2**62)
     layer, hidden = make_layer(shape, torch.bfloat16), make_hidden(shape, torch.bfloat16)
     stock = stock_awq.run_stock(stock_awq.build_model(layer, TOP_K), [hidden], duo_scaling, N_GRID, all_experts=False)
     block = make_block(layer, hidden)
