@@ -104,7 +104,6 @@ class StackedAWQModifier(AWQModifier):
         )
         return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
 
-    @torch.no_grad()
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
         inputs = block.down_inputs(first, last)
         weight = block.down[first:last]

@@ -237,7 +237,6 @@ class LayerQuantizer:
         parts = block.each(partial(self._quantize_step, layer, block, norm_scales, inner_scales), steps)
         return {name: tensor for part in parts for name, tensor in part.items()}
 
-    @torch.no_grad()
     def _quantize_step(
         self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor, first: int
     ) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
@@ -44,13 +44,16 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int
                 raise
 
     pool, kept = _kept_pool(workers - 1, cores), torch.get_num_threads()
-    futures = [pool.submit(work) for _ in range(workers - 1)]
+    futures: list[Future[None]] = []
     try:
+        with signals_held():
+            futures += [pool.submit(work) for _ in range(workers - 1)]
         torch.set_num_threads(cores)
         work()
     finally:
         left.clear()
         wait(futures)
+        # Set in a thread, the number holds for threads to come as well.
         torch.set_num_threads(kept)
     for future in futures:
         future.result()
@@ -61,15 +64,12 @@ def each(function: Callable[[Item], Result], items: Iterable[Item], workers: int
 def _kept_pool(workers: int, cores: int) -> ThreadPoolExecutor:
     """A pool that lives as long as the process: the search shares out a few milliseconds at a time, and new threads
     would take as long to begin."""
-    kept = torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, "mmq-compute", _take_cores, (cores,))
     running = Barrier(workers + 1)
     with signals_held():
         for _ in range(workers):
             pool.submit(running.wait)
         running.wait()
-    # Set in a thread, the number holds for threads to come as well.
-    torch.set_num_threads(kept)
     return pool
 
 
@@ -88,7 +88,9 @@ def computing(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _take_cores(number: int) -> None:
-    """Have the calling thread compute on a number of torch's threads."""
+    """Have the calling thread compute on a number of torch's threads, without gradients."""
+    # Whether they are recorded is each thread's own affair.
+    torch.set_grad_enabled(False)
     # A thread takes the process's number when it first computes or asks, over any set before.
     torch.get_num_threads()
     torch.set_num_threads(number)

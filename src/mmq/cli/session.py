@@ -99,7 +99,7 @@ class _LogFile(RotatingFileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record once: with CI=true in the environment, transformers' logger hands its own to the root too."""
-        if vars(record).setdefault("mmq_log", None) is not self:
+        if vars(record).get("mmq_log") is not self:
             vars(record)["mmq_log"] = self
             super().emit(record)
 
