@@ -52,10 +52,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers.activations import ACT2FN
 
-from mmq.architectures import MINIMAX_M2
-from mmq.awq_modifier import Found, StackedAWQModifier, awq_mappings
-from mmq.device import peak_host, resident_host
-from mmq.expert_block import ExpertBlock, Weights
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.machine.device import peak_host, resident_host
+from mmq.quantize.routed_experts import ExpertBlock, Weights
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 
 sys.path.insert(0, str(Path(__file__).parent))
 

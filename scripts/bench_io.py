@@ -22,18 +22,18 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 
 import torch
 
-from mmq.fp8_source import SCALE_SUFFIX
-from mmq.journal import lock
-from mmq.layout import layers_and_rest, quantized_specs, shard_name
-from mmq.pipeline import STAGES
 from mmq.recipe import Recipe
+from mmq.run.lock import lock
+from mmq.run.output_shards import layers_and_rest, quantized_specs, shard_name
+from mmq.run.workspace import AWQ, Workspace
+from mmq.source.block_fp8 import SCALE_SUFFIX
+from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import Plan, execute
+from mmq.stages.pipeline import STAGES
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import DTYPES, TensorSpec, save_tensors, write_shard
-from mmq.synth import Sizes, model_config
 from mmq.tensors.fp8 import scale_shape
-from mmq.workspace import AWQ, Workspace
 
 HIDDEN, INNER, SHARD = 3072, 1536, 512 * 2**20
 CHUNK = 2**24

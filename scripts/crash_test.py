@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import write_recipe
 from faults.harness import FOLDERS, Matrix, Tiny, differences, everywhere, leftovers, problems_of_state
 from faults.inject import TAKES_ROOM, Fault, Injector
-from mmq.synth import Sizes, write_checkpoint, write_samples
+from mmq.source.synth import Sizes, write_checkpoint, write_samples
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -47,7 +47,7 @@ from typer.testing import CliRunner
 from mmq.cli.app import app
 from mmq.errors import RecipeError
 from mmq.recipe import load
-from mmq.synth import Sizes, write_checkpoint, write_samples
+from mmq.source.synth import Sizes, write_checkpoint, write_samples
 
 SIZES = Sizes(
     layers=1, hidden=128, intermediate=128, experts=2, top_k=1, heads=2, kv_heads=1, head_dim=64, vocabulary=300
@@ -767,7 +767,7 @@ class Watch:
         elif event in CHANGES:
             for path in arguments[: CHANGES[event]]:
                 self._path(event, path)
-        elif event in NEVER or (event == "subprocess.Popen" and "mmq.chat_template" not in arguments[1]):
+        elif event in NEVER or (event == "subprocess.Popen" and "mmq.source.chat_template" not in arguments[1]):
             self.seen.append(f"{event} {arguments!r:.200}")
 
     def _path(self, event: str, path: Any) -> None:

@@ -1,6 +1,6 @@
 """llmcompressor's own AWQModifier on one random MiniMax-M2 block: what mmq's search is compared with and timed against.
 
-Not a program. `tests/test_awq_stock.py` and `scripts/bench_awq.py` import it:
+Not a program. `tests/quantize/test_awq_stock.py` and `scripts/bench_awq.py` import it:
 
     layer = random_layer(experts=8, hidden=256, intermediate=128, dtype=torch.bfloat16, device=torch.device("cpu"))
     hidden = random_hidden(tokens=256, hidden=256, dtype=torch.bfloat16, device=torch.device("cpu"))
@@ -31,8 +31,8 @@ from pydantic import PrivateAttr
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
 from transformers.models.minimax_m2.modeling_minimax_m2 import MiniMaxM2RMSNorm, MiniMaxM2SparseMoeBlock
 
-from mmq.architectures import MINIMAX_M2
-from mmq.awq_modifier import awq_mappings
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.quantize.search import awq_mappings
 
 GROUP_SIZE = 128
 EXPERT_LINEARS = r"re:.*mlp\.experts\.\d+\.(gate|up|down)_proj$"
@@ -177,7 +177,7 @@ def build_model(layer: Layer, top_k: int) -> Model:
 
 @torch.no_grad()
 def block_inputs(layer: Layer, hidden: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What mmq's search starts from, by transformers' norm and router, as `mmq.layers.DecoderLayer` does.
+    """What mmq's search starts from, by transformers' norm and router, as `decoder_layer.DecoderLayer` does.
 
     Args:
         hidden: [T, H], the residual stream.

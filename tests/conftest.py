@@ -21,10 +21,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from mmq.pipeline import run_stages  # noqa: E402
 from mmq.recipe import load  # noqa: E402
-from mmq.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
-from mmq.workspace import Workspace  # noqa: E402
+from mmq.run.workspace import Workspace  # noqa: E402
+from mmq.source.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
+from mmq.stages.pipeline import run_stages  # noqa: E402
 
 TINY = Sizes()
 SAMPLES = 12

@@ -38,14 +38,14 @@ import yaml
 from conftest import digests
 from faults.inject import Call, Fault, Injector
 from mmq.cli.app import app
-from mmq.synth import TRAINING_TEXT, Sizes, write_checkpoint
+from mmq.source.synth import TRAINING_TEXT, Sizes, write_checkpoint
 
 FOLDERS = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}
 # The least that has two layers, two shards and scales apart from their weights.
 TINY = Sizes(layers=2, hidden=32, intermediate=32, experts=1, top_k=1, heads=1, kv_heads=1, head_dim=16, vocabulary=260)
 LIMIT = 30.0
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["mmq.pipeline", "mmq.cli.app", "llmcompressor", "transformers", "pytest"])
+FORK.set_forkserver_preload(["mmq.stages.pipeline", "mmq.cli.app", "llmcompressor", "transformers", "pytest"])
 # Differ from run to run: times, memory, and what is computed from files that hold them.
 VARIES = {"seconds", "peak_host_bytes", "peak_device_bytes", "host_bytes", "open_files", "runs"}
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from cli.test_cli import refused, succeed
 from conftest import digests
 from faults.harness import (
     FOLDERS,
@@ -39,7 +40,6 @@ from faults.harness import (
 from faults.inject import Fault, Injector
 from faults.test_crash import none_wrong
 from mmq.storage.checkpoint import Checkpoint
-from test_cli import refused, succeed
 
 
 @pytest.mark.parametrize("stage", FOLDERS)

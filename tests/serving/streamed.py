@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache, register_key_hook, register_value_hook
 
-from mmq.architectures import MINIMAX_M2
-from mmq.evaluate import Head, HybridWeights, read_layer, run_layer
-from mmq.layers import DecoderLayer, embed, quantize_kv_cache, transformers_config
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.prove.evaluate import Head, HybridWeights, read_layer, run_layer
+from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.storage.checkpoint import Checkpoint
 
 
@@ -42,7 +43,7 @@ def log_probabilities(folder: Path, sequences: list[list[int]], cache: Cache) ->
         scales = {name: content.rest.pop(f"self_attn.{name}") for name in ("k_scale", "v_scale")}
         decoder = DecoderLayer(arch, config, layer, content.rest, device)
         if cache is Cache.NEAREST:
-            quantize_kv_cache(decoder, config, checkpoint.config["quantization_config"]["kv_cache_scheme"], scales)
+            quantize_kv_cache(decoder, checkpoint.config["quantization_config"]["kv_cache_scheme"], scales)
         elif cache is Cache.TOWARD_ZERO:
             _truncate_kv_cache(decoder, config, scales)
         hidden = run_layer(decoder, content, hidden, lengths, group_size=128)

@@ -1,1 +1,1 @@
-"""The command line: one module per group of commands, one sink for output, one table from errors to exit codes."""
+"""The command line: one module a command, one output sink, errors to exit codes."""

@@ -9,12 +9,12 @@ from mmq.cli.errors import handled
 from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, Rows, make_output
 from mmq.errors import LockedError
-from mmq.hub import is_hub_id, source_refused
 from mmq.recipe import load
+from mmq.source.hub import is_hub_id, source_refused
 
 if TYPE_CHECKING:
-    from mmq.calibration import Tokens
-    from mmq.workspace import Workspace
+    from mmq.run.workspace import Workspace
+    from mmq.source.tokens import Tokens
 
 SHOWN_LANGUAGES = 4
 
@@ -24,8 +24,8 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
     with handled():
         loaded = load(recipe, set_)
         quiet_libraries()
-        from mmq.calibration import CACHE_NAME, describe, kept_path, load_tokens
-        from mmq.workspace import STATE, Workspace
+        from mmq.run.workspace import STATE, Workspace
+        from mmq.source.tokens import CACHE_NAME, describe, kept_path, load_tokens
 
         output = make_output(mode(json, False))
         workspace = Workspace.of(loaded, output)
@@ -42,8 +42,8 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
 
 def _keep(workspace: Workspace, tokens: Tokens, cache: Path) -> Tokens:
     """Keep new tokens, unless a run holds the work_dir: that one keeps its own."""
-    from mmq.calibration import save_tokens
-    from mmq.journal import lock
+    from mmq.run.lock import lock
+    from mmq.source.tokens import save_tokens
 
     if tokens.cached:
         return tokens
@@ -65,7 +65,7 @@ def _tokenizer_folder(workspace: Workspace) -> Path:
         return workspace.source_folder
     from huggingface_hub import snapshot_download
 
-    from mmq.calibration import CODE, TOKENIZER_FILES
+    from mmq.source.tokens import CODE, TOKENIZER_FILES
 
     wanted = [*TOKENIZER_FILES, *([CODE] if workspace.recipe.model.trust_remote_code else [])]
     with source_refused(

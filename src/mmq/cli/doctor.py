@@ -12,7 +12,7 @@ import mmq
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, mode
 from mmq.cli.output import Rows, human_bytes, make_output
-from mmq.vllm_plugin import GROUP, TARGET, State, inspect_vllm, vllm_version
+from mmq.serve.vllm_plugin import GROUP, TARGET, State, inspect_vllm, vllm_version
 
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 

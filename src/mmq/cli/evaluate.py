@@ -31,8 +31,8 @@ def evaluate(
     given = {"--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
-        from mmq.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
-        from mmq.workspace import Workspace
+        from mmq.prove.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
+        from mmq.run.workspace import Workspace
 
         # A path on the command line starts from the current folder, the default one from the project's.
         path = str(data.expanduser().resolve()) if data else DEFAULT_DATA

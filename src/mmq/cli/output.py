@@ -26,7 +26,7 @@ from rich.text import Text
 
 from mmq.cli.streams import Stream
 from mmq.errors import printable
-from mmq.progress import Silent
+from mmq.run.progress import Silent
 
 Rows = list[dict[str, Any]]
 

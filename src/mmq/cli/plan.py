@@ -9,34 +9,29 @@ from typing import Annotated, Any
 
 import typer
 
-from mmq.architectures import architecture_of
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, human_bytes, make_output
 from mmq.errors import RecipeError
-from mmq.hub import is_hub_id, source_refused
-from mmq.recipe import Recipe, load, parse_size
-from mmq.sizes import (
-    CACHE_BYTES,
-    DEFAULT_RESERVE,
-    DEFAULT_UTILIZATION,
+from mmq.families.registry import architecture_of
+from mmq.families.sizes import (
     DTYPE_LABELS,
     GIB,
     Component,
     Dimensions,
     Form,
-    Gpus,
     Tensors,
-    awq_memory,
     components,
     disk_bytes,
     layer_bytes,
-    most_tokens,
     outside_bytes,
-    parallel_problems,
-    serving,
     tensors_of,
 )
+from mmq.quantize.memory import awq_memory
+from mmq.recipe import Recipe, load, parse_size
+from mmq.serve.memory import CACHE_BYTES, DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus, parallel_problems, serving
+from mmq.source.hub import is_hub_id, source_refused
+from mmq.source.samples import most_tokens
 
 Forms = dict[Form, list[Tensors]]
 
@@ -185,7 +180,7 @@ def _disk(recipe: Recipe, dims: Dimensions, forms: Forms) -> dict[str, Any]:
 
 def _awq_memory(recipe: Recipe, dims: Dimensions, forms: Forms) -> list[dict[str, Any]]:
     """The awq stage's peaks, for each kind of device that the recipe may mean."""
-    from mmq.expert_block import DEFAULT_BUDGET
+    from mmq.quantize.routed_experts import DEFAULT_BUDGET
     from mmq.stages.base import BASE_MEMORY
 
     device = recipe.awq.device

@@ -15,7 +15,7 @@ from mmq.cli.session import session
 if TYPE_CHECKING:
     from huggingface_hub import CardData
 
-    from mmq.push import Parcel, Target
+    from mmq.report.push import Parcel, Target
 
 
 def push(
@@ -47,9 +47,9 @@ def push(
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     # A dry run touches nothing, a log file neither.
     with session("push", recipe, set_, shown, log_file if upload else None, [*options, "--upload"]) as run:
-        from mmq.push import MESSAGE, Target, pack
-        from mmq.push import upload as send
-        from mmq.workspace import Workspace
+        from mmq.report.push import MESSAGE, Target, pack
+        from mmq.report.push import upload as send
+        from mmq.run.workspace import Workspace
 
         output = run.output
         workspace = Workspace.of(run.recipe, output, offline=True)

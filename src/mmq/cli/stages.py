@@ -11,7 +11,7 @@ from mmq.cli.output import Mode, Output, human_bytes
 from mmq.cli.session import session
 
 if TYPE_CHECKING:
-    from mmq.workspace import Workspace
+    from mmq.run.workspace import Workspace
 
 
 HELP = {
@@ -50,8 +50,8 @@ def _run(
 ) -> None:
     # A plan touches nothing, a log file neither.
     with session(command, path, overrides, shown, None if dry_run else log_file) as run:
-        from mmq.pipeline import run_stages, stages_of
-        from mmq.workspace import Workspace
+        from mmq.run.workspace import Workspace
+        from mmq.stages.pipeline import run_stages, stages_of
 
         whole = command == "run"
         names = stages_of(run.recipe) if whole else [command]
@@ -72,7 +72,7 @@ def _run(
 
 
 def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
-    from mmq.pipeline import describe, plans
+    from mmq.stages.pipeline import describe, plans
 
     described = [describe(workspace, plan) for plan in plans(workspace, names)]
     rows: list[dict[str, Any]] = [

@@ -35,7 +35,7 @@ def synth(
     with handled():
         output = make_output(mode(json, quiet))
         quiet_libraries()
-        from mmq.synth import Sizes, write_checkpoint
+        from mmq.source.synth import Sizes, write_checkpoint
 
         sizes = Sizes(layers, hidden, intermediate, experts, top_k, heads, kv_heads, head_dim, vocabulary)
         write_checkpoint(folder, sizes, seed, shards, shuffle)

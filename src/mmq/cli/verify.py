@@ -13,7 +13,7 @@ from mmq.errors import VerifyError
 from mmq.recipe import load
 
 if TYPE_CHECKING:
-    from mmq.workspace import Workspace
+    from mmq.run.workspace import Workspace
 
 SHOWN_PROBLEMS = 20
 
@@ -23,7 +23,7 @@ def verify(
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
     with session("verify", recipe, set_, mode(json, quiet), log_file) as run:
-        from mmq.workspace import Workspace
+        from mmq.run.workspace import Workspace
 
         with run.output.live():
             verify_and_report(Workspace.of(run.recipe, run.output), run.output)
@@ -31,7 +31,7 @@ def verify(
 
 def verify_and_report(workspace: Workspace, output: Output) -> None:
     """Verify, write verify.json, show the outcome. Raises VerifyError when something is off."""
-    from mmq.verify import verify_checkpoint
+    from mmq.prove.verify import verify_checkpoint
 
     report = verify_checkpoint(workspace)
     output.result(report.as_json(), "Verification", report.rows())
@@ -50,8 +50,8 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         output = make_output(mode(json, False))
         loaded = load(recipe, set_)
         quiet_libraries()
-        from mmq.status import status as read_status
-        from mmq.workspace import Workspace
+        from mmq.report.status import status as read_status
+        from mmq.run.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
         again = recipe_arguments(recipe, set_)

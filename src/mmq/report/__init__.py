@@ -1,1 +1,1 @@
-"""What a run measured, as a page with plots and as a model card."""
+"""What a run measured, told to people: status, page, model card, hub."""

@@ -13,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmq import evaluate, sizes, verify
-from mmq.architectures import Architecture
 from mmq.errors import CheckpointError, JournalError, MmqError
-from mmq.pipeline import plans, stages_of
-from mmq.sizes import Dimensions, tensors_of
+from mmq.families import sizes
+from mmq.families.sizes import Dimensions, tensors_of
+from mmq.families.table import Architecture
+from mmq.prove import evaluate, verify
+from mmq.run.layer_files import LayerFiles
+from mmq.run.versions import versions
+from mmq.run.workspace import HYBRID, Workspace
 from mmq.stages import awq, restore
-from mmq.state import LayerFiles
+from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import TensorSpec
-from mmq.versions import versions
-from mmq.workspace import HYBRID, Workspace
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 import mmq
-from mmq import evaluate
+from mmq.prove import evaluate
 from mmq.report import plots
 from mmq.report.facts import RunFacts, StageFacts, loss_share
 from mmq.report.text import UNITS_OF_COUNTS, bytes_text, count_text, duration_text, plain_number, unit_for

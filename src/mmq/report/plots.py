@@ -22,15 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mmq.report.facts import Component, StageFacts
-from mmq.report.text import (
-    UNITS_OF_BYTES,
-    UNITS_OF_TIME,
-    bytes_text,
-    duration_text,
-    plain_number,
-    range_text,
-    unit_for,
-)
+from mmq.report.text import UNITS_OF_BYTES, UNITS_OF_TIME, bytes_text, duration_text, plain_number, range_text, unit_for
 
 Layers = Sequence[dict[str, Any]]
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -1,1 +1,1 @@
-"""The three stages. Each plans, then reads, computes, writes and journals unit by unit; none imports another."""
+"""The stages, and the frame that checks, resumes and completes them; they don't import each other."""

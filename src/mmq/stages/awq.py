@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from mmq.calibration import CACHE_NAME, Tokens, load_tokens, save_tokens
-from mmq.device import (
+from mmq.errors import CheckpointError, JournalError
+from mmq.machine.device import (
     named_device,
     open_files,
     peak_device,
@@ -26,22 +26,23 @@ from mmq.device import (
     reset_peak_device,
     resident_host,
 )
-from mmq.errors import CheckpointError, JournalError
-from mmq.expert_block import default_budget
-from mmq.fp8_source import Fp8Source
-from mmq.journal import StageJournal
-from mmq.layer_quantizer import LayerContent, LayerQuantizer, LayerResult
-from mmq.layers import embed
-from mmq.layout import layer_unit, layers_and_rest, quantized_specs, shard_name
-from mmq.quant_config import output_config
-from mmq.sizes import awq_memory, most_tokens
+from mmq.machine.threads import one_thread
+from mmq.quantize.decoder_layer import embed
+from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
+from mmq.quantize.memory import awq_memory
+from mmq.quantize.routed_experts import default_budget
+from mmq.run.journal import StageJournal
+from mmq.run.layer_files import LayerFiles
+from mmq.run.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
+from mmq.run.workspace import AWQ, BF16, STATE, Workspace
+from mmq.serve.quantization_config import output_config
+from mmq.source.block_fp8 import Fp8Source
+from mmq.source.samples import most_tokens
+from mmq.source.tokens import CACHE_NAME, Tokens, load_tokens, save_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
-from mmq.state import LayerFiles
 from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
-from mmq.threads import one_thread
-from mmq.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"
 OUTSIDE = "outside"

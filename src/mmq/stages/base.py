@@ -13,13 +13,13 @@ from typing import Any, Protocol
 
 import torch
 
-from mmq.device import named_device, peak_device, peak_host
 from mmq.errors import DiskSpaceError, MmqError
-from mmq.journal import StageJournal
+from mmq.machine.device import named_device, peak_device, peak_host
+from mmq.machine.threads import computing, signals_held
+from mmq.run.journal import StageJournal
+from mmq.run.versions import versions
+from mmq.run.workspace import Workspace
 from mmq.storage.atomic import make_folder, remove_temporaries
-from mmq.threads import computing, signals_held
-from mmq.versions import versions
-from mmq.workspace import Workspace
 
 # Python, torch and the libraries, before any tensor.
 BASE_MEMORY = 800 * 2**20

@@ -1,1 +1,1 @@
-"""Files: atomic writes, safetensors shards and checkpoint folders. Nothing here knows of quantization."""
+"""Checkpoint folders on disk: shards, index, atomic and hashed files; nothing of quantization."""

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 
-from mmq.tensors.int4 import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
+from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
 
 _BF16 = torch.finfo(torch.bfloat16)
 _EPSILON, _TINY = np.float32(_BF16.eps), np.float32(_BF16.tiny)

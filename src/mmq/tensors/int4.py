@@ -11,15 +11,11 @@ from dataclasses import dataclass
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 
+from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
 from mmq.tensors.dispatch import worth_compiling
 
-Q_MIN, Q_MAX = -8, 7
-# Half of the 16 codes on either side of zero: compressed-tensors' symmetric scale is max|w| / 7.5.
-HALF_RANGE = 7.5
 # On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
 CPU_TILE = 2**18
-# Added to a group's largest weight before the group is divided by it, as llmcompressor does.
-SMALLEST_GROUP = 1e-6
 
 
 def weight_args(group_size: int) -> QuantizationArgs:

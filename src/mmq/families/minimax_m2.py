@@ -1,0 +1,26 @@
+"""MiniMax-M2, M2.1, M2.5 and M2.7: one architecture."""
+
+from __future__ import annotations
+
+from mmq.families.table import Architecture
+
+MINIMAX_M2 = Architecture(
+    model_type="minimax_m2",
+    causal_lm="MiniMaxM2ForCausalLM",
+    modeling="transformers.models.minimax_m2.modeling_minimax_m2",
+    config_class="MiniMaxM2Config",
+    layer_class="MiniMaxM2DecoderLayer",
+    rotary_class="MiniMaxM2RotaryEmbedding",
+    layer="model.layers.{layer}.",
+    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    attention_inputs=("input_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    smooth_norm="post_attention_layernorm.weight",
+    router="block_sparse_moe.gate.weight",
+    router_bias="block_sparse_moe.e_score_correction_bias",
+    expert="block_sparse_moe.experts.{expert}.",
+    gate="w1",
+    up="w3",
+    down="w2",
+    module_names=(("block_sparse_moe.", "mlp."),),
+    moe_module="mlp",
+)

@@ -1,0 +1,1 @@
+"""The computer that a run has: its device, its memory, its threads."""

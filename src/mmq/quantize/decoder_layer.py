@@ -1,0 +1,178 @@
+"""One decoder layer at a time, built from transformers' own classes with a checkpoint's tensors.
+
+The mixture-of-experts block is left out of the module: a stand-in records its input and returns zeros, so that the
+layer's own forward gives the residual stream, and the block itself is computed on stacked weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from mmq.errors import CalibrationError, CheckpointError, one_line, shown
+from mmq.families.rotary import rope_parameters
+from mmq.families.table import Architecture
+from mmq.tensors.experts import Activation
+
+# Tokens in one attention call; sequences of equal length share a call.
+BATCH_TOKENS = 8192
+# Elements that torch gives to one thread of a CPU. Of more, each thread gets a part whose last few values, no vector's
+# width, go through other code for the sigmoid, and come out an ulp apart.
+ONE_THREAD = 2**15 - 1
+
+
+def transformers_config(architecture: Architecture, config: dict[str, Any]) -> Any:
+    """transformers' config object of a hub config.json, with the rotary dimensions right.
+
+    transformers up to 5.17 ignores MiniMax-M2's `rotary_dim` and rotates every head dimension
+    (huggingface/transformers issue 48241).
+
+    Raises:
+        CheckpointError: the activation is unknown, or transformers refuses a value.
+    """
+    config_class = architecture.transformers_class(architecture.config_class)
+    # Its own fields alone: of those that all models share, num_labels alone fills any memory.
+    known = {key: value for key, value in config.items() if key in config_class.__annotations__}
+    known["rope_parameters"] = rope_parameters(config)
+    activation = known.get("hidden_act", "silu")
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise CheckpointError(f"config.json: transformers knows no activation {shown(activation)}")
+    try:
+        result = config_class.from_dict(known)
+        result._attn_implementation = "sdpa"
+    except Exception as error:  # it raises whatever an odd value leads to
+        raise CheckpointError(f"config.json: transformers refuses it: {one_line(error)}") from None
+    return result
+
+
+def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows of the embeddings [V, H] for int64 [T]: [T, H].
+
+    Raises:
+        CalibrationError: the tokenizer made a token that the model does not know.
+    """
+    largest = int(ids.max())
+    if largest >= table.shape[0]:
+        raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
+    return table[ids]
+
+
+class _Recorder(torch.nn.Module):
+    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: torch.Tensor | None = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.inputs = hidden_states
+        return torch.zeros_like(hidden_states)
+
+
+class DecoderLayer:
+    """A transformers decoder layer without its experts.
+
+    Args:
+        tensors: the layer's tensors but for the experts, by their names in the layer, in the checkpoint's dtypes.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: Any,
+        layer: int,
+        tensors: dict[str, torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self.architecture = architecture
+        self.device = device
+        self.config = config
+        try:
+            with torch.device("meta"):
+                module = architecture.transformers_class(architecture.layer_class)(config, layer)
+                # Outside the meta context, so that its buffer is real.
+            self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
+        except Exception as error:  # it raises whatever an odd value leads to
+            raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
+        block = getattr(module, architecture.moe_module)
+        self._router = block.gate
+        self._bias: torch.Tensor | None = None
+        setattr(module, architecture.moe_module, _Recorder())
+        inside = {architecture.router, architecture.router_bias}
+        named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
+        try:
+            module.load_state_dict(named, strict=True, assign=True)
+            self.set_router(tensors[architecture.router].to(device))
+            if architecture.router_bias:
+                self._bias = tensors[architecture.router_bias].to(device)
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
+        self.module = module.eval()
+
+    def set_router(self, weight: torch.Tensor) -> None:
+        """Replace the router's weight, [E, H]."""
+        self._router.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    def set_norm(self, weight: torch.Tensor) -> None:
+        """Replace the weight of the norm before the block, [H]."""
+        name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
+        self.module.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+
+    @torch.no_grad()
+    def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Everything before the block: [T, H] of concatenated sequences -> the residual stream after attention."""
+        result = torch.empty_like(hidden)
+        for starts, length in batches(lengths):
+            batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
+            positions = torch.arange(length, device=self.device).unsqueeze(0)
+            output = self.module(
+                batch,
+                position_embeddings=self._rotary(batch, positions),
+                attention_mask=None,
+                position_ids=positions,
+            )
+            for start, sequence in zip(starts, output, strict=True):
+                result[start : start + length] = sequence
+        return result
+
+    @torch.no_grad()
+    def block_input(self, residual: torch.Tensor, step: int = 2**14) -> torch.Tensor:
+        """The norm before the block, applied to the residual stream [T, H]."""
+        name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
+        norm = self.module.get_submodule(name)
+        return torch.cat([norm(part) for part in residual.split(step)])
+
+    @torch.no_grad()
+    def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """transformers' router on [T, H]: logits float32 [T, E], weights float32 [T, k], indices int64 [T, k].
+
+        The choices of a token come sorted by expert, so that sums over them have one order on every device.
+        """
+        step = 2**14 if x.device.type != "cpu" else max(1, ONE_THREAD // self._router.weight.shape[0])
+        parts = [
+            self._router(part, self._bias) if self._bias is not None else self._router(part) for part in x.split(step)
+        ]
+        logits, weights, index = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = index.argsort(dim=1)
+        return logits.float(), weights.gather(1, order).float(), index.gather(1, order)
+
+    @property
+    def activation(self) -> Activation:
+        function: Activation = ACT2FN[self.config.hidden_act]
+        return function
+
+
+def batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
+    """Sequences of equal length, as many as BATCH_TOKENS allows at a time: (first tokens, length)."""
+    starts: dict[int, list[int]] = {}
+    position = 0
+    for length in lengths:
+        starts.setdefault(length, []).append(position)
+        position += length
+    for length, group in starts.items():
+        size = max(1, BATCH_TOKENS // length)
+        for first in range(0, len(group), size):
+            yield group[first : first + size], length

@@ -1,0 +1,341 @@
+"""Quantizing one decoder layer in memory: attention, search, rounding, and the hidden states for the next layer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from mmq.errors import CalibrationError, CheckpointError
+from mmq.families.table import Architecture
+from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.quantize.kv_cache import KvObserver
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
+from mmq.recipe import Awq
+from mmq.tensors.experts import sum_of_squares
+from mmq.tensors.fp8 import is_finite
+from mmq.tensors.int4 import fits, quantize_in_place
+from mmq.tensors.smoothing import smooth_norm
+
+
+@dataclass
+class LayerContent:
+    """A dequantized layer.
+
+    Attributes:
+        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows.
+        down: bfloat16 [E, H, I] on the device.
+        rest: all other tensors by their names in the layer.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    rest: dict[str, torch.Tensor]
+
+    @classmethod
+    def stacked(
+        cls, arch: Architecture, experts: int, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
+    ) -> LayerContent:
+        """Stack the experts of a layer's dequantized tensors, given one after the other by their names in the layer."""
+        gate_up = down = torch.empty(0)
+        rest = {}
+        for local, value in tensors:
+            parts = arch.split_expert(local)
+            if parts is None:
+                # A copy: views would keep the shard mapped.
+                rest[local] = value.clone()
+                continue
+            expert, linear, _ = parts
+            # gate and up are [I, H], down is [H, I].
+            inner, hidden = value.shape if linear != arch.down else value.shape[::-1]
+            if not gate_up.numel():
+                gate_up = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device=device)
+                down = torch.empty(experts, hidden, inner, dtype=torch.bfloat16, device=device)
+            target = {arch.gate: gate_up[:, :inner], arch.up: gate_up[:, inner:], arch.down: down}[linear]
+            target[expert].copy_(value)
+        return cls(gate_up, down, rest)
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized layer.
+
+    Attributes:
+        tensors: what the layer's shard holds, by names in the layer, on the host.
+        hidden: bfloat16 [T, H] on the device, the next layer's input.
+        statistics: JSON of what was found and how long it took.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    hidden: torch.Tensor
+    statistics: dict[str, Any]
+
+
+class NotFiniteError(CalibrationError):
+    """NaN or infinity appeared in a layer. `samples` are the calibration samples it appeared for, counted from 1."""
+
+    def __init__(self, what: str, samples: list[int]) -> None:
+        super().__init__(f"{what} NaN or infinite for {_named(samples)}")
+        self.samples = samples
+
+
+class LayerQuantizer:
+    """Quantizes the layers of one model, each given the hidden states that the one before it left.
+
+    Args:
+        config: the source's config.json.
+        lengths: tokens of each calibration sample; the hidden states are their concatenation.
+        excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
+        say: told what is being done.
+
+    Attributes:
+        samples: tokens of each sample that is still in the run, by its number counted from 1.
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        config: dict[str, Any],
+        settings: Awq,
+        lengths: list[int],
+        device: torch.device,
+        say: Callable[[str], None] = lambda _: None,
+        excluded: Iterable[int] = (),
+    ) -> None:
+        self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        left_out = set(excluded)
+        self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
+        self.config = transformers_config(arch, config)
+        self.modifier = StackedAWQModifier(
+            mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sample that is still in the run."""
+        return list(self.samples.values())
+
+    @torch.no_grad()
+    def quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        """Quantize a layer. `content`'s experts are overwritten.
+
+        With `nonfinite: exclude` a sample for which NaN or infinity appears leaves `samples`, and the layer is begun
+        anew without it: the result is that of a run whose hidden states never held it from this layer on.
+
+        Raises:
+            CalibrationError: NaN or infinity appeared and must not, or no sample is left; it names layer and samples.
+        """
+        fatal = self.settings.calibration.nonfinite == "error"
+        excluded: list[int] = []
+        while True:
+            try:
+                result = self._quantize(layer, content, hidden)
+                break
+            except NotFiniteError as error:
+                if fatal:
+                    raise CalibrationError(
+                        f"{error}; awq.calibration.nonfinite: exclude leaves such samples out"
+                    ) from None
+                hidden = self._leave_out(error, hidden)
+                excluded += error.samples
+        if fatal:
+            # Otherwise the next layer finds it, and leaves the sample out.
+            self._check_finite(result.hidden, f"the output of layer {layer}'s quantized experts is")
+        result.statistics["excluded_samples"] = sorted(excluded)
+        return result
+
+    def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        arch, settings = self.arch, self.settings
+        clock = _Clock(self.device, lambda part: self.say(f"layer {layer}: {part}"))
+        with clock.part("attention"):
+            decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
+            observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
+            residual = decoder.attend(hidden, self.lengths)
+            if observer and (broken := observer.broken(self.lengths)):
+                raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
+            kv_scales = observer.scales() if observer else {}
+            x = decoder.block_input(residual)
+            self._check_finite(x, f"the input of layer {layer}'s experts is")
+            logits, weight, index = decoder.route(x)
+        with clock.part("searching"):
+            extra = top_up(logits, index, settings.min_tokens)
+            del logits
+            block = ExpertBlock(
+                x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
+                settings.memory_budget,
+            )  # fmt: skip
+            reference = block.output(Weights(block))
+            # The sum is bf16 as well, and what the next layer gets.
+            self._check_finite(residual + reference.to(residual.dtype), f"the output of layer {layer}'s experts is")
+            chosen, statistics = self._search(block, reference)
+        with clock.part("quantizing"):
+            norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
+            tensors = self._quantize_experts(layer, block, applied, chosen.inner)
+            # fp32 in the families known so far; another dtype is rounded here, as it will be served.
+            router = content.rest[arch.router].to(self.device)
+            router = (router.float() * applied).to(router.dtype)
+            attention = arch.attention[0].rpartition(".")[0]
+            tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
+            tensors |= {f"{attention}.{name}": scale for name, scale in kv_scales.items()}
+        with clock.part("propagating"):
+            decoder.set_norm(norm)
+            decoder.set_router(router)
+            output = self._served(decoder, block, residual)
+            statistics["loss_propagated"] = _number(float(sum_of_squares(output - reference)) / reference.numel())
+            following = output if settings.propagate_quantized else reference
+            hidden = residual + following.to(residual.dtype)
+        statistics = {
+            "layer": layer,
+            "tokens_per_expert": block.counts.tolist(),
+            "topped_up": extra.counts if extra else [0] * block.counts.numel(),
+            **statistics,
+            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            "seconds": clock.seconds,
+        }
+        return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
+
+    def _search(self, block: ExpertBlock, reference: torch.Tensor) -> tuple[Smoothed, dict[str, Any]]:
+        """The scales to use: those found, unless the block as a whole is no better for them."""
+        norm, down = self.modifier.search_norm(block, reference), self.modifier.search_down(block)
+        plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
+        found = Smoothed(block, norm.scales, down.scales)
+        before, after = (float(block.loss(weights, reference)) for weights in (plain, found))
+        better = after < before
+        statistics = {
+            "loss_round_to_nearest": _number(before),
+            "loss_chosen": _number(after if better else before),
+            "identity_kept": not better,
+            "norm": _describe(norm),
+            "down": _describe(down),
+        }
+        return found if better else plain, statistics
+
+    def _quantize_experts(
+        self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Scale and quantize all experts; the block's weights become the dequantized ones.
+
+        Args:
+            norm_scales: float32 [H], onto gate's and up's columns.
+            inner_scales: float32 [E, I], off up's rows and onto down's columns.
+
+        Returns:
+            the packed tensors by their names in the layer.
+
+        Raises:
+            CheckpointError: a weight is so large that an int4 value of its group would be infinite.
+        """
+        steps = range(0, block.gate_up.shape[0], block.step)
+        parts = block.each(partial(self._quantize_step, layer, block, norm_scales, inner_scales), steps)
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
+    def _quantize_step(
+        self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor, first: int
+    ) -> dict[str, torch.Tensor]:
+        """`_quantize_experts` for `block.step` experts."""
+        arch, part = self.arch, slice(first, first + block.step)
+        inner = inner_scales[part]
+        # Gate's rows stay as they are.
+        divisors = torch.cat([torch.ones_like(inner), inner], dim=1).unsqueeze(2)
+        tensors = {}
+        for weight, factors, divisor, linears in (
+            (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
+            (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
+        ):
+            found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
+            packed, scale = (tensor.cpu() for tensor in found)
+            rows = weight.shape[1] // len(linears)
+            for number, expert in enumerate(range(first, first + weight.shape[0])):
+                for place, linear in enumerate(linears):
+                    base = f"{arch.expert.format(expert=expert)}{linear}.weight"
+                    own = slice(place * rows, (place + 1) * rows)
+                    if not fits(scale[number, own]):
+                        raise CheckpointError(
+                            f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
+                        )
+                    tensors[f"{base}_packed"] = packed[number, own]
+                    tensors[f"{base}_scale"] = scale[number, own]
+                    tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
+        return tensors
+
+    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:
+        """The quantized block's output as it will be served, through the smoothed norm and router: float32 [T, H]."""
+        x = decoder.block_input(residual)
+        _, weight, index = decoder.route(x)
+        served = ExpertBlock(
+            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, budget=block.budget
+        )
+        return served.output(Weights(served))
+
+    def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
+        """Raises NotFiniteError where [T, H] holds NaN or infinity."""
+        if is_finite(tensor):
+            return
+        good = torch.isfinite(tensor).all(dim=1).cpu()
+        broken = [place for place, tokens in enumerate(good.split(self.lengths)) if not tokens.all()]
+        raise NotFiniteError(what, self._numbers(broken))
+
+    def _numbers(self, places: list[int]) -> list[int]:
+        """Numbers of the samples at these places among those still in the run."""
+        numbers = list(self.samples)
+        return [numbers[place] for place in places]
+
+    def _leave_out(self, error: NotFiniteError, hidden: torch.Tensor) -> torch.Tensor:
+        """Drop the error's samples from `samples`; the hidden states [T, H] without them."""
+        parts = zip(self.samples, hidden.split(self.lengths), strict=True)
+        kept = [part for number, part in parts if number not in error.samples]
+        if not kept:
+            raise CalibrationError(f"{error}; no calibration sample is left")
+        self.samples = {number: length for number, length in self.samples.items() if number not in error.samples}
+        return torch.cat(kept)
+
+
+class _Clock:
+    """Seconds of each part, the device's work included."""
+
+    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
+        self._device, self._say = device, say
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._say(name)
+        begin = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = round(time.perf_counter() - begin, 3)
+
+
+def _named(samples: list[int], most: int = 8) -> str:
+    """Samples in words: the first few of them."""
+    listed = ", ".join(map(str, samples[:most])) + (f" and {len(samples) - most} more" if len(samples) > most else "")
+    return f"calibration sample{'s' if len(samples) > 1 else ''} {listed}"
+
+
+def _describe(found: Found) -> dict[str, Any]:
+    """A search's result for the statistics; lists where there is one per expert."""
+    return {
+        "ratio": found.ratio.tolist(),
+        "duo_scaling": found.duo.tolist(),
+        "error": _numbers(found.error),
+        "identity_error": _numbers(found.identity_error),
+    }
+
+
+def _numbers(errors: torch.Tensor) -> Any:
+    """A tensor of one dimension as a list, of none as a number."""
+    values = errors.tolist()
+    return [_number(value) for value in values] if isinstance(values, list) else _number(values)
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which knows neither NaN nor infinity: a loss too large for fp32."""
+    return value if math.isfinite(value) else None

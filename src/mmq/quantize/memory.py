@@ -1,0 +1,29 @@
+"""How much memory quantizing a layer takes, before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AwqMemory:
+    """Peaks of the awq stage in bytes, beyond the process itself."""
+
+    host: int
+    device: int
+
+
+def awq_memory(layer: int, shard: int, hidden_states: int, budget: int, gpu: bool) -> AwqMemory:
+    """Peaks of the awq stage.
+
+    Args:
+        layer: bytes of the widest decoder layer in bf16.
+        shard: bytes of the largest output shard.
+        hidden_states: elements, calibration tokens times hidden size.
+        budget: bytes that the search may work with; small models stay far below it.
+        gpu: the search runs on a GPU, not on the host.
+    """
+    # bf16 hidden states, residual stream and block input; fp32 reference and output; the packed layer being written.
+    working = layer + shard + 14 * hidden_states
+    searching = min(budget, 4 * (layer + hidden_states))
+    return AwqMemory(working, working + searching) if gpu else AwqMemory(working + searching, 0)

@@ -1,0 +1,152 @@
+"""AWQ's scale search on stacked experts, as a subclass of llmcompressor's AWQModifier.
+
+The grid, its options and the mappings are the modifier's own; what differs is how a grid point is measured. The stock
+search replays Python modules, one expert at a time. Here the tokens are routed and sorted once, and every point is a
+vectorized quantization and a grouped product; where tokens are many, the per-expert search needs no products with
+them at all, since its loss is a quadratic form of the expert's second moments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Protocol
+
+import torch
+from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
+
+from mmq.families.table import Architecture
+from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp
+from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
+from mmq.tensors.smoothing import candidate_scales
+
+
+class Error(Protocol):
+    """Losses of candidate scales [..., in]: [...]. With one loss, infinity may stand for any above `limit`."""
+
+    def __call__(self, scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor: ...
+
+
+def awq_mappings(architecture: Architecture) -> list[AWQMapping]:
+    """The family's smoothing in llmcompressor's words, on transformers' module names with linear experts.
+
+    The router comes first: the statistics hook sits on the first balance layer, and only the router sees every token.
+    """
+    expert = architecture.module_name(architecture.expert).replace(r"{expert}", r"\d+")
+    router = architecture.module_name(architecture.router).removesuffix(".weight")
+    return [
+        AWQMapping(
+            f"re:.*{architecture.smooth_norm.removesuffix('.weight')}$",
+            [f"re:.*{router}$", f"re:.*{expert}gate_proj$", f"re:.*{expert}up_proj$"],
+        ),
+        AWQMapping(f"re:.*{expert}up_proj$", [f"re:.*{expert}down_proj$"]),
+    ]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best point of a grid.
+
+    Attributes:
+        scales: float32 [..., in].
+        ratio, duo, error, identity_error: float or bool tensors of the shape before [in], or of one element.
+    """
+
+    scales: torch.Tensor
+    ratio: torch.Tensor
+    duo: torch.Tensor
+    error: torch.Tensor
+    identity_error: torch.Tensor
+
+    @property
+    def identity(self) -> torch.Tensor:
+        """Where no point was better than leaving the weights alone."""
+        return (self.ratio == 0) & ~self.duo
+
+
+class StackedAWQModifier(AWQModifier):
+    """AWQModifier whose searches run on stacked experts."""
+
+    @torch.no_grad()
+    def search_norm(self, block: ExpertBlock, reference: torch.Tensor) -> Found:
+        """Scales of the norm before router and experts: those of the grid whose quantized gate and up layers change the
+        block's output least.
+
+        Args:
+            reference: float32 [T, H], the unquantized block's output.
+
+        Returns:
+            scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over all outputs.
+        """
+        # bf16 magnitudes and, inside the sum, their fp32 copy.
+        x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
+        sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
+        w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
+        kept = torch.empty_like(block.gate_up) if block.keeps_copy else None
+
+        def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
+            return block.loss(SmoothedGateUp(block, scales, kept), reference, limit)
+
+        return self._search(x_mean, w_mean, error)
+
+    @torch.no_grad()
+    def search_down(self, block: ExpertBlock) -> Found:
+        """Scales of each up layer's output: those of the grid whose quantized down layer changes its output least.
+
+        With X the expert's inputs and D = Q(W s)/s - W the change of its weight, the squared difference is that of
+        X D^T, or trace(D G D^T) with G = X^T X; each worker keeps the inputs of `block.step` experts at a time.
+
+        Returns:
+            scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
+        """
+        step, experts = block.step, block.gate_up.shape[0]
+        parts = block.each(
+            lambda first: self._search_down(block, first, min(first + step, experts)), range(0, experts, step)
+        )
+        return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
+
+    def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
+        inputs = block.down_inputs(first, last)
+        weight = block.down[first:last]
+        count = inputs.counts.clamp(min=1).to(torch.float32)
+        x_mean = inputs.sums / count.unsqueeze(1)
+        w_mean = normalized_mean(weight, block.group_size) / weight.shape[1]
+        change = torch.empty_like(weight)
+
+        def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
+            fake_quantize_scaled(weight, scales.unsqueeze(1), block.group_size, change, change=True)
+            return inputs.squared_change(change) / (count * weight.shape[1])
+
+        found = self._search(x_mean, w_mean, error)
+        unused = inputs.counts == 0
+        return replace(
+            found,
+            scales=torch.where(unused.unsqueeze(1), 1.0, found.scales),
+            ratio=torch.where(unused, 0.0, found.ratio),
+            duo=found.duo & ~unused,
+        )
+
+    def _search(self, x_mean: torch.Tensor, w_mean: torch.Tensor, error: Error) -> Found:
+        """The grid for all leading dimensions at a time; the first of equal points wins, as in the stock search."""
+        grid = self._get_grid_search_params()
+        scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
+        losses: list[torch.Tensor] = []
+        limit = torch.inf
+        for point in scales:
+            # NaN is no better than anything, and nothing would be better than it.
+            losses.append(error(point, limit).nan_to_num_(nan=torch.inf, posinf=torch.inf))
+            if losses[-1].ndim == 0:
+                limit = min(limit, float(losses[-1]))
+        found, best = torch.stack(losses).min(0)
+        ratio = torch.tensor([ratio for ratio, _ in grid], dtype=found.dtype, device=best.device)
+        duo = torch.tensor([duo for _, duo in grid], device=best.device)
+        chosen = best.unsqueeze(-1).expand(scales.shape[1:]).unsqueeze(0)
+        # Every form of the grid begins with (0, no duo scaling), which is the identity.
+        return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
+
+
+def _mean_magnitude(x: torch.Tensor, step: int) -> torch.Tensor:
+    """Mean |x| of each channel of [T, H], `step` tokens at a time: float32 [H]."""
+    total = torch.zeros(x.shape[1], dtype=torch.float32, device=x.device)
+    for start in range(0, x.shape[0], step):
+        total += x[start : start + step].abs().sum(0, dtype=torch.float32)
+    return total / x.shape[0]

@@ -1,0 +1,39 @@
+"""A streamed pass's own files in the work_dir: hidden states and a record of each finished layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmq.run.output_shards import layer_unit
+from mmq.run.workspace import STATE, Workspace
+
+
+@dataclass(frozen=True)
+class LayerFiles:
+    """The folder `state/NAME` of a work_dir."""
+
+    work_dir: Path
+    folder: Path
+
+    @classmethod
+    def of(cls, workspace: Workspace, name: str) -> LayerFiles:
+        return cls(workspace.work_dir, workspace.folder(STATE) / name)
+
+    def hidden(self, layer: int) -> Path:
+        """Hidden states after a layer."""
+        return self.folder / f"hidden-{layer:05d}.safetensors"
+
+    def record(self, layer: int) -> Path:
+        """JSON of what was found in a layer."""
+        return self.folder / f"{layer_unit(layer)}.json"
+
+    def in_journal(self, path: Path) -> str:
+        """A file under its name in the journal."""
+        return path.relative_to(self.work_dir).as_posix()
+
+    def remove_hidden(self, but: Path | None = None) -> None:
+        """Remove hidden states that no later layer needs."""
+        for path in self.folder.glob("hidden-*"):
+            if path != but:
+                path.unlink()

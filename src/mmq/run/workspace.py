@@ -1,0 +1,90 @@
+"""What all stages of a run share: the recipe, the source checkpoint, the work_dir and its journal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mmq.errors import RecipeError
+from mmq.families.registry import architecture_of
+from mmq.families.table import Architecture
+from mmq.recipe import Recipe
+from mmq.run.journal import Journal
+from mmq.run.progress import Reporter, Silent
+from mmq.source.block_fp8 import Fp8Source
+from mmq.source.hub import is_hub_id, source_refused
+from mmq.source.tokens import Tokens
+from mmq.storage.checkpoint import Checkpoint
+
+BF16, AWQ, HYBRID, STATE = "bf16", "awq", "hybrid", "state"
+
+
+@dataclass
+class Workspace:
+    """One run. Headers of the source are read when first asked for.
+
+    Attributes:
+        offline: never fetch the source from the hub.
+        calibration: the tokens, once the awq stage has made them.
+    """
+
+    recipe: Recipe
+    reporter: Reporter
+    offline: bool = False
+    calibration: Tokens | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, reporter: Reporter | None = None, offline: bool = False) -> Workspace:
+        return cls(recipe, reporter or Silent(), offline)
+
+    @property
+    def work_dir(self) -> Path:
+        return self.recipe.work_path
+
+    def folder(self, name: str) -> Path:
+        return self.work_dir / name
+
+    @cached_property
+    def journal(self) -> Journal:
+        return Journal(self.work_dir)
+
+    @cached_property
+    def source(self) -> Fp8Source:
+        """The fp8 checkpoint. Raises CheckpointError or RecipeError when it can't be taken."""
+        checkpoint = Checkpoint.open(self.source_folder)
+        return Fp8Source(checkpoint, architecture_of(checkpoint.config))
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.source.architecture
+
+    @cached_property
+    def source_folder(self) -> Path:
+        """The recipe's folder, or where the hub id was fetched to.
+
+        Raises:
+            RecipeError: it is not there, or a stage would write into it.
+        """
+        name = self.recipe.model.source
+        folder = self.recipe.path(name)
+        for output in (BF16, AWQ, HYBRID, STATE):
+            written = self.folder(output).resolve()
+            if folder.is_relative_to(written) or written.is_relative_to(folder):
+                raise RecipeError(f"model.source: {folder} and {written}, which mmq writes, lie in one another")
+        if folder.is_dir():
+            return folder
+        if not is_hub_id(name):
+            raise RecipeError(f"model.source: there is no folder {folder}")
+        from huggingface_hub import snapshot_download
+
+        where = "in the hub's cache" if self.offline else "on the hub"
+        with source_refused(f"{name} is neither a folder (looked at {folder}) nor found {where}"):
+            return Path(
+                snapshot_download(
+                    name,
+                    revision=self.recipe.model.revision,
+                    local_files_only=self.offline,
+                    ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"],
+                )
+            )

@@ -1,0 +1,124 @@
+"""How much KV cache a checkpoint leaves, and over how many GPUs it can be served: from config.json alone.
+
+KV cache under tensor parallelism, per GPU:
+
+    cache  = memory * utilization - weights - reserve
+    token  = layers * 2 * KV heads on the GPU * head_dim * bytes of the cache's dtype
+    tokens = cache / token
+
+`utilization` is vLLM's gpu_memory_utilization. `reserve` is all else that vLLM counts against it: activations at their
+peak, CUDA graphs, NCCL's buffers, and the part of the nominal memory that CUDA doesn't show. Experts, attention,
+embeddings and head are split over the GPUs; norms, router, biases and KV scales are on each. KV heads, and with them
+k_proj and v_proj, are split while there are enough of them; with more GPUs than KV heads each GPU holds one.
+
+Beside MiniMax-M2.5's model card (4 GPUs of 48 GiB, about 160,000 tokens with bf16 and 370,000 with fp8), at the default
+utilization of 0.9:
+
+    370,000 fp8 tokens imply a reserve of 3.9 GiB. DEFAULT_RESERVE is that, rounded up: fp8 agrees by construction
+    hybrid/, fp8 cache     366,482 tokens; the card's 370,000
+    hybrid/, bf16 cache    183,241 tokens: the same weights and half the bytes a token are twice the tokens, no more
+    awq/,    bf16 cache    172,492 tokens; the card's 160,000? Attention in bf16 takes another 0.64 GiB of each GPU
+
+So the card's "more than doubled" (2.31 times) needs more than the cache's dtype. Attention that was still bf16 in the
+deployment it compares with makes it 2.12 times. The rest, 0.74 GiB a GPU, isn't explained here: the card doesn't say
+what it measured. int4 of another format, another version of vLLM or other settings would do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mmq.families.sizes import BLOCK, GIB, Dimensions, Tensors
+
+CACHE_BYTES = {"bf16": 2, "fp8": 1}
+
+
+DEFAULT_UTILIZATION = 0.9
+
+
+# See the module's text: what the one published measurement implies.
+DEFAULT_RESERVE = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """Equal GPUs; `memory` is bytes of each."""
+
+    count: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Serving:
+    """One GPU's memory, in bytes, and the tokens that all of them can cache; `cache` is negative where nothing fits."""
+
+    weights: int
+    cache: int
+    token: int
+
+    @property
+    def tokens(self) -> int:
+        return max(0, self.cache) // self.token
+
+
+def kv_bytes_per_token(dims: Dimensions, gpus: int, itemsize: int) -> int:
+    """Keys and values of one token in all layers, on one of the GPUs."""
+    return dims.layers * 2 * dims.kv_heads_per_gpu(gpus) * dims.head_dim * itemsize
+
+
+def weights_per_gpu(tensors: Iterable[Tensors], dims: Dimensions, gpus: int) -> int:
+    """Bytes of weights on one of the GPUs under tensor parallelism."""
+    total = 0
+    for tensor in tensors:
+        if tensor.split == "none":
+            total += tensor.nbytes
+        elif tensor.split == "kv heads":
+            total += -(-tensor.nbytes * dims.kv_heads_per_gpu(gpus) // dims.kv_heads)
+        else:
+            total += -(-tensor.nbytes // gpus)
+    return total
+
+
+def serving(
+    tensors: Iterable[Tensors], dims: Dimensions, gpus: Gpus, utilization: float, reserve: int, itemsize: int
+) -> Serving:
+    """The module's formula for one checkpoint and one dtype of the cache, `itemsize` bytes an element."""
+    weights = weights_per_gpu(tensors, dims, gpus.count)
+    cache = int(gpus.memory * utilization) - weights - reserve
+    return Serving(weights, cache, kv_bytes_per_token(dims, gpus.count, itemsize))
+
+
+def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
+    """Why vLLM would not split the hybrid checkpoint over so many GPUs, a sentence each.
+
+    vLLM shares out whole heads, and its int4 and block-fp8 kernels take multiples of 128 channels: the hidden size,
+    which isn't split, each GPU's part of an expert, and each GPU's rows of q, k and v.
+    """
+    problems = []
+    if dims.hidden % BLOCK:
+        problems.append(f"the hidden size {dims.hidden} is not a multiple of {BLOCK}")
+    if dims.intermediate % gpus or dims.intermediate // gpus % BLOCK:
+        part = f"{dims.intermediate / gpus:.1f}".removesuffix(".0")
+        whole = dims.experts % gpus == 0 and dims.intermediate % BLOCK == 0
+        way_out = (
+            f"; --enable-expert-parallel gives each GPU {dims.experts // gpus} whole experts instead, of the same size"
+            if whole
+            else ""
+        )
+        problems.append(
+            f"each of {gpus} GPUs gets {part} of an expert's {dims.intermediate} intermediate channels, not a multiple"
+            f" of {BLOCK}{way_out}"
+        )
+    if dims.heads % gpus:
+        problems.append(f"{dims.heads} query heads can't be shared out to {gpus} GPUs")
+    elif dims.heads // gpus * dims.head_dim % BLOCK:
+        problems.append(
+            f"each of {gpus} GPUs gets {dims.heads // gpus * dims.head_dim} rows of q, not a multiple of {BLOCK}"
+        )
+    if max(dims.kv_heads, gpus) % min(dims.kv_heads, gpus):
+        problems.append(f"{dims.kv_heads} KV heads can't be shared out to {gpus} GPUs")
+    elif dims.kv_heads_per_gpu(gpus) * dims.head_dim % BLOCK:
+        rows = dims.kv_heads_per_gpu(gpus) * dims.head_dim
+        problems.append(f"each of {gpus} GPUs gets {rows} rows of k and v, not a multiple of {BLOCK}")
+    return problems

@@ -1,0 +1,1 @@
+"""What comes in: the checkpoint to be quantized, the calibration text, and synthetic ones of both."""

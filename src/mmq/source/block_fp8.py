@@ -1,0 +1,232 @@
+"""A block-fp8 checkpoint as the source of a run: its weights, scales, and their dequantized values."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from mmq.errors import CheckpointError, shown
+from mmq.families.sizes import Dimensions, attention_shapes
+from mmq.families.table import Architecture
+from mmq.storage.checkpoint import Checkpoint, TensorReader
+from mmq.storage.shards import TensorSpec
+from mmq.tensors.fp8 import BLOCK, dequantize_block, is_finite, scale_shape
+
+FP8 = "F8_E4M3"
+SCALE_SUFFIX = "_scale_inv"
+# Times fp8's largest value, 448, it is still a bf16.
+LARGEST_SAFE_SCALE = torch.finfo(torch.bfloat16).max / torch.finfo(torch.float8_e4m3fn).max
+
+
+class Fp8Source:
+    """An fp8 checkpoint whose headers say that it can be taken.
+
+    Raises:
+        CheckpointError: it is not block fp8, or a scale is missing, orphaned or of the wrong shape or dtype.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.config = checkpoint.config
+        _check_quantization(checkpoint)
+        self._check_sizes()
+        for name in self.scales:
+            self._check_pair(name)
+        self._check_rest()
+        self._check_layers()
+        # A file that can't be carried is met before the hours of work, not after them.
+        checkpoint.carried_files()
+
+    @cached_property
+    def scales(self) -> dict[str, str]:
+        """fp8 weights and the names of their scales."""
+        specs = self.checkpoint.specs
+        return {name: name + SCALE_SUFFIX for name, spec in specs.items() if spec.dtype == FP8}
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors of the dequantized checkpoint."""
+        dropped = set(self.scales.values())
+        return {
+            name: TensorSpec(name, "BF16", spec.shape) if name in self.scales else spec
+            for name, spec in self.checkpoint.specs.items()
+            if name not in dropped
+        }
+
+    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
+        """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
+
+        Raises:
+            CheckpointError: it holds a NaN or an infinity, or its dequantized values would.
+        """
+        weight = reader[name]
+        if device is not None and device.type != "cpu":
+            weight = weight.to(device)
+        if not is_finite(weight):
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} holds NaN or infinite values")
+        if name not in self.scales:
+            return weight
+        scale = reader[self.scales[name]].to(weight.device)
+        if not is_finite(scale):
+            raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
+        result = dequantize_block(weight, scale)
+        # Only such a scale can lead out of bf16's range, and looking at every weight again would take its time.
+        if float(scale.abs().max()) > LARGEST_SAFE_SCALE and not is_finite(result):
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} times {self.scales[name]} is beyond bf16's range")
+        return result
+
+    def layer_count(self) -> int:
+        return int(self.config[self.architecture.layers_key])
+
+    def expert_count(self) -> int:
+        return int(self.config[self.architecture.experts_key])
+
+    def layer_names(self, layer: int) -> list[str]:
+        """Dequantized tensors of a decoder layer."""
+        return self._by_layer[layer]
+
+    def outside_names(self) -> list[str]:
+        """Dequantized tensors outside the decoder layers."""
+        return self._by_layer[None]
+
+    @cached_property
+    def _by_layer(self) -> dict[int | None, list[str]]:
+        result: dict[int | None, list[str]] = {None: []}
+        for name in self.specs:
+            layer, _ = self.architecture.split(name)
+            # Layers past the last are extras such as multi-token prediction; they are carried.
+            key = layer if layer is not None and layer < self.layer_count() else None
+            result.setdefault(key, []).append(name)
+        return result
+
+    def _check_pair(self, name: str) -> None:
+        specs, folder = self.checkpoint.specs, self.checkpoint.folder
+        scale = specs.get(self.scales[name])
+        if scale is None:
+            raise CheckpointError(f"{folder}: {name} is fp8, but its scale {self.scales[name]} is missing")
+        shape = specs[name].shape
+        if len(shape) != 2 or scale.shape != scale_shape(shape) or scale.dtype != "F32":
+            wanted = str(list(scale_shape(shape))) if len(shape) == 2 else "and a matrix"
+            raise CheckpointError(
+                f"{folder}: {scale.name} is {scale.dtype} {shown(list(scale.shape))}, but {name} of shape"
+                f" {shown(list(shape))} needs F32 {wanted} for {BLOCK}x{BLOCK} blocks"
+            )
+        layer, local = self.architecture.split(name)
+        inside = layer is not None and layer < self.layer_count()
+        attention = [f"{linear}.weight" for linear in self.architecture.attention]
+        if not inside or not (local in attention or self.architecture.split_expert(local)):
+            raise CheckpointError(f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer")
+
+    def _check_rest(self) -> None:
+        known = set(self.scales.values())
+        for name, spec in self.checkpoint.specs.items():
+            if name.endswith(SCALE_SUFFIX) and name not in known:
+                raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
+            layer, _ = self.architecture.split(name)
+            inside = layer is not None and layer < self.layer_count()
+            if not inside and self.architecture.looks_quantized(name):
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} lies outside the decoder layers under the name of what is"
+                    " quantized in them"
+                )
+            if spec.dtype == "F8_E5M2":
+                raise CheckpointError(f"{self.checkpoint.folder}: {name} is e5m2; only e4m3 is supported")
+
+    def _check_sizes(self) -> None:
+        """config.json's sizes are numbers that the shards can hold; nothing is allocated by them before."""
+        arch, config, where = self.architecture, self.config, self.checkpoint.folder / "config.json"
+        for key in (arch.layers_key, arch.experts_key, arch.top_k_key, arch.hidden_key, arch.intermediate_key):
+            value = config.get(key)
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{where}: {key} is {shown(value)} instead of a positive number")
+        layers, experts = self.layer_count(), self.expert_count()
+        if layers * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
+            raise CheckpointError(
+                f"{where} tells of {shown(layers)} layers with {shown(experts)} experts, the shards hold"
+                f" {len(self.checkpoint.specs)} tensors"
+            )
+        if config[arch.top_k_key] > experts:
+            raise CheckpointError(
+                f"{where}: {arch.top_k_key} is {shown(config[arch.top_k_key])}, with {experts} experts"
+            )
+        dims = Dimensions.of(config, arch)
+        rotary = config.get("rotary_dim")
+        if rotary is not None and (type(rotary) is not int or not 0 <= rotary <= dims.head_dim):
+            raise CheckpointError(f"{where}: rotary_dim is {shown(rotary)}, with heads of {dims.head_dim} dimensions")
+
+    def _check_layers(self) -> None:
+        """Every layer holds attention, router and all experts, of config.json's sizes, in fp8 where it must be."""
+        arch, specs = self.architecture, self.checkpoint.specs
+        hidden, inner = self.config[arch.hidden_key], self.config[arch.intermediate_key]
+        experts = self.expert_count()
+        linears = {arch.gate: (inner, hidden), arch.up: (inner, hidden), arch.down: (hidden, inner)}
+        attention = attention_shapes(Dimensions.of(self.config, arch), arch)
+        for layer in range(self.layer_count()):
+            prefix = arch.layer_prefix(layer)
+            shapes: dict[str, tuple[int, ...]] = {
+                f"{arch.expert_weight(layer, expert, linear)}.weight": shape
+                for expert in range(experts)
+                for linear, shape in linears.items()
+            }
+            shapes |= {f"{prefix}{linear}.weight": attention[f"{linear}.weight"] for linear in arch.attention}
+            for name in shapes:
+                if name in specs and name not in self.scales:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
+            norms: dict[str, tuple[int, ...]] = {prefix + local: attention[local] for local in arch.attention_inputs}
+            norms[prefix + arch.smooth_norm] = (hidden,)
+            shapes |= norms
+            shapes[prefix + arch.router] = (experts, hidden)
+            if arch.router_bias:
+                shapes[prefix + arch.router_bias] = (experts,)
+            for name, expected in shapes.items():
+                if name not in specs:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is missing")
+                if expected and specs[name].shape != expected:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} has the shape {shown(list(specs[name].shape))},"
+                        f" config.json's sizes make it {list(expected)}"
+                    )
+            for name in norms:
+                self._check_dtype(name, "BF16")
+            for name in filter(None, (arch.router, arch.router_bias)):
+                self._check_dtype(prefix + name, "BF16", "F32")
+            for name in self.layer_names(layer):
+                parts = arch.split_expert(arch.split(name)[1])
+                if parts and parts[0] >= experts:
+                    raise CheckpointError(f"{self.checkpoint.folder}: {name} is beyond config.json's {experts} experts")
+                if parts and parts[2] != "weight":
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} is neither an expert's weight nor its scale"
+                    )
+        for name, dimensions in ((arch.embedding, 2), (arch.head, 2), (arch.final_norm, 1)):
+            if name in specs:
+                self._check_dtype(name, "BF16")
+                shape = specs[name].shape
+                if len(shape) != dimensions or shape[-1] != hidden:
+                    raise CheckpointError(
+                        f"{self.checkpoint.folder}: {name} has the shape {shown(list(shape))}, config.json's"
+                        f" hidden_size is {hidden}"
+                    )
+
+    def _check_dtype(self, name: str, *wanted: str) -> None:
+        """Hidden states are bf16, and so is what they pass through; only the router may be finer."""
+        dtype = self.checkpoint.specs[name].dtype
+        if dtype not in wanted:
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} is {dtype} instead of {' or '.join(wanted)}")
+
+
+def _check_quantization(checkpoint: Checkpoint) -> None:
+    settings: Any = checkpoint.config.get("quantization_config")
+    where = checkpoint.folder / "config.json"
+    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
+        raise CheckpointError(
+            f"{where} does not describe a block-fp8 checkpoint (quantization_config.quant_method: fp8)"
+        )
+    block = settings.get("weight_block_size")
+    if block != [BLOCK, BLOCK]:
+        raise CheckpointError(f"{where}: weight_block_size is {shown(block)}; only [{BLOCK}, {BLOCK}] is supported")
+    if settings.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
+        raise CheckpointError(f"{where}: fmt is {shown(settings['fmt'])}; only float8_e4m3fn is supported")

@@ -1,0 +1,47 @@
+"""The stages in order, and how a run of several of them is driven."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mmq.recipe import Recipe
+from mmq.run.lock import lock
+from mmq.run.workspace import Workspace
+from mmq.stages import awq, dequant, restore
+from mmq.stages.base import Plan, Stage, execute, free_disk
+
+STAGES: dict[str, Stage] = {stage.name: stage for stage in (dequant, awq, restore)}
+
+
+def stages_of(recipe: Recipe) -> list[str]:
+    """The stages that a recipe needs; reading the fp8 source directly makes dequant unnecessary."""
+    return [name for name in STAGES if not (name == "dequant" and recipe.awq.source == "fp8")]
+
+
+def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
+    """Run or resume stages under the work_dir's lock. Raises MmqError."""
+    with lock(workspace.work_dir):
+        for name in names:
+            execute(STAGES[name], workspace, restart)
+
+
+def plans(workspace: Workspace, names: Iterable[str]) -> list[Plan]:
+    """What the stages would do, from headers alone."""
+    return [STAGES[name].plan(workspace) for name in names]
+
+
+def describe(workspace: Workspace, plan: Plan) -> dict[str, Any]:
+    """A plan as JSON, with the disk it needs and finds."""
+    return {
+        "stage": plan.stage,
+        "source": str(plan.source),
+        "folder": str(plan.folder),
+        "files": len(plan.units),
+        "bytes_read": plan.read,
+        "bytes_written": plan.written,
+        "host_memory": plan.host_memory,
+        "device_memory": plan.device_memory,
+        "free_disk": free_disk(plan.folder),
+        "units": [unit.name for unit in plan.units],
+    }

