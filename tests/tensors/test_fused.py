@@ -1,0 +1,129 @@
+"""Triton's kernels against torch's plain forms: on a CPU in Triton's interpreter, on a GPU with MMQ_TEST_DEVICE=cuda.
+
+Quantization and dequantization are held equal to the bit, to torch on the same device; sums in another order, and
+products, to a tolerance that stands beside each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import mmq.tensors.dispatch
+from mmq.tensors.dispatch import Way, way
+from mmq.tensors.int4 import fake_quantize_scaled
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device(os.environ.get("MMQ_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton counts as working wherever the tests run, unless one takes it away, and numba never."""
+    if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and Triton was imported without its interpreter")
+    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 2**62)
+    monkeypatch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: True)
+    yield
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What torch makes of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: False)
+        return function()
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the bit, but for the kind of NaN."""
+    width = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    same = one.view(width) == other.view(width)
+    return one.dtype == other.dtype and bool((same | (one.isnan() & other.isnan())).all())
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """bfloat16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
+
+
+def odd_weights(experts: int, rows: int, columns: int, group: int) -> torch.Tensor:
+    """bfloat16 [E, rows, columns] of all magnitudes: zeros, denormal numbers, ties, near the largest, NaN, infinity."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(experts, rows, columns, generator=generator)
+    weight *= 2.0 ** torch.randint(-140, 128, (experts, rows, 1), generator=generator)
+    flat = weight.view(-1, group)
+    special = [
+        torch.zeros(group),
+        # A scale of 1: every weight lies between two codes.
+        torch.arange(group).remainder(15).sub(7).add(0.5),
+        torch.full((group,), torch.finfo(torch.bfloat16).max),
+        # The least that a bf16 can hold, and what rounds to a scale of zero.
+        torch.full((group,), 2.0**-133),
+        torch.where(torch.arange(group) == 3, torch.nan, 1.0),
+        torch.where(torch.arange(group) == group - 1, -torch.inf, 1.0),
+    ]
+    for line, values in zip(reversed(range(flat.shape[0])), special, strict=False):
+        flat[line] = values
+    return weight.to(DEVICE, torch.bfloat16)
+
+
+# Experts, rows, columns, group: one row, odd rows, groups that no power of two counts, wider than a tile.
+WEIGHTS = [(2, 6, 256, 128), (1, 5, 192, 64), (3, 1, 96, 32), (1, 1, 128, 128), (1, 3, 1152, 128), (2, 9, 544, 32)]
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize("change", [False, True])
+def test_weights_are_rounded_as_torch_rounds_them(
+    shape: tuple[int, int, int, int], per_expert: bool, change: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, _, columns, group = shape
+    for weight in (odd_weights(*shape), normal(*shape[:3])):
+        for spread in (0.0, 1.0, 8.0):
+            scales = torch.randn((experts, 1, columns) if per_expert else (columns,)).mul_(spread).exp_().to(DEVICE)
+            before = weight.clone()
+            fused = fake_quantize_scaled(weight, scales, group, None, change)
+            expected = plain(monkeypatch, lambda w=weight, s=scales: fake_quantize_scaled(w, s, group, None, change))
+            assert identical(fused, expected)
+            assert identical(weight, before)
+
+
+def test_every_weight_is_rounded_as_torch_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All 65,536 numbers of bf16, each beside others of its magnitude.
+    weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, 64, 1024).to(DEVICE)
+    for scale in (1.0, 0.3, 1e30, 1e-30):
+        scales = torch.full((1024,), scale, device=DEVICE)
+        fused = fake_quantize_scaled(weight, scales, 32)
+        assert identical(fused, plain(monkeypatch, lambda s=scales: fake_quantize_scaled(weight, s, 32)))
+
+
+def test_the_result_goes_where_it_is_wanted() -> None:
+    weight, out = normal(2, 4, 128), torch.zeros(3, 4, 128, dtype=torch.bfloat16, device=DEVICE)
+    result = fake_quantize_scaled(weight, torch.ones(1, 1, 128, device=DEVICE), 32, out[1:])
+    assert result.data_ptr() == out[1].data_ptr()
+    assert identical(result, fake_quantize_scaled(weight, torch.ones(128, device=DEVICE), 32)) and not out[0].any()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_weights_beyond_two_to_the_31_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = 2**31 + 128
+    memory = torch.empty(far + 1024, dtype=torch.bfloat16)
+    weight = memory.as_strided((2, 2, 128), (far, 128, 1))
+    near, scales = normal(2, 2, 128), torch.ones(128)
+    expected = plain(monkeypatch, lambda: fake_quantize_scaled(near, scales, 32))
+    weight.copy_(near)
+    assert identical(fake_quantize_scaled(weight, scales, 32, torch.empty_like(near)), expected)
+    # And where the result is far away.
+    fake_quantize_scaled(near, scales, 32, weight)
+    assert identical(weight.contiguous(), expected)
+
+
+def test_no_weights_and_other_dtypes_are_torchs() -> None:
+    assert way(normal(1)) is Way.TRITON
+    assert fake_quantize_scaled(normal(0, 4, 128), torch.ones(128, device=DEVICE), 32).shape == (0, 4, 128)
+    assert fake_quantize_scaled(normal(2, 0, 128), torch.ones(128, device=DEVICE), 32).shape == (2, 0, 128)
+    assert way(normal(0)) is Way.TORCH and way(normal(1).float()) is Way.TORCH
