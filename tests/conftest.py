@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Read when Triton is first imported, by whatever library. With it, kernels can be run on a CPU by tests that ask for it;
+# Read when Triton is first imported, by whatever library. With it, tests that ask for it run kernels on a CPU;
 # mmq itself takes them on a GPU alone.
 if os.environ.get("MMQ_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")

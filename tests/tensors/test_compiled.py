@@ -20,7 +20,7 @@ from mmq.machine.threads import each, one_thread
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
 from mmq.quantize.search import StackedAWQModifier, awq_mappings
 from mmq.tensors.dispatch import worth_compiling
-from mmq.tensors.experts import combine, squared_error, squares_by_expert
+from mmq.tensors.experts import combine, squares_by_expert, token_losses
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
 
 NEVER = 2**62
@@ -97,23 +97,26 @@ def test_normalized_means_are_torchs(shape: tuple[int, int, int, int], monkeypat
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_the_blocks_error_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokens_loss_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, hidden = 37, 72
     outputs = torch.randn(tokens * top_k, hidden).to(torch.bfloat16)
     place = torch.randperm(tokens * top_k).view(tokens, top_k)
     weights, reference = torch.rand(tokens, top_k), torch.randn(tokens, hidden)
     exact = (outputs.double()[place] * weights.double().unsqueeze(2)).sum(1) - reference
     before = reference.clone()
-    for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)):
-        assert found.dtype == torch.float64 and found.shape == ()
-        torch.testing.assert_close(found, exact.square().sum(), rtol=1e-6, atol=0)
+    for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference)):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact.square().sum(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(combine(outputs, place, weights, -reference), exact.float(), rtol=1e-5, atol=1e-5)
     assert torch.equal(reference, before)
     outputs[place[3, 0], 5] = torch.nan
-    assert all(found.isnan() for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)))
+    for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference)):
+        assert found.isnan().nonzero().tolist() == [[3]]
     outputs[place[3, 0], 5] = 3e38
     # Squares beyond fp32 are infinite in either.
-    assert all(found.isinf() for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)))
+    for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference)):
+        assert found.isinf().nonzero().tolist() == [[3]]
+    assert token_losses(outputs, place[:0], weights[:0], reference[:0]).shape == (0,)
 
 
 def test_squares_are_summed_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 
 import mmq.tensors.dispatch
 from mmq.tensors.dispatch import Way, way
+from mmq.tensors.experts import combine, token_losses
 from mmq.tensors.int4 import fake_quantize_scaled
 
 pytest.importorskip("triton")
@@ -127,3 +128,58 @@ def test_no_weights_and_other_dtypes_are_torchs() -> None:
     assert fake_quantize_scaled(normal(0, 4, 128), torch.ones(128, device=DEVICE), 32).shape == (0, 4, 128)
     assert fake_quantize_scaled(normal(2, 0, 128), torch.ones(128, device=DEVICE), 32).shape == (2, 0, 128)
     assert way(normal(0)) is Way.TORCH and way(normal(1).float()) is Way.TORCH
+
+
+# Tokens, experts a token, channels: one of each, odd, more channels than a program takes at a time.
+TOKENS = [(1, 1, 1), (37, 3, 200), (5, 8, 1536), (2, 2, 2051)]
+
+
+@pytest.mark.parametrize("shape", TOKENS, ids=lambda shape: "x".join(map(str, shape)))
+def test_tokens_are_summed_as_torch_sums_them(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, top_k, hidden = shape
+    generator = torch.Generator().manual_seed(tokens)
+    outputs = normal(tokens * top_k, hidden)
+    place = torch.randperm(tokens * top_k, generator=generator).view(tokens, top_k).to(DEVICE)
+    weights = torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+    reference = torch.randn(tokens, hidden, generator=generator).to(DEVICE)
+    exact = (outputs.double()[place] * weights.double().unsqueeze(2)).sum(1) - reference
+
+    before = reference.clone()
+    losses = token_losses(outputs, place, weights, reference)
+    assert losses.dtype == torch.float32 and torch.equal(reference, before)
+    # fp32 sums of k products, then of H squares, which have one sign.
+    torch.testing.assert_close(losses.double(), exact.square().sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        losses, plain(monkeypatch, lambda: token_losses(outputs, place, weights, reference)), rtol=2e-6, atol=0
+    )
+    start = reference.neg()
+    assert combine(outputs, place, weights, start) is start
+    torch.testing.assert_close(start.double(), exact, rtol=0, atol=1e-6 * top_k)
+
+    # The same bits when tokens are shared out in another way.
+    half = -(-tokens // 2)
+    for part in (slice(0, half), slice(half, tokens)):
+        assert torch.equal(token_losses(outputs, place[part], weights[part], reference[part]), losses[part])
+
+    outputs[place[0, 0], 0] = torch.nan
+    assert token_losses(outputs, place, weights, reference).isnan().nonzero().tolist() == [[0]]
+    outputs[place[0, 0], 0] = 3e38
+    weights[0, 0] = 1
+    # A square beyond fp32.
+    assert token_losses(outputs, place, weights, reference).isinf().nonzero().tolist() == [[0]]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_outputs_beyond_two_to_the_31_are_found() -> None:
+    far, hidden = 2**21, 1028
+    outputs = torch.empty(far, hidden, dtype=torch.bfloat16)
+    outputs[-1], outputs[0] = 3, 1
+    place, weights = torch.tensor([[far - 1, 0]]), torch.tensor([[1.0, 2.0]])
+    assert token_losses(outputs, place, weights, torch.full((1, hidden), 4.0)).tolist() == [hidden]
+
+
+def test_no_tokens_have_no_losses() -> None:
+    none = torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    reference = torch.empty(0, 16, device=DEVICE)
+    assert token_losses(normal(4, 16), none, none.float(), reference).shape == (0,)
+    assert combine(normal(4, 16), none, none.float(), reference).shape == (0, 16)

@@ -21,8 +21,8 @@ from mmq.tensors.experts import (
     gated,
     grouped_linear,
     second_moments,
-    squared_error,
     squares_by_expert,
+    token_losses,
 )
 from mmq.tensors.int4 import fake_quantize_scaled
 
@@ -188,7 +188,8 @@ class ExpertBlock:
 
     def _squared_error(self, chunk: Chunk, outputs: torch.Tensor, reference: torch.Tensor, part: slice) -> torch.Tensor:
         """How far a part of a chunk's tokens is from float32 [T, H]: the sum of squares, float64 []."""
-        return squared_error(outputs, chunk.rows.place[chunk.within(part)], self.weight[part], reference[part])
+        place = chunk.rows.place[chunk.within(part)]
+        return token_losses(outputs, place, self.weight[part], reference[part]).sum(dtype=torch.float64)
 
     def _parts(self, chunk: Chunk) -> list[slice]:
         """A chunk's tokens, as many at a time as suits the device."""

@@ -44,12 +44,13 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return sums
 
 
-def squared_error(
+def token_losses(
     outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
 ) -> torch.Tensor:
-    """`experts.squared_error`."""
-    found = _squared_error(_bits(outputs), place.numpy(), weights.numpy(), reference.numpy())
-    return torch.tensor(found, dtype=torch.float64)
+    """`experts.token_losses`."""
+    losses = torch.empty(place.shape[0], dtype=torch.float32)
+    _token_losses(_bits(outputs), place.numpy(), weights.numpy(), reference.numpy(), losses.numpy())
+    return losses
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -133,11 +134,12 @@ def _normalize(weight: np.ndarray, sums: np.ndarray) -> None:
 
 # Sums in another order let a row be summed by vectors.
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _squared_error(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, reference: np.ndarray) -> float:
+def _token_losses(
+    outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, reference: np.ndarray, losses: np.ndarray
+) -> None:
     tokens, top_k = place.shape
     hidden = outputs.shape[1]
     difference = np.empty(hidden, np.float32)
-    total = np.float64(0)
     for token in range(tokens):
         for i in range(hidden):
             difference[i] = -reference[token, i]
@@ -148,8 +150,7 @@ def _squared_error(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, 
         squares = np.float32(0)
         for i in range(hidden):
             squares += difference[i] * difference[i]
-        total += squares
-    return float(total)
+        losses[token] = squares
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})

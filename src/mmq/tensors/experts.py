@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, way
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -115,20 +115,40 @@ def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, s
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
+    if place.shape[0] and way(outputs) is Way.TRITON:
+        from mmq.tensors.fused import combine as fused
+
+        fused.combine(outputs, place, weights, start)
+        return start
     for j in range(weights.shape[1]):
         start.addcmul_(outputs.index_select(0, place[:, j]), weights[:, j : j + 1])
     return start
 
 
-def squared_error(
+def token_losses(
     outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
 ) -> torch.Tensor:
-    """Sum of squared differences between what `combine` makes of a block's outputs and float32 [T, H]: float64 []."""
-    if worth_compiling(outputs):
-        from mmq.tensors import compiled
+    """Each token's sum of squared differences between what `combine` makes of a block's outputs and a reference.
 
-        return compiled.squared_error(outputs, place, weights, reference)
-    return sum_of_squares(combine(outputs, place, weights, reference.neg()))
+    Args:
+        outputs, place, weights: as `combine` takes them.
+        reference: float32 [T, H].
+
+    Returns:
+        float32 [T]. A token is summed whole, so neither threads nor how tokens are shared out decide anything.
+    """
+    if place.shape[0] == 0:
+        return reference.new_zeros(0)
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.token_losses(outputs, place, weights, reference)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            return fused.token_losses(outputs, place, weights, reference)
+    return combine(outputs, place, weights, reference.neg()).square_().sum(1)
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -138,7 +158,7 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         rows: [R, n], sorted by expert; overwritten.
         ends: int32 [E], where each expert's rows end.
     """
-    if worth_compiling(rows):
+    if way(rows) is Way.NUMBA:
         from mmq.tensors import compiled
 
         return compiled.squares_by_expert(rows, ends)
