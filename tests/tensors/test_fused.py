@@ -14,7 +14,7 @@ import torch
 
 import mmq.tensors.dispatch
 from mmq.tensors.dispatch import Way, way
-from mmq.tensors.experts import combine, token_losses
+from mmq.tensors.experts import combine, gated_rows, grouped_linear, grouped_rows, token_losses
 from mmq.tensors.int4 import fake_quantize_scaled
 
 pytest.importorskip("triton")
@@ -183,3 +183,97 @@ def test_no_tokens_have_no_losses() -> None:
     reference = torch.empty(0, 16, device=DEVICE)
     assert token_losses(normal(4, 16), none, none.float(), reference).shape == (0,)
     assert combine(normal(4, 16), none, none.float(), reference).shape == (0, 16)
+
+
+# Rows of each expert, inner width, outer width: experts without rows, one row, more than a band of tiles, odd widths.
+PRODUCTS = [
+    ([5, 0, 17, 1], 64, 48),
+    ([1], 8, 8),
+    ([0, 0, 3], 96, 40),
+    ([40, 300, 2], 40, 24),
+    ([16] * 5, 32, 64),
+]
+
+
+def rows_of(counts: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bfloat16 [R, width], and where each expert's end."""
+    return normal(sum(counts), width), torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize(("counts", "inner", "outer"), PRODUCTS)
+def test_products_are_grouped_as_torch_groups_them(
+    counts: list[int], inner: int, outer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, ends = rows_of(counts, inner)
+    weight = normal(len(counts), outer, inner, seed=1)
+    exact = torch.cat([part.double() @ own.double().T for part, own in zip(rows.split(counts), weight, strict=True)])
+    all_rows = torch.full((rows.shape[0] + 2, outer), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    result = grouped_rows(rows, weight, ends, all_rows[1:-1])
+    # Rounded to bf16 once, after an fp32 sum: half a unit in the last place, and of what the sum is made of.
+    scale = torch.cat(
+        [part.abs().double() @ own.abs().double().T for part, own in zip(rows.split(counts), weight, strict=True)]
+    )
+    assert bool(((result.double() - exact).abs() <= exact.abs() * 2**-8 + scale * 2**-20).all())
+    assert result.data_ptr() == all_rows[1].data_ptr()
+    assert bool((all_rows[[0, -1]] == 7).all())
+    assert torch.equal(grouped_linear(rows, weight, ends), result)
+    torch_s = plain(monkeypatch, lambda: grouped_linear(rows, weight, ends))
+    torch.testing.assert_close(result.float(), torch_s.float(), rtol=2**-7, atol=float(scale.max()) * 2**-20)
+
+
+@pytest.mark.parametrize(("counts", "inner", "outer"), PRODUCTS)
+def test_gated_products_are_torchs(counts: list[int], inner: int, outer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ends = rows_of(counts, inner)
+    x = normal(50, inner, seed=2)
+    token = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    weight = normal(len(counts), 2 * outer, inner, seed=1) * inner**-0.5
+    for activation in (torch.nn.functional.silu, torch.nn.SiLU()):
+        result = gated_rows(x, token, weight, ends, activation)
+        expected = plain(monkeypatch, lambda act=activation: gated_rows(x, token, weight, ends, act))
+        # Four roundings to bf16, of which a sum in another order may turn each.
+        torch.testing.assert_close(result.float(), expected.float(), rtol=2**-6, atol=2**-9)
+        assert result.shape == (sum(counts), outer) and result.dtype == torch.bfloat16
+    gelu = gated_rows(x, token, weight, ends, torch.nn.functional.gelu)
+    assert torch.equal(gelu, plain(monkeypatch, lambda: gated_rows(x, token, weight, ends, torch.nn.functional.gelu)))
+
+
+def test_a_token_reaches_its_own_expert_alone() -> None:
+    # Integers that bf16 holds: no rounding, and every element says whose it is.
+    counts = [20, 0, 33]
+    rows = torch.arange(53, device=DEVICE).to(torch.bfloat16).unsqueeze(1).repeat(1, 8)
+    weight = torch.tensor([1.0, 7.0, 2.0], device=DEVICE).view(3, 1, 1).expand(3, 8, 8).to(torch.bfloat16) / 8
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+    result = grouped_linear(rows, weight.contiguous(), ends)
+    factor = torch.tensor([1.0] * 20 + [2.0] * 33, device=DEVICE).unsqueeze(1)
+    assert torch.equal(result.float(), (rows.float() * factor))
+
+
+def test_numbers_that_are_none_stay_in_their_row() -> None:
+    rows, ends = rows_of([20, 20], 32)
+    rows[25, 3] = torch.nan
+    assert grouped_linear(rows, normal(2, 16, 32, seed=1), ends).isnan().any(1).nonzero().tolist() == [[25]]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_matrices_and_rows_beyond_two_to_the_31_are_found() -> None:
+    far, inner = 2**31 // 64, 64
+    memory = torch.empty(far + 8, inner, dtype=torch.bfloat16)
+    memory[-3:] = normal(3, inner)
+    weight, ends = normal(1, 8, inner, seed=1), torch.tensor([3], dtype=torch.int32)
+    token = torch.arange(far + 5, far + 8)
+    gate = torch.cat([weight, weight], 1)
+    assert torch.equal(
+        gated_rows(memory, token, gate, ends, torch.nn.functional.silu),
+        gated_rows(memory[-3:].clone(), torch.arange(3), gate, ends, torch.nn.functional.silu),
+    )
+    matrices = memory.view(-1).as_strided((2, 8, inner), (far * inner, inner, 1))
+    matrices[1] = weight[0]
+    rows, ends = normal(4, inner), torch.tensor([0, 4], dtype=torch.int32)
+    assert torch.equal(grouped_linear(rows, matrices, ends), grouped_linear(rows, weight, ends[1:]))
+
+
+def test_no_rows_have_no_products() -> None:
+    ends = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    token = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    assert grouped_linear(normal(0, 16), normal(2, 8, 16), ends).shape == (0, 8)
+    assert gated_rows(normal(4, 16), token, normal(2, 8, 16), ends, torch.nn.functional.silu).shape == (0, 4)

@@ -36,6 +36,13 @@ def way(tensor: torch.Tensor) -> Way:
     return Way.TRITON if tensor.dtype in _FOR_TRITON and triton_works(tensor.device) else Way.TORCH
 
 
+def way_of_products(rows: torch.Tensor) -> Way:
+    """How rows are multiplied with their experts' matrices: by Triton's kernel where there is one, which loads sixteen
+    bytes at a time; otherwise by torch, in one product or in one an expert."""
+    aligned = rows.shape[1] % 8 == 0 and rows.data_ptr() % 16 == 0
+    return Way.TRITON if aligned and way(rows) is Way.TRITON else Way.TORCH
+
+
 _FOR_TRITON = (torch.bfloat16, torch.float8_e4m3fn)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from mmq.tensors.dispatch import Way, way
+from mmq.tensors.dispatch import Way, grouped_mm_works, way, way_of_products
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -90,20 +91,59 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
-    if _has_grouped_mm(rows):
-        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    result = rows.new_empty(rows.shape[0], weight.shape[1])
+    return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
+
+
+def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` into `out` [R, out], which may be a part of a larger tensor's rows."""
+    if rows.shape[0] == 0:
+        return out
+    if way_of_products(rows) is Way.TRITON:
+        from mmq.tensors.fused import grouped
+
+        grouped.grouped_rows(rows, weight, ends, out)
+        return out
+    if grouped_mm_works(rows.device, rows.dtype):
+        return out.copy_(torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        torch.mm(rows[start:end], weight[expert].T, out=result[start:end])
+        torch.mm(rows[start:end], weight[expert].T, out=out[start:end])
         start = end
-    return result
+    return out
+
+
+def gated_rows(
+    x: torch.Tensor, token: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """act(gate) * up of the tokens' experts: what goes into their down layers.
+
+    Args:
+        x: [T, H].
+        token: int64 [R], the tokens that rows are of, sorted by expert.
+        gate_up: [E, 2I, H], gate rows above up rows.
+        ends: int32 [E], where each expert's rows end; the last is R.
+
+    Returns:
+        [R, I] in the dtype of x.
+    """
+    if token.shape[0] and way_of_products(x) is Way.TRITON and _is_silu(activation):
+        from mmq.tensors.fused import grouped
+
+        return grouped.gated_rows(x, token, gate_up, ends)
+    return gated(grouped_linear(x.index_select(0, token), gate_up, ends), activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(gate) * up of [R, 2I] -> [R, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return activation(gate).mul_(up)
+
+
+@cache
+def _is_silu(activation: Activation) -> bool:
+    """Libraries name and wrap it differently; what it computes tells."""
+    numbers = torch.linspace(-8, 8, 33)
+    return torch.equal(activation(numbers.clone()), torch.nn.functional.silu(numbers))
 
 
 def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
@@ -181,9 +221,3 @@ def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:
     else:
         wide = rows.float()
         out.addmm_(wide.T, wide)
-
-
-def _has_grouped_mm(rows: torch.Tensor) -> bool:
-    if rows.device.type == "cuda":
-        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return rows.device.type == "cpu"

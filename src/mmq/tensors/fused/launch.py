@@ -33,3 +33,13 @@ def to_bf16(value, INTERPRETED: tl.constexpr):
     else:
         result = value.to(tl.bfloat16)
     return result
+
+
+@triton.jit
+def dot(left, right, total, INTERPRETED: tl.constexpr):
+    """total + left @ right of bf16, in fp32; Triton's interpreter would multiply bf16's bits as integers."""
+    if INTERPRETED:
+        total = total + tl.dot(to_fp32(left), to_fp32(right), input_precision="ieee")
+    else:
+        total = tl.dot(left, right, total)
+    return total
