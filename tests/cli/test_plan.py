@@ -20,9 +20,12 @@ from mmq.errors import CheckpointError
 from mmq.families import sizes
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, Dimensions, Tensors, tensors_of
+from mmq.quantize.memory import AwqMemory, awq_memory
 from mmq.recipe import load
 from mmq.run.workspace import Workspace
+from mmq.serve import memory
 from mmq.serve.memory import Gpus
+from mmq.source.samples import most_tokens
 from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import BASE_MEMORY
 from mmq.stages.pipeline import STAGES
@@ -170,27 +173,27 @@ def test_the_awq_stage_plans_the_same_memory(device: str, project: Path) -> None
 
 
 def test_awq_memory_by_hand() -> None:
-    assert sizes.awq_memory(100, 10, 5, 10**9, True) == sizes.AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
-    assert sizes.awq_memory(100, 10, 5, 7, False) == sizes.AwqMemory(100 + 10 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
+    assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
 
 
 def test_calibration_tokens_are_counted_where_no_number_is_given(project: Path) -> None:
-    assert sizes.most_tokens(load(project / "recipe.yaml")) == 12 * 96
+    assert most_tokens(load(project / "recipe.yaml")) == 12 * 96
     files = "awq.calibration.files=[{path: samples.jsonl}, {hub: a/b, samples: 5}, {path: missing.jsonl}]"
-    assert sizes.most_tokens(load(project / "recipe.yaml", [files])) == (12 + 5) * 96
+    assert most_tokens(load(project / "recipe.yaml", [files])) == (12 + 5) * 96
 
 
 def test_kv_bytes_by_hand() -> None:
-    assert sizes.kv_bytes_per_token(M2_5, 1, 2) == 62 * 2 * 8 * 128 * 2 == 253_952
-    assert sizes.kv_bytes_per_token(M2_5, 4, 2) == 63_488
-    assert sizes.kv_bytes_per_token(M2_5, 4, 1) == 31_744
+    assert memory.kv_bytes_per_token(M2_5, 1, 2) == 62 * 2 * 8 * 128 * 2 == 253_952
+    assert memory.kv_bytes_per_token(M2_5, 4, 2) == 63_488
+    assert memory.kv_bytes_per_token(M2_5, 4, 1) == 31_744
     # With more GPUs than KV heads each holds one.
-    assert sizes.kv_bytes_per_token(M2_5, 16, 1) == sizes.kv_bytes_per_token(M2_5, 8, 1) == 62 * 2 * 128
+    assert memory.kv_bytes_per_token(M2_5, 16, 1) == memory.kv_bytes_per_token(M2_5, 8, 1) == 62 * 2 * 128
 
 
 def test_kv_bytes_as_vllm_reports_them() -> None:
     """vLLM on M2.7, two GPUs, bf16: 196,608 tokens need 23.25 GiB on each (eugr/spark-vllm-docker issue 396)."""
-    assert sizes.kv_bytes_per_token(M2_5, 2, 2) * 196_608 == 23.25 * GIB
+    assert memory.kv_bytes_per_token(M2_5, 2, 2) * 196_608 == 23.25 * GIB
 
 
 def test_weights_per_gpu_by_hand() -> None:
@@ -198,19 +201,19 @@ def test_weights_per_gpu_by_hand() -> None:
     nbytes = {name: own.nbytes for name, own in sizes.components(tensors).items()}
     replicated = nbytes["router"] + nbytes["norms and biases"] + nbytes["kv_scales"]
     split = sum(nbytes.values()) - replicated
-    assert sizes.weights_per_gpu(tensors, M2_5, 1) == sum(nbytes.values())
-    assert sizes.weights_per_gpu(tensors, M2_5, 4) == split // 4 + replicated
+    assert memory.weights_per_gpu(tensors, M2_5, 1) == sum(nbytes.values())
+    assert memory.weights_per_gpu(tensors, M2_5, 4) == split // 4 + replicated
     # k and v of one head each: 128 rows of 3072 fp8 values and 24 block scales.
     key_value = 62 * 2 * 8 * (128 * 3072 + 24 * 4)
-    assert sizes.weights_per_gpu(tensors, M2_5, 16) == (split - key_value) // 16 + key_value // 8 + replicated
+    assert memory.weights_per_gpu(tensors, M2_5, 16) == (split - key_value) // 16 + key_value // 8 + replicated
 
 
 def test_the_model_cards_cache() -> None:
     """The one formula on 4 x 48 GiB: what it explains of the card's figures, and what its own text says."""
 
     def tokens(form: sizes.Form, itemsize: int) -> int:
-        fit = sizes.serving(tensors_of(M2_5, ARCH, form), M2_5, A6000S, 0.9, sizes.DEFAULT_RESERVE, itemsize)
-        weights = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, form), M2_5, 4)
+        fit = memory.serving(tensors_of(M2_5, ARCH, form), M2_5, A6000S, 0.9, memory.DEFAULT_RESERVE, itemsize)
+        weights = memory.weights_per_gpu(tensors_of(M2_5, ARCH, form), M2_5, 4)
         assert fit.tokens == (int(48 * GIB * 0.9) - weights - 4 * GIB) // (31_744 * itemsize)
         return fit.tokens
 
@@ -220,9 +223,9 @@ def test_the_model_cards_cache() -> None:
     assert fp8 // 2 == bf16
     assert fp8 / attention_bf16 == pytest.approx(2.12, abs=0.005)
     for figure in (fp8, bf16, attention_bf16):
-        assert f"{figure:,} tokens" in str(sizes.__doc__)
-    hybrid = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
-    awq = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "awq"), M2_5, 4)
+        assert f"{figure:,} tokens" in str(memory.__doc__)
+    hybrid = memory.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
+    awq = memory.weights_per_gpu(tensors_of(M2_5, ARCH, "awq"), M2_5, 4)
     assert (48 * GIB * 0.9 - hybrid - 370_000 * 31_744) / GIB == pytest.approx(3.9, abs=0.01)
     assert (awq - hybrid) / GIB == pytest.approx(0.64, abs=0.005)
     assert (attention_bf16 - 160_000) * 63_488 / GIB == pytest.approx(0.74, abs=0.005)
@@ -240,7 +243,7 @@ def test_the_model_cards_cache() -> None:
     ],
 )
 def test_tensor_parallelism_that_vllm_refuses(gpus: int, expected: list[str]) -> None:
-    problems = sizes.parallel_problems(M2_5, gpus)
+    problems = memory.parallel_problems(M2_5, gpus)
     assert len(problems) == len(expected)
     for problem, pattern in zip(problems, expected, strict=True):
         assert re.search(pattern, problem)
@@ -248,7 +251,7 @@ def test_tensor_parallelism_that_vllm_refuses(gpus: int, expected: list[str]) ->
 
 def test_rows_that_are_no_whole_blocks() -> None:
     dims = Dimensions.of(model_config(Sizes(hidden=320, intermediate=256, heads=2, kv_heads=2, head_dim=64)), ARCH)
-    assert [problem.partition(",")[0] for problem in sizes.parallel_problems(dims, 2)] == [
+    assert [problem.partition(",")[0] for problem in memory.parallel_problems(dims, 2)] == [
         "the hidden size 320 is not a multiple of 128",
         "each of 2 GPUs gets 64 rows of q",
         "each of 2 GPUs gets 64 rows of k and v",
@@ -309,7 +312,7 @@ def test_a_cache_shorter_than_the_models_context(real: Path) -> None:
 def test_utilization_and_reserve_count(real: Path) -> None:
     rows = planned(real, "--gpus", "4x48GiB", "--utilization", "0.95", "--reserve", "2GiB")["serving"]["rows"]
     more = int(48 * GIB * 0.95) - int(48 * GIB * 0.9) + 2 * GIB
-    weights = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
+    weights = memory.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
     assert rows[1]["tokens"] == (int(48 * GIB * 0.9) - 4 * GIB + more - weights) // 31_744
 
 
