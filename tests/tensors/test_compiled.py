@@ -98,7 +98,7 @@ def test_normalized_means_are_torchs(shape: tuple[int, int, int, int], monkeypat
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_the_blocks_error_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokens_loss_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, hidden = 37, 72
     outputs = torch.randn(tokens * top_k, hidden).to(torch.bfloat16)
     place = torch.randperm(tokens * top_k).view(tokens, top_k)
@@ -147,6 +147,11 @@ def test_outputs_that_come_in_batches_sum_to_the_same_bits(batches: list[int], m
         once = token_losses(outputs, place, weights, reference)
         torch.testing.assert_close(found[tokens:, 0], once, rtol=1e-6, atol=0)
         assert found[0].isinf().all() and found[1:tokens].isfinite().all()
+
+
+def test_no_tokens_have_no_losses() -> None:
+    outputs, none = torch.randn(4, 16).to(torch.bfloat16), torch.empty(0, 2, dtype=torch.int64)
+    assert token_losses(outputs, none, none.float(), torch.empty(0, 16)).shape == (0,)
 
 
 def test_squares_are_summed_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
