@@ -15,6 +15,7 @@ import torch
 import mmq.tensors.dispatch
 from mmq.tensors.dispatch import Way, way
 from mmq.tensors.experts import combine, gated_rows, grouped_linear, grouped_rows, token_losses
+from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled
 
 pytest.importorskip("triton")
@@ -277,3 +278,36 @@ def test_no_rows_have_no_products() -> None:
     token = torch.empty(0, dtype=torch.int64, device=DEVICE)
     assert grouped_linear(normal(0, 16), normal(2, 8, 16), ends).shape == (0, 8)
     assert gated_rows(normal(4, 16), token, normal(2, 8, 16), ends, torch.nn.functional.silu).shape == (0, 4)
+
+
+def e4m3(*shape: int) -> torch.Tensor:
+    """float8_e4m3fn, all codes in turns, NaN among them."""
+    codes = torch.arange(torch.Size(shape).numel()).mul(7).remainder(256).to(torch.uint8)
+    return codes.view(shape).view(torch.float8_e4m3fn).to(DEVICE)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 3.7e-7, 127.9, 500.0, 2.0**-120, 2.0**-140, 3e38, torch.inf, torch.nan])
+def test_every_fp8_code_is_dequantized_in_fp32_and_rounded_once(scale: float) -> None:
+    weight = e4m3(2, 256)
+    scales = torch.full(scale_shape((2, 256)), scale, device=DEVICE)
+    assert identical(dequantize_block(weight, scales), (weight.float() * scales[0, 0]).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 1, 1), (2, 130, 257), (1, 383, 128), (2, 256, 96), (4, 5, 1000)])
+def test_stacked_fp8_blocks_are_dequantized_as_torch_dequantizes_them(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = e4m3(*shape)
+    scale = torch.rand(shape[0], *scale_shape(shape[1:]), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = dequantize_blocks(weight, scale)
+    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, : shape[1], : shape[2]]
+    assert identical(found, (weight.float() * wide).to(torch.bfloat16))
+    assert identical(found[-1], dequantize_block(weight[-1], scale[-1]))
+    # torch's way on a CPU does not look for NaN, which callers have.
+    weight.view(torch.uint8).masked_fill_(weight.isnan(), 0)
+    torch_s = plain(monkeypatch, lambda: dequantize_blocks(weight, scale))
+    assert identical(dequantize_blocks(weight, scale), torch_s)
+
+
+def test_no_fp8_weights() -> None:
+    assert dequantize_blocks(e4m3(0, 4, 4), torch.ones(0, 1, 1, device=DEVICE)).shape == (0, 4, 4)

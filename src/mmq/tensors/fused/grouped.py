@@ -31,7 +31,6 @@ class Tiles:
 # 192 KiB of shared memory on Hopper and on data-centre Blackwell, 144 on an A100 (163 are to be had), which needs a
 # buffer less; 48 on other cards, which have 99: two programs at a time.
 LARGE, SMALL = Tiles(128, 256, 64, 4, 8), Tiles(128, 128, 32, 4, 4)
-ROOM_FOR_LARGE = 160 * 2**10
 # Row tiles of an expert that go through its columns side by side, so that its weights are read once from memory.
 BAND = 8
 
@@ -185,5 +184,5 @@ def _tiles(device: torch.device) -> Tiles:
     """What suits a card; in the interpreter, what is small."""
     if device.type != "cuda":
         return Tiles(16, 32, 32, 1, 1)
-    room = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return LARGE if room >= ROOM_FOR_LARGE else SMALL
+    capability = torch.cuda.get_device_capability(device)
+    return LARGE if capability == (8, 0) or capability[0] in (9, 10) else SMALL
