@@ -39,8 +39,9 @@ from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load
 from mmq.run.workspace import Workspace
+from mmq.source.calibration import load_tokens
 from mmq.source.synth import write_samples
-from mmq.source.tokens import Tokens, load_tokens
+from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
 from reference import (
     Weights,

@@ -35,7 +35,8 @@ from mmq.run.output_shards import layer_unit, scale_name
 from mmq.run.versions import versions
 from mmq.run.workspace import HYBRID, Workspace
 from mmq.source.block_fp8 import Fp8Source
-from mmq.source.tokens import Tokens, load_tokens
+from mmq.source.calibration import load_tokens
+from mmq.source.tokens import Tokens
 from mmq.stages.base import begin_run, check_disk
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, read_json
