@@ -23,9 +23,11 @@ from typer.testing import CliRunner
 from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.recipe import load
-from mmq.report import plots
 from mmq.report.facts import Component, RunFacts, StageFacts, read_run
-from mmq.report.page import PLOTS, Drawn, render, write_report
+from mmq.report.layer_plots import expert_tokens
+from mmq.report.page import render, write_report
+from mmq.report.plots import PLOTS, Drawn
+from mmq.report.style import DPI
 from mmq.report.text import bytes_text, duration_text, plain_number
 from mmq.run.workspace import Workspace
 from mmq.storage.checkpoint import Checkpoint
@@ -351,10 +353,10 @@ def test_a_hostile_recipe_and_files(evaluated_copy: Path) -> None:
 def test_every_expert_has_its_cell_and_every_topped_up_one_its_dot(upright: bool) -> None:
     """Drawn without text on it, the picture has the empty experts' colour and the dots where the statistics say."""
     layers = synthetic_layers()
-    figure = plots.expert_tokens(layers, upright)
+    figure = expert_tokens(layers, upright)
     axes = figure.axes[0]
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(plots.DPI)
+    figure.set_dpi(DPI)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3].astype(int)
     tokens = np.array([layer["tokens_per_expert"] for layer in layers])

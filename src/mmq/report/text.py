@@ -47,3 +47,9 @@ def plain_number(value: float, digits: int = 4) -> str:
         return f"{float(f'{value:.{digits}g}'):,.10g}"
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def short_count(count: int) -> str:
+    """228700000000 -> '228.7B', 2234384 -> '2.2M', 512 -> '512'."""
+    size, name = unit_for(count, UNITS_OF_COUNTS)
+    return f"{count / size:.1f}{name}" if name else str(count)
