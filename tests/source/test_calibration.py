@@ -8,15 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cli.test_cli import refused, succeed
-from source.conftest import (
-    MIX,
-    WINDOW,
-    described,
-    kept,
-    texts,
-    write_jsonl,
-    write_sources,
-)
+from source.conftest import MIX, WINDOW, described, kept, texts, write_jsonl, write_sources
 
 
 def test_the_description_is_what_the_tokenizer_says(project: Path) -> None:

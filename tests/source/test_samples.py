@@ -13,19 +13,7 @@ from transformers import AutoTokenizer
 
 from cli.test_cli import refused, succeed
 from mmq.errors import CalibrationError
-from source.conftest import (
-    MIX,
-    WINDOW,
-    Row,
-    chat,
-    described,
-    kept,
-    rows,
-    texts,
-    tokens_of,
-    write_jsonl,
-    write_sources,
-)
+from source.conftest import MIX, WINDOW, Row, chat, described, kept, rows, texts, tokens_of, write_jsonl, write_sources
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

@@ -17,15 +17,7 @@ from conftest import SAMPLES, digests, edit_json
 from mmq.errors import MmqError
 from mmq.quantize.layer import LayerQuantizer
 from mmq.run.lock import lock
-from source.conftest import (
-    WINDOW,
-    Row,
-    described,
-    kept,
-    no_library,
-    tokens_of,
-    write_sources,
-)
+from source.conftest import WINDOW, Row, described, kept, no_library, tokens_of, write_sources
 
 
 def test_the_command_and_awq_keep_the_same_and_use_each_others(

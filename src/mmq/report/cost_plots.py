@@ -25,7 +25,7 @@ from mmq.report.style import (
     new_figure,
     styled,
 )
-from mmq.report.text import UNITS_OF_BYTES, UNITS_OF_TIME, bytes_text, duration_text, unit_for
+from mmq.text import UNITS_OF_BYTES, UNITS_OF_TIME, bytes_text, duration_text, unit_for
 
 PART_COLOURS = {
     "reading": ORANGE,

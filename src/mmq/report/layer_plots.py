@@ -36,7 +36,7 @@ from mmq.report.style import (
     scale_axis,
     styled,
 )
-from mmq.report.text import plain_number, range_text
+from mmq.text import plain_number, range_text
 
 
 @styled

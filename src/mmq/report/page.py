@@ -17,9 +17,9 @@ from mmq.prove import evaluate
 from mmq.report.facts import RunFacts
 from mmq.report.plots import PLOTS, Drawn
 from mmq.report.tables import Table, checks_table, components_table, fingerprints_table, layers_table, stages_table
-from mmq.report.text import count_text
 from mmq.report.tiles import tiles
 from mmq.storage.atomic import write_bytes
+from mmq.text import count_text
 
 FOLDER = "report"
 PAGE_NAME = "report.html"

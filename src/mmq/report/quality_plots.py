@@ -5,18 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmq.report.style import (
-    LINES,
-    PERCENT,
-    Layers,
-    add_legend,
-    layer_axis,
-    marker,
-    new_figure,
-    scale_axis,
-    styled,
-)
-from mmq.report.text import range_text
+from mmq.report.style import LINES, PERCENT, Layers, add_legend, layer_axis, marker, new_figure, scale_axis, styled
+from mmq.text import range_text
 
 
 @styled

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mmq.report.text import plain_number
+from mmq.text import plain_number
 
 Layers = Sequence[dict[str, Any]]
 Array = np.ndarray[Any, np.dtype[Any]]

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from mmq.report.facts import RunFacts, loss_share
-from mmq.report.text import bytes_text, duration_text, plain_number, short_count
+from mmq.text import bytes_text, duration_text, plain_number, short_count
 
 NOTHING = "-"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmq.prove import evaluate
 from mmq.report.facts import RunFacts, StageFacts, loss_share
-from mmq.report.text import bytes_text, count_text, duration_text, plain_number, short_count
+from mmq.text import bytes_text, count_text, duration_text, plain_number, short_count
 
 SLOWEST = 4
 
