@@ -78,6 +78,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.calibration": _tokens(workspace).fingerprint(),
         "awq.n_grid": awq.n_grid,
         "awq.duo_scaling": awq.duo_scaling,
+        "awq.search": awq.search,
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.propagate_quantized": awq.propagate_quantized,

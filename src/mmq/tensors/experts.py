@@ -57,26 +57,14 @@ class Rows:
         """Rows of each expert."""
         return [end - start for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
-    def cut(self, size: int) -> Iterator[Rows]:
-        """The same rows, at most `size` at a time, for those that are in no token's output."""
-        for start in range(0, self.token.shape[0], size):
-            token = self.token[start : start + size]
-            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], self.place)
-
-    def piece(self, first: int, last: int) -> Piece | None:
-        """The rows of experts first..last, if they have any."""
-        start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
-        if start == stop:
-            return None
-        local = [end - start for end in self.ends[first:last]]
-        return Piece(first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device))
-
-    def pieces(self, step: int) -> Iterator[Piece]:
-        """All rows, `step` experts at a time."""
-        for first in range(0, len(self.ends), step):
-            piece = self.piece(first, min(first + step, len(self.ends)))
-            if piece is not None:
-                yield piece
+    def pieces(self, first: int, last: int, most: int) -> Iterator[Piece]:
+        """The rows of experts first..last, at most so many at a time."""
+        begin, end = self.ends[first - 1] if first else 0, self.ends[last - 1]
+        for start in range(begin, end, most):
+            stop = min(start + most, end)
+            local = [min(max(own - start, 0), stop - start) for own in self.ends[first:last]]
+            ends = torch.tensor(local, dtype=torch.int32, device=self.token.device)
+            yield Piece(first, last, start, stop, ends)
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -106,29 +94,57 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate).mul_(up)
 
 
-def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """start + the sum over a token's experts of weight * output.
+def gated_rows(
+    x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """act(gate) * up of rows of x [T, H], through their experts' layers [E, 2I, H]: [R, I].
 
     Args:
-        outputs: [R, H], sorted by expert.
-        place: int64 [T, k], the tokens' rows in it.
+        token: int64 [R], which rows, sorted by expert; None for all of them, as they are.
+        ends: int32 [E], where each expert's rows end.
+    """
+    rows = x if token is None else x.index_select(0, token)
+    return gated(grouped_linear(rows, gate_up, ends), activation)
+
+
+def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` into [R, out]."""
+    return out.copy_(grouped_linear(rows, weight, ends))
+
+
+def combine(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor, first: int = 0
+) -> torch.Tensor:
+    """start + the sum over a token's experts of weight * output, as far as the outputs are among those given.
+
+    Args:
+        outputs: [n, H], rows first..first+n of all that are sorted by expert.
+        place: int64 [T, k], the tokens' rows.
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    for j in range(weights.shape[1]):
-        start.addcmul_(outputs.index_select(0, place[:, j]), weights[:, j : j + 1])
-    return start
-
-
-def squared_error(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
-) -> torch.Tensor:
-    """Sum of squared differences between what `combine` makes of a block's outputs and float32 [T, H]: float64 []."""
     if worth_compiling(outputs):
         from mmq.tensors import compiled
 
-        return compiled.squared_error(outputs, place, weights, reference)
-    return sum_of_squares(combine(outputs, place, weights, reference.neg()))
+        return compiled.combine(outputs, place, weights, start, first)
+    for j in range(weights.shape[1]):
+        local = place[:, j] - first
+        inside = (local >= 0) & (local < outputs.shape[0])
+        chosen = outputs.index_select(0, local.clamp(0, outputs.shape[0] - 1))
+        start.addcmul_(torch.where(inside.unsqueeze(1), chosen, 0), weights[:, j : j + 1])
+    return start
+
+
+def token_losses(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int = 0
+) -> torch.Tensor:
+    """Squared distance of each token between what `combine` makes of a block's outputs and float32 [T, H]:
+    float32 [T]."""
+    if worth_compiling(outputs):
+        from mmq.tensors import compiled
+
+        return compiled.token_losses(outputs, place, weights, reference, first)
+    return combine(outputs, place, weights, reference.neg(), first).square_().sum(1)
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
