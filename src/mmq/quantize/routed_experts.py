@@ -35,6 +35,8 @@ CPU_STEP_ELEMENTS = 2**21
 CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+# What a GPU whose memory turns out to be short is asked for at least.
+LEAST_BUDGET = 2**28
 
 
 def default_budget(device: torch.device) -> int:
