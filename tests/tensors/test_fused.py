@@ -182,6 +182,15 @@ def test_tokens_are_summed_as_torch_sums_them(shape: tuple[int, int, int], monke
     assert combine(outputs, place, weights, start) is start
     torch.testing.assert_close(start.double(), exact, rtol=0, atol=1e-6 * top_k)
 
+    # Rows a part at a time: what is not there is not added.
+    cut = tokens * top_k // 3
+    left = reference.clone()
+    combine(outputs[:cut], place, -weights, left)
+    rest = token_losses(outputs[cut:], place, weights, left, cut)
+    torch.testing.assert_close(rest.double(), exact.square().sum(1), rtol=2e-6, atol=0)
+    parts = combine(outputs[cut:], place, weights, combine(outputs[:cut], place, weights, reference.neg()), cut)
+    torch.testing.assert_close(parts.double(), exact, rtol=0, atol=1e-6 * top_k)
+
     # The same bits when tokens are shared out in another way.
     half = -(-tokens // 2)
     for part in (slice(0, half), slice(half, tokens)):
@@ -259,6 +268,7 @@ def test_gated_products_are_torchs(counts: list[int], inner: int, outer: int, mo
         # Four roundings to bf16, of which a sum in another order may turn each.
         torch.testing.assert_close(result.float(), expected.float(), rtol=2**-6, atol=2**-9)
         assert result.shape == (sum(counts), outer) and result.dtype == torch.bfloat16
+        assert torch.equal(gated_rows(x[token], None, weight, ends, activation), result)
     gelu = gated_rows(x, token, weight, ends, torch.nn.functional.gelu)
     assert torch.equal(gelu, plain(monkeypatch, lambda: gated_rows(x, token, weight, ends, torch.nn.functional.gelu)))
 

@@ -88,8 +88,8 @@ def compile_all() -> list[dict[str, Any]]:
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)
         grouped.grouped_rows(bf16(count, inner), down, ends, bf16(count, hidden))
         weights, reference = torch.ones(count, 1), torch.empty(count, hidden)
-        combine.combine(bf16(count, hidden), token.unsqueeze(1), weights, reference)
-        combine.token_losses(bf16(count, hidden), token.unsqueeze(1), weights, reference)
+        combine.combine(bf16(count, hidden), token.unsqueeze(1), weights, reference, 0)
+        combine.token_losses(bf16(count, hidden), token.unsqueeze(1), weights, reference, 0)
         codes = torch.empty(experts, count, hidden, dtype=torch.float8_e4m3fn)
         scales = torch.ones(experts, -(-count // 128), -(-hidden // 128))
         dequantize.dequantize_blocks(codes, scales, torch.empty(codes.shape, dtype=torch.bfloat16), 128)
@@ -100,7 +100,8 @@ def compile_all() -> list[dict[str, Any]]:
     for card.capability in SHARED:
         large = launch.large_shared_memory(divmod(card.capability, 10))
         for module in (grouped, moments):
-            module._tiles = lambda device, tiles=module.LARGE if large else module.SMALL: tiles
+            tiles = module.LARGE if large else module.SMALL
+            module._tiles = lambda device, tiles=tiles: tiles
         probe.double(bf16(100))
         for sizes in (MODEL, *OTHERS) if card.capability == 90 else (MODEL,):
             compile_for(*sizes)

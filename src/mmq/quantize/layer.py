@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,8 @@ from mmq.errors import CalibrationError, CheckpointError
 from mmq.families.table import Architecture
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
-from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.race import Runner, parts, surely_worse
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
@@ -38,6 +39,10 @@ class LayerContent:
     gate_up: torch.Tensor
     down: torch.Tensor
     rest: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.gate_up, self.down, *self.rest.values()]
 
     @classmethod
     def stacked(
@@ -68,7 +73,7 @@ class LayerResult:
     """A quantized layer.
 
     Attributes:
-        tensors: what the layer's shard holds, by names in the layer, on the host.
+        tensors: what the layer's shard holds, by names in the layer, where they were computed.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
     """
@@ -97,6 +102,7 @@ class LayerQuantizer:
 
     Attributes:
         samples: tokens of each sample that is still in the run, by its number counted from 1.
+        budget: bytes of working memory; see `ExpertBlock.working_memory`.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class LayerQuantizer:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
+        self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
             mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
@@ -167,13 +174,14 @@ class LayerQuantizer:
         with clock.part("searching"):
             extra = top_up(logits, index, settings.min_tokens)
             del logits
+            full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                settings.memory_budget,
+                self.budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
             )  # fmt: skip
-            reference = block.output(Weights(block))
+            reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
-            self._check_finite(residual + reference.to(residual.dtype), f"the output of layer {layer}'s experts is")
+            self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
             chosen, statistics = self._search(block, reference)
         with clock.part("quantizing"):
             norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
@@ -188,9 +196,9 @@ class LayerQuantizer:
             decoder.set_norm(norm)
             decoder.set_router(router)
             output = self._served(decoder, block, residual)
-            statistics["loss_propagated"] = _number(float(sum_of_squares(output - reference)) / reference.numel())
-            following = output if settings.propagate_quantized else reference
-            hidden = residual + following.to(residual.dtype)
+            squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
+            statistics["loss_propagated"] = _number(squares / residual.numel())
+            hidden = _added(residual, block, output if settings.propagate_quantized else reference)
         statistics = {
             "layer": layer,
             "tokens_per_expert": block.counts.tolist(),
@@ -199,18 +207,26 @@ class LayerQuantizer:
             "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
             "seconds": clock.seconds,
         }
-        return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
+        return LayerResult(tensors, hidden, statistics)
 
-    def _search(self, block: ExpertBlock, reference: torch.Tensor) -> tuple[Smoothed, dict[str, Any]]:
+    def _search(self, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Smoothed, dict[str, Any]]:
         """The scales to use: those found, unless the block as a whole is no better for them."""
-        norm, down = self.modifier.search_norm(block, reference), self.modifier.search_down(block)
+        norm = self.modifier.search_norm(block, reference, full=self.settings.search == "full")
+        down = self.modifier.search_down(block)
         plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
         found = Smoothed(block, norm.scales, down.scales)
-        before, after = (float(block.loss(weights, reference)) for weights in (plain, found))
-        better = after < before
+        before, after = Runner(), Runner()
+        for share, part in zip(block.shares, reference, strict=True):
+            before.losses.append(block.losses(share, plain, part))
+            after.losses.append(block.losses(share, found, part))
+            if any(surely_worse(*pair, block.x.shape[0]) for pair in ((before, after), (after, before))):
+                break
+        better = after.loss < before.loss
+        hidden = block.x.shape[1]
         statistics = {
-            "loss_round_to_nearest": _number(before),
-            "loss_chosen": _number(after if better else before),
+            "loss_tokens": before.seen,
+            "loss_round_to_nearest": _number(before.loss / hidden),
+            "loss_chosen": _number((after if better else before).loss / hidden),
             "identity_kept": not better,
             "norm": _describe(norm),
             "down": _describe(down),
@@ -249,14 +265,14 @@ class LayerQuantizer:
             (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
-            found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            packed, scale = (tensor.cpu() for tensor in found)
+            packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
             rows = weight.shape[1] // len(linears)
+            whole = fits(scale)
             for number, expert in enumerate(range(first, first + weight.shape[0])):
                 for place, linear in enumerate(linears):
                     base = f"{arch.expert.format(expert=expert)}{linear}.weight"
                     own = slice(place * rows, (place + 1) * rows)
-                    if not fits(scale[number, own]):
+                    if not whole and not fits(scale[number, own]):
                         raise CheckpointError(
                             f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
                         )
@@ -265,14 +281,16 @@ class LayerQuantizer:
                     tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
         return tensors
 
-    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:
-        """The quantized block's output as it will be served, through the smoothed norm and router: float32 [T, H]."""
+    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> list[torch.Tensor]:
+        """The quantized block's outputs as they will be served, through the smoothed norm and router: float32 [t, H] of
+        each share."""
         x = decoder.block_input(residual)
         _, weight, index = decoder.route(x)
         served = ExpertBlock(
-            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, budget=block.budget
-        )
-        return served.output(Weights(served))
+            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, None, block.budget,
+            block.parts,
+        )  # fmt: skip
+        return served.outputs(Weights(served))
 
     def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
         """Raises NotFiniteError where [T, H] holds NaN or infinity."""
@@ -295,6 +313,11 @@ class LayerQuantizer:
             raise CalibrationError(f"{error}; no calibration sample is left")
         self.samples = {number: length for number, length in self.samples.items() if number not in error.samples}
         return torch.cat(kept)
+
+
+def _added(residual: torch.Tensor, block: ExpertBlock, outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The residual stream [T, H] with the block's outputs of each share, rounded to its dtype."""
+    return residual + block.in_order([part.to(residual.dtype) for part in outputs])
 
 
 class _Clock:
@@ -327,7 +350,7 @@ def _describe(found: Found) -> dict[str, Any]:
         "duo_scaling": found.duo.tolist(),
         "error": _numbers(found.error),
         "identity_error": _numbers(found.identity_error),
-    }
+    } | ({"points": [asdict(point) | {"loss": _number(point.loss)} for point in found.points]} if found.points else {})
 
 
 def _numbers(errors: torch.Tensor) -> Any:

@@ -58,26 +58,14 @@ class Rows:
         """Rows of each expert."""
         return [end - start for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
-    def cut(self, size: int) -> Iterator[Rows]:
-        """The same rows, at most `size` at a time, for those that are in no token's output."""
-        for start in range(0, self.token.shape[0], size):
-            token = self.token[start : start + size]
-            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], self.place)
-
-    def piece(self, first: int, last: int) -> Piece | None:
-        """The rows of experts first..last, if they have any."""
-        start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
-        if start == stop:
-            return None
-        local = [end - start for end in self.ends[first:last]]
-        return Piece(first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device))
-
-    def pieces(self, step: int) -> Iterator[Piece]:
-        """All rows, `step` experts at a time."""
-        for first in range(0, len(self.ends), step):
-            piece = self.piece(first, min(first + step, len(self.ends)))
-            if piece is not None:
-                yield piece
+    def pieces(self, first: int, last: int, most: int) -> Iterator[Piece]:
+        """The rows of experts first..last, at most so many at a time."""
+        begin, end = self.ends[first - 1] if first else 0, self.ends[last - 1]
+        for start in range(begin, end, most):
+            stop = min(start + most, end)
+            local = [min(max(own - start, 0), stop - start) for own in self.ends[first:last]]
+            ends = torch.tensor(local, dtype=torch.int32, device=self.token.device)
+            yield Piece(first, last, start, stop, ends)
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -91,6 +79,8 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
+    if rows.shape[0] and way_of_products(rows) is not Way.TRITON and grouped_mm_works(rows.device, rows.dtype):
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
 
 
@@ -111,24 +101,26 @@ def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, o
 
 
 def gated_rows(
-    x: torch.Tensor, token: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+    x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
 ) -> torch.Tensor:
     """act(gate) * up of the tokens' experts: what goes into their down layers.
 
     Args:
         x: [T, H].
-        token: int64 [R], the tokens that rows are of, sorted by expert.
+        token: int64 [R], the tokens that rows are of, sorted by expert; None where x holds the rows themselves.
         gate_up: [E, 2I, H], gate rows above up rows.
         ends: int32 [E], where each expert's rows end; the last is R.
 
     Returns:
         [R, I] in the dtype of x.
     """
-    if token.shape[0] and way_of_products(x) is Way.TRITON and _is_silu(activation):
+    count = x.shape[0] if token is None else token.shape[0]
+    if count and way_of_products(x) is Way.TRITON and _is_silu(activation):
         from mmq.tensors.fused import grouped
 
         return grouped.gated_rows(x, token, gate_up, ends)
-    return gated(grouped_linear(x.index_select(0, token), gate_up, ends), activation)
+    rows = x if token is None else x.index_select(0, token)
+    return gated(grouped_linear(rows, gate_up, ends), activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -144,32 +136,44 @@ def _is_silu(activation: Activation) -> bool:
     return torch.equal(activation(numbers.clone()), torch.nn.functional.silu(numbers))
 
 
-def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """start + the sum over a token's experts of weight * output.
+def combine(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor, first: int = 0
+) -> torch.Tensor:
+    """start + the sum over a token's experts of weight * output, as far as the outputs are among those given.
 
     Args:
-        outputs: [R, H], sorted by expert.
-        place: int64 [T, k], the tokens' rows in it.
+        outputs: [n, H], rows first..first+n of all that are sorted by expert.
+        place: int64 [T, k], the tokens' rows.
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    if place.shape[0] and way(outputs) is Way.TRITON:
-        from mmq.tensors.fused import combine as fused
-
-        fused.combine(outputs, place, weights, start)
+    if place.shape[0] == 0:
         return start
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.combine(outputs, place, weights, start, first)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            fused.combine(outputs, place, weights, start, first)
+            return start
     for j in range(weights.shape[1]):
-        start.addcmul_(outputs.index_select(0, place[:, j]), weights[:, j : j + 1])
+        local = place[:, j] - first
+        inside = (local >= 0) & (local < outputs.shape[0])
+        chosen = outputs.index_select(0, local.clamp(0, outputs.shape[0] - 1))
+        start.addcmul_(torch.where(inside.unsqueeze(1), chosen, 0), weights[:, j : j + 1])
     return start
 
 
 def token_losses(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int = 0
 ) -> torch.Tensor:
     """Each token's sum of squared differences between what `combine` makes of a block's outputs and a reference.
 
     Args:
-        outputs, place, weights: as `combine` takes them.
+        outputs, place, weights, first: as `combine` takes them.
         reference: float32 [T, H].
 
     Returns:
@@ -181,12 +185,12 @@ def token_losses(
         case Way.NUMBA:
             from mmq.tensors import compiled
 
-            return compiled.token_losses(outputs, place, weights, reference)
+            return compiled.token_losses(outputs, place, weights, reference, first)
         case Way.TRITON:
             from mmq.tensors.fused import combine as fused
 
-            return fused.token_losses(outputs, place, weights, reference)
-    return combine(outputs, place, weights, reference.neg()).square_().sum(1)
+            return fused.token_losses(outputs, place, weights, reference, first)
+    return combine(outputs, place, weights, reference.neg(), first).square_().sum(1)
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

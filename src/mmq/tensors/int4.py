@@ -99,6 +99,13 @@ def fits(scale: torch.Tensor) -> bool:
     return bool(torch.isfinite(scale * Q_MIN).all())
 
 
+def working_bytes(weight: torch.Tensor) -> int:
+    """What `fake_quantize_scaled` takes for each weight, its result included."""
+    width = weight.element_size()
+    # In one pass; else an fp32 copy that is worked on, and room for what one of its steps makes.
+    return width if way(weight) is Way.TRITON else width + 6
+
+
 def fake_quantize_scaled(
     weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor | None = None, change: bool = False
 ) -> torch.Tensor:

@@ -13,24 +13,43 @@ COLUMNS, WARPS = 1024, 4
 
 
 @triton.jit
-def _weighted(total, outputs, place, weights, token, column, inside, output_row, TOP_K: tl.constexpr):
-    """total + the sum over the token's experts of weight * output, in the experts' order."""
+def _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K: tl.constexpr):
+    """total + the sum over the token's experts of weight * output, in the experts' order, of rows that are there."""
     for j in tl.static_range(TOP_K):
-        row = tl.load(place + token * TOP_K + j).to(tl.int64)
+        row = tl.load(place + token * TOP_K + j).to(tl.int64) - first
         weight = tl.load(weights + token * TOP_K + j)
-        total += weight * to_fp32(tl.load(outputs + row * output_row + column, mask=inside, other=0.0))
+        there = inside & (row >= 0) & (row < rows)
+        total += weight * to_fp32(tl.load(outputs + row * output_row + column, mask=there, other=0.0))
     return total
 
 
 @triton.jit
-def _combine(outputs, place, weights, start, hidden, output_row, start_row, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+def _combine(
+    outputs,
+    place,
+    weights,
+    start,
+    hidden,
+    first,
+    rows,
+    output_row,
+    start_row,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """COLUMNS channels of a token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < hidden
+    # Most tokens have no row in a small batch, and needn't be read and written for it.
+    found = tl.zeros([], dtype=tl.int32)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(place + token * TOP_K + j).to(tl.int64) - first
+        found += ((row >= 0) & (row < rows)).to(tl.int32)
+    inside = inside & (found > 0)
     own = start + token * start_row + column
     total = tl.load(own, mask=inside, other=0.0)
-    total = _weighted(total, outputs, place, weights, token, column, inside, output_row, TOP_K)
+    total = _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K)
     tl.store(own, total, mask=inside)
 
 
@@ -41,6 +60,8 @@ def _token_losses(
     weights,
     reference,
     losses,
+    first,
+    rows,
     output_row,
     reference_row,
     HIDDEN: tl.constexpr,
@@ -50,16 +71,16 @@ def _token_losses(
     """All channels of a token, COLUMNS at a time."""
     token = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([COLUMNS], dtype=tl.float32)
-    for first in range(0, HIDDEN, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
+    for begin in range(0, HIDDEN, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
         inside = column < HIDDEN
         total = -tl.load(reference + token * reference_row + column, mask=inside, other=0.0)
-        total = _weighted(total, outputs, place, weights, token, column, inside, output_row, TOP_K)
+        total = _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K)
         squares += total * total
     tl.store(losses + token, tl.sum(squares, axis=0))
 
 
-def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> None:
+def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor, first: int) -> None:
     """`experts.combine`, with sums in the same order."""
     (tokens, top_k), hidden = place.shape, outputs.shape[1]
     columns = min(COLUMNS, triton.next_power_of_2(hidden))
@@ -70,6 +91,8 @@ def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, s
             weights.contiguous(),
             start,
             hidden,
+            first,
+            outputs.shape[0],
             outputs.stride(0),
             start.stride(0),
             TOP_K=top_k,
@@ -79,7 +102,7 @@ def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, s
 
 
 def token_losses(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int
 ) -> torch.Tensor:
     """`experts.token_losses`, with a token's sum in an order that depends on the number of channels alone."""
     (tokens, top_k), hidden = place.shape, outputs.shape[1]
@@ -91,6 +114,8 @@ def token_losses(
             weights.contiguous(),
             reference,
             losses,
+            first,
+            outputs.shape[0],
             outputs.stride(0),
             reference.stride(0),
             HIDDEN=hidden,

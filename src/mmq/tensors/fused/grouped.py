@@ -126,9 +126,9 @@ def _grouped_product(
     tl.store(place, result, mask=present[:, None] & (target[None, :] < columns))
 
 
-def gated_rows(x: torch.Tensor, token: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def gated_rows(x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`experts.gated_rows` with silu."""
-    out = x.new_empty(token.shape[0], gate_up.shape[1] // 2)
+    out = x.new_empty(x.shape[0] if token is None else token.shape[0], gate_up.shape[1] // 2)
     _launch(x, token, gate_up, ends, out, gated=True)
     return out
 
