@@ -147,7 +147,7 @@ def combine(
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    if place.shape[0] == 0:
+    if place.shape[0] == 0 or outputs.shape[0] == 0:
         return start
     match way(outputs):
         case Way.NUMBA:
