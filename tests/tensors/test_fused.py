@@ -266,7 +266,7 @@ def test_gated_products_are_torchs(counts: list[int], inner: int, outer: int, mo
         result = gated_rows(x, token, weight, ends, activation)
         expected = plain(monkeypatch, lambda act=activation: gated_rows(x, token, weight, ends, act))
         # Four roundings to bf16, of which a sum in another order may turn each.
-        torch.testing.assert_close(result.float(), expected.float(), rtol=2**-6, atol=2**-9)
+        torch.testing.assert_close(result.float(), expected.float(), rtol=2**-5, atol=2**-8)
         assert result.shape == (sum(counts), outer) and result.dtype == torch.bfloat16
         assert torch.equal(gated_rows(x[token], None, weight, ends, activation), result)
     gelu = gated_rows(x, token, weight, ends, torch.nn.functional.gelu)

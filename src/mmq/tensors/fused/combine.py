@@ -23,7 +23,8 @@ def _weighted(total, outputs, place, weights, token, column, hidden, first, rows
     return total
 
 
-@triton.jit
+# Compiled once for all batches of rows.
+@triton.jit(do_not_specialize=["first", "rows"])
 def _combine(
     outputs,
     place,
@@ -52,7 +53,7 @@ def _combine(
     tl.store(own, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def _token_losses(
     outputs,
     place,
