@@ -118,6 +118,8 @@ def main() -> None:
             "TB/s",
         )
 
+    report("normalized_mean", lambda: int4.normalized_mean(part, GROUP), 2 * part.numel(), "TB/s")
+
     products = 2 * count * HIDDEN * INNER
     token = rows.token
     middle = experts.gated_rows(x, token, gate_up, ends, silu)
