@@ -22,6 +22,7 @@ from mmq.tensors.experts import (
     gated_rows,
     grouped_linear,
     grouped_rows,
+    magnitude_sums,
     second_moments,
     squares_by_expert,
     token_losses,
@@ -323,14 +324,11 @@ class DownInputs:
 
     def add(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
         """Take rows [R, I], sorted by expert, and where each expert's end."""
-        begin = 0
-        for expert, end in enumerate(ends.tolist()):
-            self.sums[expert] += rows[begin:end].abs().sum(0, dtype=torch.float32)
-            if self.moments is not None:
-                second_moments(rows[begin:end], self.moments[expert])
-            begin = end
+        magnitude_sums(rows, ends, self.sums)
         if self.moments is None:
             self.rows.append((rows, ends))
+        else:
+            second_moments(rows, ends, self.moments)
 
     def squared_change(self, change: torch.Tensor) -> torch.Tensor:
         """Squared change of each expert's output, float32 [E], when its weight changes by D, `change` [E, H, I].
