@@ -615,6 +615,10 @@ def dying(self, layer, result):
     write(self, layer, result)
 awq._Stage._write = dying
 """
+STRICT = """
+import torch
+torch.use_deterministic_algorithms(True)
+"""
 ALONE = """
 import mmq.stages.awq as awq
 fit = awq._Stage._fit_memory
@@ -660,7 +664,7 @@ def tiny(context: Context) -> Iterator[Facts]:
             return facts if facts["ok"] else facts | {"error": done.stderr[-500:]}
 
         runs = [("first", "", False)]
-        runs += [("again", "", False), ("killed", "", True), ("alone", ALONE, False)] if not context.small else []
+        runs += [("again", "", False), ("killed", "", True), ("alone", ALONE, False), ("strict", STRICT, False)] if not context.small else []
         for run, code, kill in runs:
             facts = finished(run, context.device, code, kill)
             if facts["ok"] and run != "first":
@@ -752,6 +756,7 @@ def stage(context: Context) -> Iterator[Facts]:
                 memory = [entry for entry in plan.get("stages", [plan]) if entry.get("device_memory")]
                 facts["planned_device_gib"] = round(memory[0]["device_memory"] / GIB, 2)
             yield facts
+            shutil.rmtree(folder / run)
 
 
 def stock(context: Context) -> Iterator[Facts]:
@@ -837,6 +842,11 @@ def work(context: Context, names: list[str]) -> int:
     for name in names:
         begin = time.perf_counter()
         tell({"part": name, "begin": True})
+        if name != "profile":
+            _block.cache_clear()
+            _routed.cache_clear()
+            if context.is_gpu:
+                torch.cuda.empty_cache()
         try:
             # Libraries print to stdout at times; the JSON must stand there alone.
             with contextlib.redirect_stdout(sys.stderr):
