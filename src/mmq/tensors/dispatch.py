@@ -6,9 +6,10 @@ import torch
 
 # Numbers at one time from which on the second that a function takes to compile is well spent.
 COMPILED_FROM = 2**18
+_COMPILED = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 def worth_compiling(tensor: torch.Tensor) -> bool:
     """Whether a function of `compiled` is the faster way. Where it is not, the module need not be imported, which
     takes a second as well."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.numel() >= COMPILED_FROM
+    return tensor.device.type == "cpu" and tensor.dtype in _COMPILED and tensor.numel() >= COMPILED_FROM
