@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, grouped_mm_works, way, way_of_products
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -78,14 +79,48 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
-    if _has_grouped_mm(rows):
+    if rows.shape[0] and way_of_products(rows) is not Way.TRITON and grouped_mm_works(rows.device, rows.dtype):
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    result = rows.new_empty(rows.shape[0], weight.shape[1])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        torch.mm(rows[start:end], weight[expert].T, out=result[start:end])
-        start = end
-    return result
+    return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
+
+
+def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` into `out` [R, out], which may be a part of a larger tensor's rows."""
+    if rows.shape[0] == 0:
+        return out
+    if way_of_products(rows) is Way.TRITON:
+        from mmq.tensors.fused import grouped
+
+        grouped.grouped_rows(rows, weight, ends, out)
+        return out
+    if grouped_mm_works(rows.device, rows.dtype):
+        return out.copy_(torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
+    for own, matrix, target in zip(_split(rows, ends), weight, _split(out, ends), strict=True):
+        torch.mm(own, matrix.T, out=target)
+    return out
+
+
+def gated_rows(
+    x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """act(gate) * up of the tokens' experts: what goes into their down layers.
+
+    Args:
+        x: [T, H].
+        token: int64 [R], the tokens that rows are of, sorted by expert; None where x holds the rows themselves.
+        gate_up: [E, 2I, H], gate rows above up rows.
+        ends: int32 [E], where each expert's rows end; the last is R.
+
+    Returns:
+        [R, I] in the dtype of x.
+    """
+    count = x.shape[0] if token is None else token.shape[0]
+    if count and way_of_products(x) is Way.TRITON and _is_silu(activation):
+        from mmq.tensors.fused import grouped
+
+        return grouped.gated_rows(x, token, gate_up, ends)
+    rows = x if token is None else x.index_select(0, token)
+    return gated(grouped_linear(rows, gate_up, ends), activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -94,22 +129,11 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate).mul_(up)
 
 
-def gated_rows(
-    x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
-) -> torch.Tensor:
-    """act(gate) * up of rows of x [T, H], through their experts' layers [E, 2I, H]: [R, I].
-
-    Args:
-        token: int64 [R], which rows, sorted by expert; None for all of them, as they are.
-        ends: int32 [E], where each expert's rows end.
-    """
-    rows = x if token is None else x.index_select(0, token)
-    return gated(grouped_linear(rows, gate_up, ends), activation)
-
-
-def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """`grouped_linear` into [R, out]."""
-    return out.copy_(grouped_linear(rows, weight, ends))
+@cache
+def _is_silu(activation: Activation) -> bool:
+    """Libraries name and wrap it differently; what it computes tells."""
+    numbers = torch.linspace(-8, 8, 33)
+    return torch.equal(activation(numbers.clone()), torch.nn.functional.silu(numbers))
 
 
 def combine(
@@ -123,10 +147,18 @@ def combine(
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    if worth_compiling(outputs):
-        from mmq.tensors import compiled
+    if place.shape[0] == 0 or outputs.shape[0] == 0:
+        return start
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.combine(outputs, place, weights, start, first)
+            return compiled.combine(outputs, place, weights, start, first)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            fused.combine(outputs, place, weights, start, first)
+            return start
     for j in range(weights.shape[1]):
         local = place[:, j] - first
         inside = (local >= 0) & (local < outputs.shape[0])
@@ -138,12 +170,26 @@ def combine(
 def token_losses(
     outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int = 0
 ) -> torch.Tensor:
-    """Squared distance of each token between what `combine` makes of a block's outputs and float32 [T, H]:
-    float32 [T]."""
-    if worth_compiling(outputs):
-        from mmq.tensors import compiled
+    """Each token's sum of squared differences between what `combine` makes of a block's outputs and a reference.
 
-        return compiled.token_losses(outputs, place, weights, reference, first)
+    Args:
+        outputs, place, weights, first: as `combine` takes them.
+        reference: float32 [T, H].
+
+    Returns:
+        float32 [T]. A token is summed whole, so neither threads nor how tokens are shared out decide anything.
+    """
+    if place.shape[0] == 0:
+        return reference.new_zeros(0)
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.token_losses(outputs, place, weights, reference, first)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            return fused.token_losses(outputs, place, weights, reference, first)
     return combine(outputs, place, weights, reference.neg(), first).square_().sum(1)
 
 
@@ -151,35 +197,72 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Sum of the squares of each expert's rows: float64 [E].
 
     Args:
-        rows: [R, n], sorted by expert; overwritten.
+        rows: [R, n], sorted by expert.
         ends: int32 [E], where each expert's rows end.
     """
-    if worth_compiling(rows):
-        from mmq.tensors import compiled
+    match way(rows):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.squares_by_expert(rows, ends)
-    squares = rows.square_().sum(1, dtype=torch.float32)
-    running = torch.nn.functional.pad(squares.cumsum(0, dtype=torch.float64), (1, 0))[ends.long()]
-    return torch.diff(running, prepend=running.new_zeros(1))
+            return compiled.squares_by_expert(rows, ends)
+        case Way.TRITON:
+            from mmq.tensors.fused import moments
+
+            return moments.squares_by_expert(rows, ends)
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).to(torch.float64).square_()
+    # A sum a segment: a running sum of floats comes in another order every time on a GPU.
+    offsets = torch.nn.functional.pad(ends.long(), (1, 0))
+    return torch.segment_reduce(squares, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+def magnitude_sums(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """out += each expert's sum of |x|.
+
+    Args:
+        rows: [R, n], sorted by expert.
+        ends: int32 [E], where each expert's rows end.
+        out: float32 [E, n].
+    """
+    if way(rows) is Way.TRITON:
+        from mmq.tensors.fused import moments
+
+        moments.magnitude_sums(rows, ends, out)
+        return
+    for own, total in zip(_split(rows, ends), out, strict=True):
+        total += own.abs().sum(0, dtype=torch.float32)
+
+
+def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """out += X^T X of each expert's rows X.
+
+    Args:
+        rows: [R, n], sorted by expert.
+        ends: int32 [E], where each expert's rows end.
+        out: float32 [E, n, n], symmetric.
+    """
+    if way_of_products(rows) is Way.TRITON:
+        from mmq.tensors.fused import moments
+
+        moments.second_moments(rows, ends, out)
+        return
+    for own, total in zip(_split(rows, ends), out, strict=True):
+        if own.shape[0] == 0:
+            continue
+        if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
+            total += torch.mm(own.T, own, out_dtype=torch.float32)
+        else:
+            wide = own.float()
+            total.addmm_(wide.T, wide)
+
+
+def _split(rows: torch.Tensor, ends: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each expert's rows."""
+    start = 0
+    for end in ends.tolist():
+        yield rows[start:end]
+        start = end
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
     return x.square_().sum(1).sum(dtype=torch.float64)
-
-
-def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """out += X^T X for X [n, I], out float32 [I, I]."""
-    if rows.shape[0] == 0:
-        return
-    if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
-        out += torch.mm(rows.T, rows, out_dtype=torch.float32)
-    else:
-        wide = rows.float()
-        out.addmm_(wide.T, wide)
-
-
-def _has_grouped_mm(rows: torch.Tensor) -> bool:
-    if rows.device.type == "cuda":
-        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return rows.device.type == "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, way
 
 BLOCK = 128
 # float8_e4m3fn has no infinities; 0x7f and 0xff are NaN.
@@ -22,28 +22,62 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
     Args:
         weight: float8_e4m3fn [out, in].
         scale: float32 [ceil(out/128), ceil(in/128)].
-        out: bfloat16 [out, in] to write to; contiguous, on the weight's device.
+        out: bfloat16 [out, in], contiguous and on the weight's device, to write to.
 
     Returns:
         bfloat16 [out, in], on the weight's device.
     """
     rows, columns = weight.shape
-    if out is None:
-        out = torch.empty(rows, columns, dtype=torch.bfloat16, device=weight.device)
-    if worth_compiling(weight):
-        from mmq.tensors import compiled
+    result = torch.empty(rows, columns, dtype=torch.bfloat16, device=weight.device) if out is None else out
+    match way(weight):
+        case Way.TRITON:
+            from mmq.tensors.fused import dequantize
 
-        compiled.dequantize_block(weight, scale, out)
-        return out
-    per_row = scale.repeat_interleave(BLOCK, dim=0)[:rows]
-    return out.copy_(weight.float() * per_row.repeat_interleave(BLOCK, dim=1)[:, :columns])
+            dequantize.dequantize_blocks(weight.unsqueeze(0), scale.unsqueeze(0), result.unsqueeze(0), BLOCK)
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            compiled.dequantize_block(weight, scale, result)
+        case Way.TORCH:
+            per_row = scale.repeat_interleave(BLOCK, dim=0)[:rows]
+            result.copy_(weight.float() * per_row.repeat_interleave(BLOCK, dim=1)[:, :columns])
+    return result
+
+
+def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`dequantize_block` of stacked matrices, each with its own blocks.
+
+    Args:
+        weight: float8_e4m3fn [n, out, in].
+        scale: float32 [n, ceil(out/128), ceil(in/128)].
+        out: where to put the result.
+
+    Returns:
+        bfloat16 [n, out, in], on the weight's device.
+    """
+    result = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device) if out is None else out
+    if way(weight) is Way.TRITON:
+        from mmq.tensors.fused import dequantize
+
+        dequantize.dequantize_blocks(weight, scale, result, BLOCK)
+        return result
+    for matrix, own, target in zip(weight, scale, result, strict=True):
+        dequantize_block(matrix, own, target)
+    return result
+
+
+def broken_matrices(weight: torch.Tensor) -> torch.Tensor:
+    """Which of stacked matrices [n, out, in], float8_e4m3fn or bfloat16, hold NaN or infinity: bool [n]."""
+    if weight.dtype == torch.float8_e4m3fn:
+        return (weight.view(torch.uint8).bitwise_and(_MAGNITUDE) == _NAN).flatten(1).any(1)
+    return ~torch.isfinite(weight).flatten(1).all(1)
 
 
 def has_nan(weight: torch.Tensor) -> bool:
     """Whether a float8_e4m3fn tensor holds a NaN."""
     if weight.numel() == 0:
         return False
-    if worth_compiling(weight):
+    if way(weight) is Way.NUMBA:
         from mmq.tensors import compiled
 
         return compiled.has_nan(weight)

@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, way
 
 # On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
 CPU_TILE = 2**18
@@ -101,8 +101,9 @@ def fits(scale: torch.Tensor) -> bool:
 
 def working_bytes(weight: torch.Tensor) -> int:
     """What `fake_quantize_scaled` takes for each weight, its result included."""
-    # An fp32 copy that is worked on, and room for what one of its steps makes.
-    return weight.element_size() + 6
+    width = weight.element_size()
+    # In one pass; else an fp32 copy that is worked on, and room for what one of its steps makes.
+    return width if way(weight) is Way.TRITON else width + 6
 
 
 def fake_quantize_scaled(
@@ -120,11 +121,17 @@ def fake_quantize_scaled(
     """
     if out is None:
         out = torch.empty_like(weight)
-    if worth_compiling(weight):
-        from mmq.tensors import compiled
+    match way(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        compiled.fake_quantize_scaled(weight, scales, group_size, out, change)
-        return out
+            compiled.fake_quantize_scaled(weight, scales, group_size, out, change)
+            return out
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import quantize
+
+            quantize.fake_quantize_scaled(weight, scales, group_size, out, change)
+            return out
     work = weight.to(torch.float32, copy=True)
     work.mul_(scales)
     groups = work.unflatten(-1, (-1, group_size))
@@ -140,12 +147,18 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         weight: [n, out, in]; computed in its own dtype, as `AWQModifier._compute_layer_means` does.
     """
-    if worth_compiling(weight):
-        from mmq.tensors import compiled
+    match way(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.normalized_mean(weight, group_size)
+            return compiled.normalized_mean(weight, group_size)
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import quantize
+
+            return quantize.normalized_mean(weight, group_size)
     groups = weight.abs().unflatten(-1, (-1, group_size))
-    groups.div_(groups.amax(-1, keepdim=True) + SMALLEST_GROUP)
+    # A tensor again: CPUs round a plain number to the weights' dtype before it is added, CUDA does not.
+    groups.div_(groups.amax(-1, keepdim=True) + weight.new_full((), SMALLEST_GROUP))
     return groups.flatten(-2).sum(1, dtype=torch.float64)
 
 
@@ -156,5 +169,6 @@ def _scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     info = torch.finfo(dtype)
     largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
-    scale = largest.div_(HALF_RANGE).to(dtype)
+    # By a tensor: for a plain number CUDA's division multiplies by the reciprocal, which is not what a CPU computes.
+    scale = largest.div_(largest.new_full((), HALF_RANGE)).to(dtype)
     return torch.where(scale == 0, info.eps, scale.clamp_(min=info.tiny))
