@@ -37,7 +37,7 @@ COMMANDS = [
     "recipe",
 ]
 STAGES = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}
-EVENTS = {"start", "unit", "note", "finish", "result"}
+EVENTS = {"start", "progress", "unit", "note", "finish", "result"}
 Mmq = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -153,9 +153,11 @@ def test_json_of_a_whole_run(project: Path, mmq: Mmq) -> None:
         assert mine[-1]["event"] == "finish"
         units = [event for event in mine if event["event"] == "unit"]
         assert len(units) == mine[0]["units"] == len({event["unit"] for event in units})
-        done = [event["bytes_done"] for event in units]
-        assert done == sorted(done)
-        assert done[-1] == mine[0]["bytes"]
+        assert [event["done"] for event in units] == list(range(1, len(units) + 1))
+        percent = [event["percent"] for event in mine]
+        assert percent == sorted(percent)
+        assert (percent[0], percent[-1]) == (0, 100)
+        assert {event["unit"] for event in mine if event["event"] == "progress"} == {event["unit"] for event in units}
     (result,) = (event for event in found if event["event"] == "result")
     assert result["ok"] is True
     assert result["problems"] == []

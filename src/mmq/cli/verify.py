@@ -75,6 +75,7 @@ def _at_work(running: dict[str, Any]) -> str:
     who = f"process {running['process']} on {running['host']} since {running['since']}"
     if not running["seen"]:
         return f"at work, or stopped without a trace: {who}; whether it lives can't be seen from here"
-    what = f", {running['stage']}: {running['unit'] or 'ending'}" if running["stage"] else ""
+    doing = ", ".join(filter(None, (running["unit"] or "ending", running["part"], running["at"])))
+    what = f", {running['stage']}: {doing}" if running["stage"] else ""
     eta = running["eta_seconds"]
     return f"at work: {who}{what}" + ("" if eta is None else f", {duration_text(eta)} left of this stage")

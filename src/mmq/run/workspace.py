@@ -11,7 +11,7 @@ from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
 from mmq.run.journal import Journal
-from mmq.run.progress import Reporter, Silent
+from mmq.run.progress import Listener, Reporter
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.hub import is_hub_id, source_refused
 from mmq.source.tokens import Tokens
@@ -35,8 +35,8 @@ class Workspace:
     calibration: Tokens | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, reporter: Reporter | None = None, offline: bool = False) -> Workspace:
-        return cls(recipe, reporter or Silent(), offline)
+    def of(cls, recipe: Recipe, listener: Listener | None = None, offline: bool = False) -> Workspace:
+        return cls(recipe, Reporter(listener), offline)
 
     @property
     def work_dir(self) -> Path:

@@ -48,6 +48,9 @@ from mmq.storage.shards import save_tensors, shard_size, write_shard
 name = "awq"
 OUTSIDE = "outside"
 STATISTICS = "layers.json"
+# Multiply-adds that take as long as a byte of a file, in order of magnitude: the layers' share of the work beside that
+# of what is only copied.
+OPERATIONS_PER_BYTE = 1000
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -55,14 +58,20 @@ def plan(workspace: Workspace) -> Plan:
     source, recipe = workspace.source, workspace.recipe
     _check_shapes(source, recipe.awq.group_size)
     fp8 = recipe.awq.source == "fp8"
+    tokens = most_tokens(recipe)
+    arithmetic = tokens * operations_per_token(source, recipe.awq.n_grid) // OPERATIONS_PER_BYTE
     units = []
     for layer in layers_and_rest(workspace):
         names = source.outside_names() if layer is None else source.layer_names(layer)
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
         specs = quantized_specs(workspace, layer)
-        units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
+        written = shard_size(specs)
+        if layer is None:
+            units.append(Unit(OUTSIDE, read, written))
+        else:
+            units.append(Unit(layer_unit(layer), read, written, arithmetic))
     widest = widest_layer(source)
-    hidden_states = most_tokens(recipe) * int(source.config[source.architecture.hidden_key])
+    hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
@@ -139,7 +148,7 @@ class _Stage:
             workspace.recipe.awq,
             tokens.lengths,
             self.device,
-            workspace.reporter.item,
+            self._say,
             self._excluded(),
         )
         self.hidden = self._hidden_states(tokens)
@@ -161,7 +170,7 @@ class _Stage:
 
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
-        self.workspace.reporter.item(f"layer {layer}: reading")
+        self.workspace.reporter.step(layer_unit(layer), "reading", 0, 1)
         reset_peak_device(self.device)
         begin = time.perf_counter()
         content = self._take_layer(layer)
@@ -193,6 +202,7 @@ class _Stage:
     def carry_outside(self) -> None:
         """Embeddings, final norm, head: as the dequantized checkpoint has them."""
         path = self.plan.folder / shard_name(self.workspace, None)
+        self.workspace.reporter.step(OUTSIDE, "copying", 0, 1)
         self._bring_near(self.source.outside_names())
         with (
             self.weights.checkpoint.reader() as reader,
@@ -200,7 +210,6 @@ class _Stage:
         ):
             for spec in shard.specs:
                 shard.add(spec.name, self.weights.read(reader, spec.name))
-        self.workspace.reporter.advance(self.plan.units[-1].read + self.plan.units[-1].written)
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
@@ -213,6 +222,9 @@ class _Stage:
         )
         self.journal.save()
         self.files.remove_hidden()
+
+    def _say(self, layer: int, part: str, share: float, at: str) -> None:
+        self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.
@@ -303,9 +315,7 @@ class _Stage:
         arch, names = self.workspace.architecture, self.source.layer_names(layer)
         with self.weights.checkpoint.reader() as reader:
             tensors = ((arch.split(name)[1], self.weights.read(reader, name, self.device)) for name in names)
-            content = LayerContent.stacked(arch, self.source.expert_count(), tensors, self.device)
-        self.workspace.reporter.advance(self.plan.units[layer].read)
-        return content
+            return LayerContent.stacked(arch, self.source.expert_count(), tensors, self.device)
 
     def _write(self, layer: int, result: LayerResult) -> None:
         """Shard, statistics and hidden states, then the journal, then the last layer's hidden states may go."""
@@ -327,9 +337,7 @@ class _Stage:
             self.journal.forget_files(layer_unit(layer - 1), [self.files.in_journal(self.files.hidden(layer - 1))])
         self.journal.finish_unit(layer_unit(layer), files)
         self.files.remove_hidden(but=hidden_path)
-        reporter = self.workspace.reporter
-        reporter.advance(self.plan.units[layer].written)
-        reporter.unit(layer_unit(layer), **_summary(result.statistics))
+        self.workspace.reporter.unit(layer_unit(layer), **_summary(result.statistics))
 
 
 def _weights(workspace: Workspace) -> _Weights:
@@ -349,6 +357,14 @@ def _tokens(workspace: Workspace) -> Tokens:
         cache = workspace.folder(STATE) / CACHE_NAME
         workspace.calibration = load_tokens(workspace.recipe, workspace.source.checkpoint.folder, cache)
     return workspace.calibration
+
+
+def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+    """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
+    nearly all of what a layer computes."""
+    arch, config = source.architecture, source.config
+    matrix = int(config[arch.hidden_key]) * int(config[arch.intermediate_key])
+    return n_grid * int(config[arch.top_k_key]) * len(arch.expert_linears) * matrix
 
 
 def widest_layer(source: Fp8Source) -> int:

@@ -21,7 +21,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
     """Run or resume stages under the work_dir's lock. Raises MmqError."""
-    with lock(workspace.work_dir):
+    with lock(workspace.work_dir, workspace.reporter):
         for name in names:
             execute(STAGES[name], workspace, restart)
 
