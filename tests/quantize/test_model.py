@@ -178,7 +178,7 @@ def test_the_fp8_source_gives_the_bytes_of_the_bf16_path(finished: Path, project
 
 def test_reading_a_layer_ahead_changes_nothing(finished: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that holds two layers."""
-    monkeypatch.setattr(awq, "_two_layers_fit", lambda *_: True)
+    monkeypatch.setattr(awq._Stage, "_fit_memory", lambda _: True)
     run_stages(Workspace.of(load(write_recipe(project, source="fp8"))), ["awq"])
     assert digests(project / "run/awq") == digests(finished / "run/awq")
 

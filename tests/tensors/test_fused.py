@@ -6,15 +6,26 @@ products, to a tolerance that stands beside each.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import mmq.tensors.dispatch
 from mmq.tensors.dispatch import Way, way
-from mmq.tensors.experts import combine, gated_rows, grouped_linear, grouped_rows, token_losses
+from mmq.tensors.experts import (
+    combine,
+    gated_rows,
+    grouped_linear,
+    grouped_rows,
+    magnitude_sums,
+    second_moments,
+    squares_by_expert,
+    token_losses,
+)
 from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled
 
@@ -28,9 +39,23 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Triton counts as working wherever the tests run, unless one takes it away, and numba never."""
     if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton was imported without its interpreter")
+    _let_numbers_be_indices(monkeypatch)
     monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 2**62)
     monkeypatch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: True)
     yield
+
+
+def _let_numbers_be_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter keeps a number in an array of one element, which numpy 2.4 no longer takes for one, as the end of
+    a loop say."""
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch, function: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -157,6 +182,15 @@ def test_tokens_are_summed_as_torch_sums_them(shape: tuple[int, int, int], monke
     assert combine(outputs, place, weights, start) is start
     torch.testing.assert_close(start.double(), exact, rtol=0, atol=1e-6 * top_k)
 
+    # Rows a part at a time: what is not there is not added.
+    cut = tokens * top_k // 3
+    left = reference.clone()
+    combine(outputs[:cut], place, -weights, left)
+    rest = token_losses(outputs[cut:], place, weights, left, cut)
+    torch.testing.assert_close(rest.double(), exact.square().sum(1), rtol=2e-6, atol=0)
+    parts = combine(outputs[cut:], place, weights, combine(outputs[:cut], place, weights, reference.neg()), cut)
+    torch.testing.assert_close(parts.double(), exact, rtol=0, atol=1e-6 * top_k)
+
     # The same bits when tokens are shared out in another way.
     half = -(-tokens // 2)
     for part in (slice(0, half), slice(half, tokens)):
@@ -234,6 +268,7 @@ def test_gated_products_are_torchs(counts: list[int], inner: int, outer: int, mo
         # Four roundings to bf16, of which a sum in another order may turn each.
         torch.testing.assert_close(result.float(), expected.float(), rtol=2**-6, atol=2**-9)
         assert result.shape == (sum(counts), outer) and result.dtype == torch.bfloat16
+        assert torch.equal(gated_rows(x[token], None, weight, ends, activation), result)
     gelu = gated_rows(x, token, weight, ends, torch.nn.functional.gelu)
     assert torch.equal(gelu, plain(monkeypatch, lambda: gated_rows(x, token, weight, ends, torch.nn.functional.gelu)))
 
@@ -311,3 +346,41 @@ def test_stacked_fp8_blocks_are_dequantized_as_torch_dequantizes_them(
 
 def test_no_fp8_weights() -> None:
     assert dequantize_blocks(e4m3(0, 4, 4), torch.ones(0, 1, 1, device=DEVICE)).shape == (0, 4, 4)
+
+
+@pytest.mark.parametrize(("counts", "width"), [([5, 0, 17, 1], 64), ([1], 8), ([0, 0, 3], 200), ([40, 60, 0], 72)])
+def test_sums_over_an_experts_rows_are_torchs(counts: list[int], width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, ends = rows_of(counts, width)
+
+    def sums(function: Callable[..., None], *shape: int) -> torch.Tensor:
+        out = torch.ones(len(counts), *shape, device=DEVICE)
+        function(rows, ends, out)
+        return out
+
+    # fp32 sums of numbers of one sign; for moments, an error in proportion to what their rows' magnitudes give.
+    expected = plain(monkeypatch, lambda: sums(magnitude_sums, width))
+    torch.testing.assert_close(sums(magnitude_sums, width), expected, rtol=1e-6, atol=0)
+    expected = plain(monkeypatch, lambda: sums(second_moments, width, width))
+    moments = sums(second_moments, width, width)
+    torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-6 * max(counts) * 9)
+    assert torch.equal(moments, moments.mT)
+    expected = plain(monkeypatch, lambda: squares_by_expert(rows, ends))
+    squares = squares_by_expert(rows, ends)
+    assert squares.dtype == torch.float64
+    torch.testing.assert_close(squares, expected, rtol=1e-6, atol=0)
+    assert all((squares[expert] == 0) == (count == 0) for expert, count in enumerate(counts))
+
+    rows[-1, -1] = torch.nan
+    last = max(expert for expert, count in enumerate(counts) if count)
+    assert squares_by_expert(rows, ends).isnan().nonzero().tolist() == [[last]]
+    assert sums(magnitude_sums, width).isnan().nonzero().tolist() == [[last, width - 1]]
+    assert sums(second_moments, width, width).isnan().sum() == 2 * width - 1
+
+
+def test_no_rows_have_no_sums() -> None:
+    rows, ends = rows_of([0, 0], 16)
+    assert squares_by_expert(rows, ends).tolist() == [0, 0]
+    out = torch.ones(2, 16, 16, device=DEVICE)
+    second_moments(rows, ends, out)
+    magnitude_sums(rows, ends, out[:, 0])
+    assert bool((out == 1).all())

@@ -17,7 +17,7 @@ from mmq.families.table import Architecture
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
-from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
@@ -39,6 +39,10 @@ class LayerContent:
     gate_up: torch.Tensor
     down: torch.Tensor
     rest: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.gate_up, self.down, *self.rest.values()]
 
     @classmethod
     def stacked(
@@ -69,7 +73,7 @@ class LayerResult:
     """A quantized layer.
 
     Attributes:
-        tensors: what the layer's shard holds, by names in the layer, on the host.
+        tensors: what the layer's shard holds, by names in the layer, where they were computed.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
     """
@@ -105,6 +109,7 @@ class LayerQuantizer:
 
     Attributes:
         samples: tokens of each sample that is still in the run, by its number counted from 1.
+        budget: bytes of working memory; see `ExpertBlock.working_memory`.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class LayerQuantizer:
         self._shares = PARTS
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
+        self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
             mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
@@ -179,7 +185,7 @@ class LayerQuantizer:
             full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                settings.memory_budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
+                self.budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
             )  # fmt: skip
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
@@ -210,7 +216,7 @@ class LayerQuantizer:
             "seconds": clock.seconds,
         }
         self._shares = dict(clock.seconds)
-        return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
+        return LayerResult(tensors, hidden, statistics)
 
     def _search(
         self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]
@@ -273,14 +279,14 @@ class LayerQuantizer:
             (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
-            found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            packed, scale = (tensor.cpu() for tensor in found)
+            packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
             rows = weight.shape[1] // len(linears)
+            whole = fits(scale)
             for number, expert in enumerate(range(first, first + weight.shape[0])):
                 for place, linear in enumerate(linears):
                     base = f"{arch.expert.format(expert=expert)}{linear}.weight"
                     own = slice(place * rows, (place + 1) * rows)
-                    if not fits(scale[number, own]):
+                    if not whole and not fits(scale[number, own]):
                         raise CheckpointError(
                             f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
                         )

@@ -22,6 +22,7 @@ from mmq.tensors.experts import (
     gated_rows,
     grouped_linear,
     grouped_rows,
+    magnitude_sums,
     second_moments,
     squares_by_expert,
     token_losses,
@@ -35,6 +36,8 @@ CPU_STEP_ELEMENTS = 2**21
 CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+# What a GPU whose memory turns out to be short is asked for at least.
+LEAST_BUDGET = 2**28
 
 
 def default_budget(device: torch.device) -> int:
@@ -321,14 +324,11 @@ class DownInputs:
 
     def add(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
         """Take rows [R, I], sorted by expert, and where each expert's end."""
-        begin = 0
-        for expert, end in enumerate(ends.tolist()):
-            self.sums[expert] += rows[begin:end].abs().sum(0, dtype=torch.float32)
-            if self.moments is not None:
-                second_moments(rows[begin:end], self.moments[expert])
-            begin = end
+        magnitude_sums(rows, ends, self.sums)
         if self.moments is None:
             self.rows.append((rows, ends))
+        else:
+            second_moments(rows, ends, self.moments)
 
     def squared_change(self, change: torch.Tensor) -> torch.Tensor:
         """Squared change of each expert's output, float32 [E], when its weight changes by D, `change` [E, H, I].

@@ -55,17 +55,18 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """`dequantize_block` of stacked matrices, each with its own blocks.
 
     Args:
         weight: float8_e4m3fn [n, out, in].
         scale: float32 [n, ceil(out/128), ceil(in/128)].
+        out: where to put the result.
 
     Returns:
         bfloat16 [n, out, in], on the weight's device.
     """
-    result = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    result = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device) if out is None else out
     if way(weight) is Way.TRITON:
         from mmq.tensors.fused import dequantize
 
@@ -74,6 +75,13 @@ def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor
     for matrix, own, target in zip(weight, scale, result, strict=True):
         target.copy_(dequantize_block(matrix, own))
     return result
+
+
+def broken_matrices(weight: torch.Tensor) -> torch.Tensor:
+    """Which of stacked matrices [n, out, in], float8_e4m3fn or bfloat16, hold NaN or infinity: bool [n]."""
+    if weight.dtype == torch.float8_e4m3fn:
+        return (weight.view(torch.uint8).bitwise_and(_MAGNITUDE) == _NAN).flatten(1).any(1)
+    return ~torch.isfinite(weight).flatten(1).all(1)
 
 
 def has_nan(weight: torch.Tensor) -> bool:

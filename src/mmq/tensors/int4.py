@@ -101,8 +101,9 @@ def fits(scale: torch.Tensor) -> bool:
 
 def working_bytes(weight: torch.Tensor) -> int:
     """What `fake_quantize_scaled` takes for each weight, its result included."""
-    # An fp32 copy that is worked on, and room for what one of its steps makes.
-    return weight.element_size() + 6
+    width = weight.element_size()
+    # In one pass; else an fp32 copy that is worked on, and room for what one of its steps makes.
+    return width if way(weight) is Way.TRITON else width + 6
 
 
 def fake_quantize_scaled(
