@@ -40,7 +40,7 @@ from mmq.tensors.fp8 import is_finite
 
 name = "eval"
 REPORT_NAME = "eval.json"
-DEFAULT_DATA = "calibration_data/eval.jsonl"
+DEFAULT_DATA = "builtin:eval"
 HEAD = "head"
 # The fingerprint's field that says of which result the evaluation is.
 RESULT_FIELD = "hybrid (restore's output)"
