@@ -23,6 +23,7 @@ KERNELS = {
     "_fake_quantize",
     "_grouped_product",
     "_magnitude_sums",
+    "_normalized_mean",
     "_row_squares",
     "_second_moments",
     "_sums_by_expert",
@@ -83,6 +84,7 @@ def compile_all() -> list[dict[str, Any]]:
         gate_up, down = bf16(experts, 2 * inner, hidden), bf16(experts, hidden, inner)
         for change in (False, True):
             quantize.fake_quantize_scaled(gate_up[:1], torch.ones(hidden), group, gate_up[:1], change)
+        quantize.normalized_mean(gate_up[:1], group)
         ends = torch.ones(experts, dtype=torch.int32)
         token = torch.zeros(count, dtype=torch.int64)
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)
@@ -127,7 +129,7 @@ def test_every_kernel_compiles(capability: int, compiled: list[dict[str, Any]]) 
         # Denormal numbers are kept, as torch keeps them.
         assert not kernel["flushes"]
         # A product and a sum that are rounded once would be other bits than torch's.
-        assert not (kernel["fused"] and kernel["name"] in ("_fake_quantize", "_dequantize"))
+        assert not (kernel["fused"] and kernel["name"] in ("_fake_quantize", "_normalized_mean", "_dequantize"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from mmq.errors import RecipeError
 # Blocks that grow instead of pieces that don't fit: layers of one size come and go beside chunks of many. Read by torch
 # at its first allocation.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Products that come out the same every time: cuBLAS's own workspaces, not whichever is free.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def named_device(name: str) -> torch.device:

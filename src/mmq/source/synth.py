@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
     if min(asdict(sizes).values()) < 1 or sizes.top_k > sizes.experts or sizes.heads % sizes.kv_heads:
         raise RecipeError("top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder, sizes.vocabulary)
+    write_tokenizer(folder, sizes.vocabulary)
     tensors = _tensors(MINIMAX_M2, sizes, torch.Generator().manual_seed(seed))
     names = list(tensors)
     if shuffle:
@@ -206,7 +206,7 @@ def _cut(names: list[str], tensors: dict[str, torch.Tensor], shards: int) -> lis
     return parts
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
     """A byte-level BPE tokenizer trained on a few lines."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

@@ -147,12 +147,18 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         weight: [n, out, in]; computed in its own dtype, as `AWQModifier._compute_layer_means` does.
     """
-    if way(weight) is Way.NUMBA:
-        from mmq.tensors import compiled
+    match way(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.normalized_mean(weight, group_size)
+            return compiled.normalized_mean(weight, group_size)
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import quantize
+
+            return quantize.normalized_mean(weight, group_size)
     groups = weight.abs().unflatten(-1, (-1, group_size))
-    groups.div_(groups.amax(-1, keepdim=True) + SMALLEST_GROUP)
+    # A tensor again: CPUs round a plain number to the weights' dtype before it is added, CUDA does not.
+    groups.div_(groups.amax(-1, keepdim=True) + weight.new_full((), SMALLEST_GROUP))
     return groups.flatten(-2).sum(1, dtype=torch.float64)
 
 

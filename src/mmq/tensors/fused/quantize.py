@@ -1,4 +1,4 @@
-"""`int4.fake_quantize_scaled` in one pass: two bytes of a weight read, two written."""
+"""`int4.fake_quantize_scaled` and `int4.normalized_mean` in one pass: a weight is read once, and written once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN
+from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
 from mmq.tensors.fused.launch import INTERPRETED, programs, to_bf16, to_fp32
 
 # Weights of a program: neighbouring groups of some rows, 16 weights to a thread.
 TILE, COLUMNS, WARPS = 2048, 512, 4
+# Rows at a time where they are summed.
+SUMMED_ROWS = 16
 _BF16 = torch.finfo(torch.bfloat16)
+_SMALLEST = torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item()
 
 
 @triton.jit
@@ -128,3 +131,52 @@ def fake_quantize_scaled(
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
+
+
+@triton.jit
+def _normalized_mean(
+    weight,
+    sums,
+    rows,
+    columns,
+    weight_expert,
+    weight_row,
+    SMALLEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """A group of all rows of an expert, ROWS at a time."""
+    expert = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0) * GROUP + tl.arange(0, GROUP)
+    total = tl.zeros([ROWS, GROUP], dtype=tl.float64)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        place = weight + expert * weight_expert + row.to(tl.int64)[:, None] * weight_row + column[None, :]
+        value = tl.abs(to_fp32(tl.load(place, mask=(row[:, None] < rows) & (column[None, :] >= 0), other=0.0)))
+        largest = tl.max(value.to(tl.int32, bitcast=True), axis=1).to(tl.float32, bitcast=True)
+        unit = to_fp32(to_bf16(largest + SMALLEST, INTERPRETED))
+        share = tl.div_rn(value, tl.broadcast_to(unit[:, None], (ROWS, GROUP)))
+        total += to_fp32(to_bf16(share, INTERPRETED)).to(tl.float64)
+    tl.store(sums + expert * columns + column, tl.sum(total, axis=0))
+
+
+def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """`int4.normalized_mean`; a group's size is a power of two."""
+    experts, rows, columns = weight.shape
+    sums = torch.empty(experts, columns, dtype=torch.float64, device=weight.device)
+    with torch.cuda.device_of(weight):
+        _normalized_mean[(columns // group_size, experts)](
+            weight,
+            sums,
+            rows,
+            columns,
+            weight.stride(0),
+            weight.stride(1),
+            SMALLEST=_SMALLEST,
+            ROWS=SUMMED_ROWS,
+            GROUP=group_size,
+            INTERPRETED=INTERPRETED,
+            num_warps=WARPS,
+        )
+    return sums
