@@ -23,9 +23,6 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 import torch
 
 from mmq.recipe import Recipe
-from mmq.run.lock import lock
-from mmq.run.output_shards import layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, Workspace
 from mmq.source.block_fp8 import SCALE_SUFFIX
 from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import Plan, execute
@@ -34,6 +31,9 @@ from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import DTYPES, TensorSpec, save_tensors, write_shard
 from mmq.tensors.fp8 import scale_shape
+from mmq.workdir.lock import lock
+from mmq.workdir.output_shards import layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, Workspace
 
 HIDDEN, INNER, SHARD = 3072, 1536, 512 * 2**20
 CHUNK = 2**24

@@ -34,10 +34,10 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.calibration import load_tokens
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
     dequantized,

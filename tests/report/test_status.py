@@ -17,9 +17,9 @@ from cli.test_cli import events, succeed
 from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.recipe import load
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
 from mmq.stages.pipeline import plans
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import Workspace
 from stages.test_resume import FORK
 
 

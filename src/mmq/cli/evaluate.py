@@ -33,7 +33,7 @@ def evaluate(
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
         from mmq.prove.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         # A path on the command line starts from the current folder, one in a recipe from the project's.
         path = DEFAULT_DATA if data is None else str(data)

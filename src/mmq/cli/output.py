@@ -20,8 +20,8 @@ from rich.text import Text
 
 from mmq.cli.streams import Stream
 from mmq.errors import printable
-from mmq.run.progress import Listener, Progress
 from mmq.text import bytes_text, duration_text
+from mmq.workdir.progress import Listener, Progress
 
 Rows = list[dict[str, Any]]
 

@@ -24,12 +24,6 @@ from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_l
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.run.journal import StageJournal
-from mmq.run.layer_files import LayerFiles
-from mmq.run.lock import lock
-from mmq.run.output_shards import layer_unit
-from mmq.run.versions import versions
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
 from mmq.stages.base import begin_run, check_disk
@@ -37,6 +31,12 @@ from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, writ
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import is_finite
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.lock import lock
+from mmq.workdir.output_shards import layer_unit
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import HYBRID, Workspace
 
 name = "eval"
 REPORT_NAME = "eval.json"

@@ -19,10 +19,10 @@ from huggingface_hub.utils import validate_repo_id
 from mmq.errors import JournalError, MmqError, PushError, one_line
 from mmq.prove.verify import finished_files, read_report
 from mmq.report.card import render
-from mmq.run.lock import lock
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import HYBRID, Workspace
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoUrl

@@ -8,12 +8,12 @@ from typing import Any
 
 from mmq.prove import evaluate
 from mmq.prove.verify import read_report
-from mmq.run.journal import Journal, StageJournal
-from mmq.run.lock import Holder, lock_holder
-from mmq.run.progress import percent_of, seconds_left
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.stages import restore
 from mmq.stages.pipeline import STAGES, plans, stages_of
+from mmq.workdir.journal import Journal, StageJournal
+from mmq.workdir.lock import Holder, lock_holder
+from mmq.workdir.progress import percent_of, seconds_left
+from mmq.workdir.workspace import HYBRID, Workspace
 
 
 def status(workspace: Workspace) -> dict[str, Any]:

@@ -34,10 +34,6 @@ from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
-from mmq.run.journal import StageJournal
-from mmq.run.layer_files import LayerFiles
-from mmq.run.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, BF16, STATE, Workspace
 from mmq.serve.quantization_config import output_config
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
@@ -48,6 +44,10 @@ from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
 from mmq.text import gib_text
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"
 OUTSIDE = "outside"

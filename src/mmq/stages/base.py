@@ -16,11 +16,11 @@ import torch
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.machine.device import named_device, peak_device, peak_host
 from mmq.machine.threads import computing, signals_held
-from mmq.run.journal import StageJournal
-from mmq.run.versions import versions
-from mmq.run.workspace import Workspace
 from mmq.storage.atomic import make_folder, remove_temporaries
 from mmq.text import bytes_text
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import Workspace
 
 # Python, torch and the libraries, before any tensor.
 BASE_MEMORY = 800 * 2**20

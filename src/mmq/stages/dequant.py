@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from mmq.run.journal import StageJournal
-from mmq.run.workspace import BF16, Workspace
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import finish_folder
 from mmq.storage.shards import shard_size, write_shard
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.workspace import BF16, Workspace
 
 name = "dequant"
 

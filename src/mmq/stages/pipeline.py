@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmq.recipe import Recipe
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
 from mmq.stages import awq, dequant, restore
 from mmq.stages.base import Plan, Stage, execute, free_disk
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import Workspace
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (dequant, awq, restore)}
 

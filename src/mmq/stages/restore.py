@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from mmq.errors import CheckpointError, JournalError
-from mmq.run.journal import StageJournal
-from mmq.run.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
-from mmq.run.workspace import AWQ, HYBRID, Workspace
 from mmq.serve.quantization_config import output_config
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
+from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
 

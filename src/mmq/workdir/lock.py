@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from mmq.errors import LockedError
-from mmq.run.progress import Progress, Reporter
 from mmq.storage.atomic import make_folder, naming, write_all
+from mmq.workdir.progress import Progress, Reporter
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import pytest
 from mmq.cli.output import HumanOutput, JsonOutput
 from mmq.cli.streams import Stream
 from mmq.recipe import load
-from mmq.run.lock import lock, lock_holder
-from mmq.run.progress import EVERY, Listener, Progress, Reporter
-from mmq.run.workspace import Workspace
 from mmq.stages.pipeline import run_stages
+from mmq.workdir.lock import lock, lock_holder
+from mmq.workdir.progress import EVERY, Listener, Progress, Reporter
+from mmq.workdir.workspace import Workspace
 
 
 class Clock:
