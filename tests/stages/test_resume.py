@@ -29,8 +29,8 @@ from faults.harness import FOLDERS, FORK
 from faults.inject import Fault, Injector
 from mmq.cli.app import app
 from mmq.errors import LockedError
-from mmq.run.lock import lock
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
+from mmq.workdir.lock import lock
 from storage.test_storage import edit_tensors
 
 
