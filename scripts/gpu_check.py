@@ -664,7 +664,11 @@ def tiny(context: Context) -> Iterator[Facts]:
             return facts if facts["ok"] else facts | {"error": done.stderr[-500:]}
 
         runs = [("first", "", False)]
-        runs += [("again", "", False), ("killed", "", True), ("alone", ALONE, False), ("strict", STRICT, False)] if not context.small else []
+        runs += (
+            [("again", "", False), ("killed", "", True), ("alone", ALONE, False), ("strict", STRICT, False)]
+            if not context.small
+            else []
+        )
         for run, code, kill in runs:
             facts = finished(run, context.device, code, kill)
             if facts["ok"] and run != "first":
