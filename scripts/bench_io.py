@@ -24,14 +24,14 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 import torch
 
 from mmq.recipe import Recipe
-from mmq.run.lock import lock
-from mmq.run.output_shards import layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, Workspace
 from mmq.stages.base import Plan, execute
 from mmq.stages.pipeline import STAGES
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import DTYPES, TensorSpec, write_shard
+from mmq.workdir.lock import lock
+from mmq.workdir.output_shards import layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, Workspace
 from real_layers import Shape, write_layers
 
 SHARD = 512 * 2**20

@@ -26,9 +26,9 @@ if os.environ.get("MMQ_TEST_DEVICE", "cpu") == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mmq.recipe import load  # noqa: E402
-from mmq.run.workspace import Workspace  # noqa: E402
 from mmq.source.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
 from mmq.stages.pipeline import run_stages  # noqa: E402
+from mmq.workdir.workspace import Workspace  # noqa: E402
 
 TINY = Sizes()
 SAMPLES = 12

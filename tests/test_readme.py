@@ -56,7 +56,6 @@ def test_the_readmes_mmq_commands_run_in_order(pristine: Path, tmp_path: Path, m
     recipe["awq"]["calibration"]["sequence_length"] = 48
     shutil.copytree(pristine / "source", tmp_path / "source")
     shutil.copytree(pristine / "source", tmp_path / "MiniMaxAI/MiniMax-M2.1")
-    shutil.copytree(ROOT / "calibration_data", tmp_path / "calibration_data")
     (tmp_path / "configs").mkdir()
     (tmp_path / REAL_RECIPE).write_text(yaml.safe_dump(recipe), encoding="utf-8")
     monkeypatch.chdir(tmp_path)

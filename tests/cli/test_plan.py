@@ -21,12 +21,12 @@ from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, tensors_of
 from mmq.quantize.memory import AwqMemory, awq_memory
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.serve.memory import Gpus, weights_per_gpu
 from mmq.source.samples import most_tokens
 from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import BASE_MEMORY
 from mmq.stages.pipeline import STAGES
+from mmq.workdir.workspace import Workspace
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)

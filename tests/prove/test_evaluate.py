@@ -34,11 +34,10 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.calibration import load_tokens
-from mmq.source.synth import write_samples
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
     dequantized,
@@ -60,11 +59,9 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def ready(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished project with held-out samples where `mmq eval` looks for them. Don't write."""
+    """The finished project, to be evaluated on the samples that mmq ships. Don't write."""
     folder = tmp_path_factory.mktemp("ready")
     shutil.copytree(finished, folder, dirs_exist_ok=True)
-    (folder / "calibration_data").mkdir()
-    write_samples(folder / "calibration_data/eval.jsonl", 2 * SAMPLES, seed=1)
     return folder
 
 
@@ -340,7 +337,7 @@ def test_bad_input_is_refused(copy: Path, project: Path, tmp_path: Path) -> None
     recipe = copy / "recipe.yaml"
     missing = tmp_path / "missing.jsonl"
     assert f"there is no calibration file {missing}" in refused("eval", recipe, "--data", missing)
-    assert "has 20 samples" in refused("eval", recipe, "--samples", 21)
+    assert "has 24 samples" in refused("eval", recipe, "--samples", 25)
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a"}\n', encoding="utf-8")
     assert "nothing to predict" in refused("eval", recipe, "--data", short)

@@ -20,11 +20,11 @@ from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.routed_experts import ExpertBlock, top_up
 from mmq.quantize.routed_experts import Weights as StackedWeights
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages import awq
 from mmq.stages.pipeline import run_stages
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
     dequantized,
@@ -248,7 +248,7 @@ import sys
 from mmq.stages.pipeline import run_stages
 from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
-from mmq.run.workspace import Workspace
+from mmq.workdir.workspace import Workspace
 from pathlib import Path
 run_stages(Workspace.of(load(Path(sys.argv[1]))), sys.argv[2].split(","))
 print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024)

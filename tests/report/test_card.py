@@ -33,8 +33,8 @@ from mmq.report.card import (
     write_card,
 )
 from mmq.report.facts import read_run
-from mmq.run.workspace import Workspace
 from mmq.stages.pipeline import run_stages
+from mmq.workdir.workspace import Workspace
 
 SOURCE_CARD = """---
 license: other

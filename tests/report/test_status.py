@@ -17,9 +17,9 @@ from cli.test_cli import events, succeed
 from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.recipe import load
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
 from mmq.stages.pipeline import plans
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import Workspace
 from stages.test_resume import FORK
 
 
@@ -95,8 +95,9 @@ def test_an_evaluation_at_work(finished_copy: Path) -> None:
     with halted(*arguments, renames=5):
         found = status(recipe)
         assert (found["running"]["stage"], found["running"]["unit"]) == ("eval", "layer-00001")
+        # The source's half of the second of three layers and a head.
         assert found["stages"][-1] == {
-            "stage": "eval", "state": "at work", "done": 1, "units": 3, "percent": 33.3, "last": "layer-00000",
+            "stage": "eval", "state": "at work", "done": 1, "units": 3, "percent": 50.0, "last": "layer-00000",
         }  # fmt: skip
         assert found["next"] == f"mmq verify {recipe}"
 
@@ -124,7 +125,7 @@ def test_another_hosts_process_cannot_be_seen(finished_copy: Path) -> None:
     found = status(recipe)
     assert found["running"] | {"eta_seconds": None} == {
         "process": 7, "host": "elsewhere", "since": "2026-01-02 03:04:05", "seen": False, "stage": "restore",
-        "unit": None, "eta_seconds": None,
+        "unit": None, "part": "", "at": "", "eta_seconds": None,
     }  # fmt: skip
     assert found["stages"][-1]["state"] == "begun"
     assert f"{text}; whether it lives can't be seen from here" in succeed("status", recipe)
@@ -144,7 +145,7 @@ def test_the_time_left_follows_the_pace_of_the_last_run(project: Path, finished:
 
     edit_json(run / "journal.json", one_layer)
     (plan,) = plans(Workspace.of(load(recipe)), ["awq"])
-    first, *others = (unit.read + unit.written for unit in plan.units)
+    first, *others = (unit.weight for unit in plan.units)
     with lock(run):
         found = status(recipe)
     wanted = 100 * sum(others) / first

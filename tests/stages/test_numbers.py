@@ -17,10 +17,10 @@ from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.recipe import KvCacheScheme, load
-from mmq.run.workspace import Workspace
 from mmq.source.synth import Sizes, model_config, write_checkpoint
 from mmq.stages import awq
 from mmq.tensors.int4 import fake_quantize_scaled, fits, quantize_stack
+from mmq.workdir.workspace import Workspace
 from reference import dequantized, read_folder
 from stages.test_resume import stopped
 from storage.test_storage import edit_tensors

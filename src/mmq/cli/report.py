@@ -11,7 +11,7 @@ from mmq.recipe import load
 
 if TYPE_CHECKING:
     from mmq.report.page import Written
-    from mmq.run.workspace import Workspace
+    from mmq.workdir.workspace import Workspace
 
 
 def report(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
@@ -20,7 +20,7 @@ def report(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quie
         output = make_output(mode(json, quiet))
         loaded = load(recipe, set_)
         quiet_libraries()
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         written = write_and_note(Workspace.of(loaded, output, offline=True), output)
         if json:

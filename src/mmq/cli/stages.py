@@ -12,7 +12,7 @@ from mmq.cli.session import session
 from mmq.text import bytes_text
 
 if TYPE_CHECKING:
-    from mmq.run.workspace import Workspace
+    from mmq.workdir.workspace import Workspace
 
 
 HELP = {
@@ -51,8 +51,8 @@ def _run(
 ) -> None:
     # A plan touches nothing, a log file neither.
     with session(command, path, overrides, shown, None if dry_run else log_file) as run:
-        from mmq.run.workspace import Workspace
         from mmq.stages.pipeline import run_stages, stages_of
+        from mmq.workdir.workspace import Workspace
 
         whole = command == "run"
         names = stages_of(run.recipe) if whole else [command]

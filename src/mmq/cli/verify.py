@@ -14,7 +14,7 @@ from mmq.recipe import load
 from mmq.text import duration_text
 
 if TYPE_CHECKING:
-    from mmq.run.workspace import Workspace
+    from mmq.workdir.workspace import Workspace
 
 SHOWN_PROBLEMS = 20
 
@@ -24,7 +24,7 @@ def verify(
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
     with session("verify", recipe, set_, mode(json, quiet), log_file) as run:
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         with run.output.live():
             verify_and_report(Workspace.of(run.recipe, run.output), run.output)
@@ -52,7 +52,7 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.report.status import status as read_status
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
         again = recipe_arguments(recipe, set_)
@@ -75,6 +75,7 @@ def _at_work(running: dict[str, Any]) -> str:
     who = f"process {running['process']} on {running['host']} since {running['since']}"
     if not running["seen"]:
         return f"at work, or stopped without a trace: {who}; whether it lives can't be seen from here"
-    what = f", {running['stage']}: {running['unit'] or 'ending'}" if running["stage"] else ""
+    doing = ", ".join(filter(None, (running["unit"] or "ending", running["part"], running["at"])))
+    what = f", {running['stage']}: {doing}" if running["stage"] else ""
     eta = running["eta_seconds"]
     return f"at work: {who}{what}" + ("" if eta is None else f", {duration_text(eta)} left of this stage")

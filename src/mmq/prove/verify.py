@@ -12,9 +12,9 @@ from mmq.errors import CheckpointError, JournalError
 from mmq.prove.check_config import check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
+from mmq.workdir.workspace import HYBRID, Workspace
 
 REPORT_NAME = "verify.json"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -91,6 +91,12 @@ class NotFiniteError(CalibrationError):
         self.samples = samples
 
 
+# Parts of a layer's time before one was measured, in order.
+PARTS = {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1}
+# How much of the search is done after the norm's, and after down's.
+SEARCHED = 0.7, 0.9
+
+
 class LayerQuantizer:
     """Quantizes the layers of one model, each given the hidden states that the one before it left.
 
@@ -98,7 +104,8 @@ class LayerQuantizer:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
-        say: told what is being done.
+        say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
+            part.
 
     Attributes:
         samples: tokens of each sample that is still in the run, by its number counted from 1.
@@ -112,10 +119,11 @@ class LayerQuantizer:
         settings: Awq,
         lengths: list[int],
         device: torch.device,
-        say: Callable[[str], None] = lambda _: None,
+        say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self._shares = PARTS
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
@@ -160,7 +168,7 @@ class LayerQuantizer:
 
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
-        clock = _Clock(self.device, lambda part: self.say(f"layer {layer}: {part}"))
+        clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
             observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
@@ -182,7 +190,7 @@ class LayerQuantizer:
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
-            chosen, statistics = self._search(block, reference)
+            chosen, statistics = self._search(clock, block, reference)
         with clock.part("quantizing"):
             norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
             tensors = self._quantize_experts(layer, block, applied, chosen.inner)
@@ -207,12 +215,18 @@ class LayerQuantizer:
             "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
             "seconds": clock.seconds,
         }
+        self._shares = dict(clock.seconds)
         return LayerResult(tensors, hidden, statistics)
 
-    def _search(self, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Smoothed, dict[str, Any]]:
+    def _search(
+        self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]
+    ) -> tuple[Smoothed, dict[str, Any]]:
         """The scales to use: those found, unless the block as a whole is no better for them."""
-        norm = self.modifier.search_norm(block, reference, full=self.settings.search == "full")
-        down = self.modifier.search_down(block)
+        full = self.settings.search == "full"
+        to_norm, to_down = SEARCHED
+        norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
+        clock.step(to_down, "comparing with round-to-nearest")
         plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
         found = Smoothed(block, norm.scales, down.scales)
         before, after = Runner(), Runner()
@@ -321,15 +335,31 @@ def _added(residual: torch.Tensor, block: ExpertBlock, outputs: list[torch.Tenso
 
 
 class _Clock:
-    """Seconds of each part, the device's work included."""
+    """Seconds of each part, the device's work included; and how far the layer is.
 
-    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
+    Args:
+        shares: of the parts in the layer's time, in order, as they are expected.
+        say: told the part, the share of the layer that is done, and where in the part.
+    """
+
+    def __init__(
+        self, device: torch.device, shares: Mapping[str, float], say: Callable[[str, float, str], None]
+    ) -> None:
         self._device, self._say = device, say
+        total = sum(shares.values()) or 1.0
+        self._shares = {name: share / total for name, share in shares.items()}
+        self._part, self._before = "", 0.0
         self.seconds: dict[str, float] = {}
+
+    def step(self, share: float, at: str = "") -> None:
+        """So much of the present part is done. May be called from threads that compute."""
+        self._say(self._part, self._before + self._shares[self._part] * share, at)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._say(name)
+        names = list(self._shares)
+        self._part, self._before = name, sum(self._shares[part] for part in names[: names.index(name)])
+        self.step(0)
         begin = time.perf_counter()
         yield
         if self._device.type == "cuda":

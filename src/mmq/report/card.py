@@ -22,12 +22,12 @@ from mmq.families.sizes import Dimensions
 from mmq.prove import evaluate
 from mmq.report.calibration import describe
 from mmq.report.facts import RunFacts, StageFacts, loss_share, read_run
-from mmq.run.workspace import HYBRID, STATE, Workspace
 from mmq.serve.memory import parallel_problems
 from mmq.source.tokens import CACHE_NAME, kept_tokens
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
 from mmq.text import bytes_text, duration_text
+from mmq.workdir.workspace import HYBRID, STATE, Workspace
 
 TEMPLATE = "card.md.j2"
 TAGS = ("mmq", "awq", "int4", "fp8", "compressed-tensors", "moe", "vllm")

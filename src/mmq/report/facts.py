@@ -18,13 +18,13 @@ from mmq.families import sizes
 from mmq.families.sizes import Dimensions, tensors_of
 from mmq.families.table import Architecture
 from mmq.prove import evaluate, verify
-from mmq.run.layer_files import LayerFiles
-from mmq.run.versions import versions
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import TensorSpec
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import HYBRID, Workspace
 
 
 @dataclass(frozen=True)

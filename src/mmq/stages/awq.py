@@ -34,10 +34,6 @@ from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
-from mmq.run.journal import StageJournal
-from mmq.run.layer_files import LayerFiles
-from mmq.run.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, BF16, STATE, Workspace
 from mmq.serve.quantization_config import output_config
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
@@ -48,12 +44,19 @@ from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
 from mmq.text import gib_text
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"
 OUTSIDE = "outside"
 # Of a GPU's memory, what libraries take for themselves.
 SPARE_MEMORY = 2**30
 STATISTICS = "layers.json"
+# Multiply-adds that take as long as a byte of a file, in order of magnitude: the layers' share of the work beside that
+# of what is only copied.
+OPERATIONS_PER_BYTE = 1000
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -61,14 +64,20 @@ def plan(workspace: Workspace) -> Plan:
     source, recipe = workspace.source, workspace.recipe
     _check_shapes(source, recipe.awq.group_size)
     fp8 = recipe.awq.source == "fp8"
+    tokens = most_tokens(recipe)
+    arithmetic = tokens * operations_per_token(source, recipe.awq.n_grid) // OPERATIONS_PER_BYTE
     units = []
     for layer in layers_and_rest(workspace):
         names = source.outside_names() if layer is None else source.layer_names(layer)
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
         specs = quantized_specs(workspace, layer)
-        units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
+        written = shard_size(specs)
+        if layer is None:
+            units.append(Unit(OUTSIDE, read, written))
+        else:
+            units.append(Unit(layer_unit(layer), read, written, arithmetic))
     widest = widest_layer(source)
-    hidden_states = most_tokens(recipe) * int(source.config[source.architecture.hidden_key])
+    hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
@@ -151,7 +160,7 @@ class _Stage:
             workspace.recipe.awq,
             tokens.lengths,
             self.device,
-            workspace.reporter.item,
+            self._say,
             self._excluded(),
         )
         self.hidden = self._hidden_states(tokens)
@@ -187,7 +196,7 @@ class _Stage:
 
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
-        self.workspace.reporter.item(f"layer {layer}: reading")
+        self.workspace.reporter.step(layer_unit(layer), "reading", 0, 1)
         reset_peak_device(self.device)
         begin = time.perf_counter()
         content = self._take_layer(layer)
@@ -258,6 +267,7 @@ class _Stage:
     def carry_outside(self) -> None:
         """Embeddings, final norm, head: as the dequantized checkpoint has them."""
         path = self.plan.folder / shard_name(self.workspace, None)
+        self.workspace.reporter.step(OUTSIDE, "copying", 0, 1)
         self._bring_near(self.source.outside_names())
         with (
             self.weights.checkpoint.reader() as reader,
@@ -265,7 +275,6 @@ class _Stage:
         ):
             for spec in shard.specs:
                 shard.add(spec.name, self.weights.read(reader, spec.name))
-        self.workspace.reporter.advance(self.plan.units[-1].read + self.plan.units[-1].written)
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
@@ -278,6 +287,9 @@ class _Stage:
         )
         self.journal.save()
         self.files.remove_hidden()
+
+    def _say(self, layer: int, part: str, share: float, at: str) -> None:
+        self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.
@@ -387,7 +399,6 @@ class _Stage:
             ):
                 weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
                 self.weights.read_stack(reader, weights, self.up, target)
-        self.workspace.reporter.advance(self.plan.units[layer].read)
         return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
@@ -410,9 +421,7 @@ class _Stage:
             self.journal.forget_files(layer_unit(layer - 1), [self.files.in_journal(self.files.hidden(layer - 1))])
         self.journal.finish_unit(layer_unit(layer), files)
         self.files.remove_hidden(but=hidden_path)
-        reporter = self.workspace.reporter
-        reporter.advance(self.plan.units[layer].written)
-        reporter.unit(layer_unit(layer), **_summary(result.statistics))
+        self.workspace.reporter.unit(layer_unit(layer), **_summary(result.statistics))
 
 
 def _weights(workspace: Workspace) -> _Weights:
@@ -432,6 +441,14 @@ def _tokens(workspace: Workspace) -> Tokens:
         cache = workspace.folder(STATE) / CACHE_NAME
         workspace.calibration = load_tokens(workspace.recipe, workspace.source.checkpoint.folder, cache)
     return workspace.calibration
+
+
+def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+    """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
+    nearly all of what a layer computes."""
+    arch, config = source.architecture, source.config
+    matrix = int(config[arch.hidden_key]) * int(config[arch.intermediate_key])
+    return n_grid * int(config[arch.top_k_key]) * len(arch.expert_linears) * matrix
 
 
 def widest_layer(source: Fp8Source) -> int:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from mmq.run.journal import StageJournal
-from mmq.run.workspace import BF16, Workspace
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import finish_folder
 from mmq.storage.shards import TensorSpec, shard_size, write_shard
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.workspace import BF16, Workspace
 
 name = "dequant"
 
@@ -58,21 +58,17 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
     def convert(unit: Unit, stop: threading.Event) -> None:
         specs = [source.specs[t] for t in source.checkpoint.shards[unit.name] if t in source.specs]
-        left = unit.read + unit.written
+        done, total = 0, unit.read + unit.written
         # In large pieces, and where the disk fails the error has its sentence; a mapped file's would be a signal.
-        reporter.item(f"{unit.name}: reading")
+        reporter.step(unit.name, "reading", done, total)
         source.checkpoint.read_ahead(source.checkpoint.shards[unit.name], stop)
         with source.checkpoint.reader() as reader, write_shard(plan.folder / unit.name, specs) as shard:
             for spec in shard.specs:
                 check_stop(stop)
-                reporter.item(spec.name)
+                reporter.step(unit.name, "converting", done, total, spec.name)
                 out = kept.of(spec) if spec.name in source.scales else None
                 shard.add(spec.name, source.read(reader, spec.name, out=out))
-                step = spec.nbytes + source.checkpoint.specs[spec.name].nbytes
-                left -= step
-                reporter.advance(step)
-        # Scales and the header.
-        reporter.advance(left)
+                done += spec.nbytes + source.checkpoint.specs[spec.name].nbytes
         journal.finish_unit(unit.name, {f"{BF16}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 

@@ -13,9 +13,9 @@ import pytest
 from cli.test_cli import refused, succeed
 from conftest import edit_json
 from mmq.errors import JournalError
-from mmq.run.journal import Journal
-from mmq.run.versions import PACKAGES
 from mmq.storage.atomic import write_bytes
+from mmq.workdir.journal import Journal
+from mmq.workdir.versions import PACKAGES
 from stages.test_resume import FOLDERS, assert_same_outputs, stopped, up_to
 
 
