@@ -1,6 +1,6 @@
 """Layers of MiniMax-M2.5's shape with weights that differ and routers that route, for benchmarks.
 
-Not a program. `scripts/gpu_check.py` imports it:
+Not a program. `scripts/gpu_check.py` and `scripts/bench_io.py` import it:
 
     write_layers(folder, layers=3, device=torch.device("cuda"))
     content, config, hidden = layer_in_memory(Shape(), tokens=131072, device=torch.device("cuda"))
@@ -109,8 +109,15 @@ def layer_in_memory(
     return LayerContent(gate_up, down, rest), model_config(shape.sizes(1)), hidden.to(torch.bfloat16)
 
 
-def write_layers(folder: Path, layers: int, device: torch.device, shape: Shape | None = None, seed: int = 0) -> None:
-    """An fp8 checkpoint of some layers, in shards of a gigabyte, with a tokenizer of 1024 tokens."""
+def write_layers(
+    folder: Path,
+    layers: int,
+    device: torch.device,
+    shape: Shape | None = None,
+    seed: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """An fp8 checkpoint of some layers, in shards of a gigabyte unless told, with a tokenizer of 1024 tokens."""
     shape = shape or Shape()
     folder.mkdir(parents=True)
     sizes = shape.sizes(layers)
@@ -131,7 +138,7 @@ def write_layers(folder: Path, layers: int, device: torch.device, shape: Shape |
             part[name], part[name + SCALE_SUFFIX] = codes.cpu(), scale.cpu()
         else:
             part[name] = tensor.cpu()
-        if sum(own.nbytes for own in part.values()) >= SHARD_BYTES:
+        if sum(own.nbytes for own in part.values()) >= shard_bytes:
             flush()
 
     add(ARCH.embedding, draw.normal(sizes.vocabulary, shape.hidden).to(torch.bfloat16))

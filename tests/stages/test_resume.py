@@ -364,7 +364,7 @@ def test_a_garbage_journal_is_refused(project: Path, command: str, content: str)
     assert digests(project / "run").keys() <= {"journal.json", "lock"}
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_a_journal_of_another_format_is_refused(finished_copy: Path, version: object) -> None:
     edit_json(finished_copy / "run" / "journal.json", lambda journal: journal.update(format=version))
     message = refused("dequant", finished_copy / "recipe.yaml")

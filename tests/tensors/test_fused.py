@@ -31,6 +31,9 @@ from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
 
 pytest.importorskip("triton")
 
+# The interpreter computes by numpy, which speaks of infinities and NaN.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
 DEVICE = torch.device(os.environ.get("MMQ_TEST_DEVICE", "cpu"))
 
 

@@ -59,8 +59,17 @@ class Fp8Source:
             if name not in dropped
         }
 
-    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        device: torch.device | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
+
+        Args:
+            out: bfloat16 of its shape on the device, where an fp8 weight is dequantized to.
 
         Raises:
             CheckpointError: it holds a NaN or an infinity, or its dequantized values would.
@@ -75,7 +84,7 @@ class Fp8Source:
         scale = reader[self.scales[name]].to(weight.device)
         if not is_finite(scale):
             raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
-        result = dequantize_block(weight, scale)
+        result = dequantize_block(weight, scale, out)
         # Only such a scale can lead out of bf16's range, and looking at every weight again would take its time.
         if float(scale.abs().max()) > LARGEST_SAFE_SCALE and not is_finite(result):
             raise CheckpointError(f"{self.checkpoint.folder}: {name} times {self.scales[name]} is beyond bf16's range")
@@ -89,7 +98,7 @@ class Fp8Source:
         """
         if lane.device.type == "cpu":
             for name, own in zip(names, target, strict=True):
-                own.copy_(self.read(reader, name))
+                self.read(reader, name, out=own)
             return
         folder = self.checkpoint.folder
         together = max(1, STACK_BYTES // target[0].numel())

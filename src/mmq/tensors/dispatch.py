@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # Numbers at one time from which on the second that a function takes to compile is well spent.
 COMPILED_FROM = 2**18
+# What kernels of one pass take.
+_ONE_PASS = (torch.bfloat16, torch.float8_e4m3fn)
 
 
 class Way(Enum):
@@ -33,7 +35,7 @@ def way(tensor: torch.Tensor) -> Way:
         return Way.TORCH
     if worth_compiling(tensor):
         return Way.NUMBA
-    return Way.TRITON if tensor.dtype in _FOR_TRITON and triton_works(tensor.device) else Way.TORCH
+    return Way.TRITON if tensor.dtype in _ONE_PASS and triton_works(tensor.device) else Way.TORCH
 
 
 def way_of_products(rows: torch.Tensor) -> Way:
@@ -43,12 +45,9 @@ def way_of_products(rows: torch.Tensor) -> Way:
     return Way.TRITON if aligned and way(rows) is Way.TRITON else Way.TORCH
 
 
-_FOR_TRITON = (torch.bfloat16, torch.float8_e4m3fn)
-
-
 def worth_compiling(tensor: torch.Tensor) -> bool:
     """Whether a function of `compiled` is the faster way."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.numel() >= COMPILED_FROM
+    return tensor.device.type == "cpu" and tensor.dtype in _ONE_PASS and tensor.numel() >= COMPILED_FROM
 
 
 def triton_works(device: torch.device) -> bool:
