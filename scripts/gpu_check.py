@@ -8,12 +8,14 @@ Each part runs under its own time limit and writes one JSON line as soon as it e
 that fails, hangs or kills its process costs the others nothing.
 
     ceilings   rates of a large product, of a grouped one, and of copies on the card and to and from the host
-    kernels    every operation of mmq.tensors on the device against the CPU, bit for bit or within a tolerance
+    kernels    every operation of mmq.tensors on the device against the CPU, bit for bit or within a tolerance, and on
+               more than 2^31 numbers
     speed      the same operations at the real shape, Triton's form beside torch's
     layer      a whole layer of MiniMax-M2.5's shape, 131,072 tokens, seconds by part
     search     the search of that layer with working memory of 16, 8, 4 and 2 GiB, and in full
+    tiny       the tiny project's stages on the device: twice, killed and resumed, layers not read ahead, under torch's
+               ban on chance: the same bytes, which pass verify; how many codes are others on the CPU
     profile    where a pass of the search spends its time
-    tiny       the tiny project's stages on the device: twice, killed and resumed, layers read ahead: the same bytes
     stage      `mmq awq` on three layers of the real shape from fp8, with random routers
     stock      llmcompressor's search as shipped and on routed tokens, at two numbers of tokens
 
@@ -30,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -41,6 +44,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -49,9 +53,9 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["LLM_COMPRESSOR_LOG_DISABLED"] = os.environ["COMPRESSED_TENSORS_LOG_DISABLED"] = "true"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "src")]
+
 GIB = 2**30
 # The fp32 sum of a row's 3072 products in another order, and its rounding to bf16.
 SUMS, ROUNDED = 1e-4, 2**-6
@@ -118,6 +122,24 @@ def product_rate(context: Context) -> float:
     return 2 * size**3 / timed(context, lambda: torch.mm(a, b), 10)
 
 
+def _grouped_rate(context: Context) -> float | None:
+    """Operations a second of torch's own grouped product of gate and up; None where the card has none."""
+    import torch
+
+    from mmq.tensors.dispatch import grouped_mm_works
+
+    device, shape = context.torch_device(), context.shape()
+    if not grouped_mm_works(device, torch.bfloat16):
+        return None
+    each = 16 if context.small else 1024
+    weight = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=torch.bfloat16, device=device)
+    rows = torch.randn(each * shape.experts, shape.hidden, device=device).to(torch.bfloat16)
+    ends = torch.arange(each, rows.shape[0] + 1, each, dtype=torch.int32, device=device)
+    weight.normal_().mul_(shape.hidden**-0.5)
+    seconds = timed(context, lambda: torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
+    return 2 * rows.shape[0] * weight[0].numel() / seconds
+
+
 def ceilings(context: Context) -> Iterator[Facts]:
     """What the card can do at all."""
     import torch
@@ -126,7 +148,7 @@ def ceilings(context: Context) -> Iterator[Facts]:
     facts: Facts = {"product_tflops": product_rate(context) / 1e12}
     numbers = torch.randint(0, 255, (2**24 if context.small else 2**32,), dtype=torch.uint8, device=device)
     other = torch.empty_like(numbers)
-    facts["copy_gb_per_s"] = 2 * numbers.numel() / timed(context, lambda: other.copy_(numbers)) / 1e9
+    facts["copy_gb_per_s"] = 2 * numbers.numel() / timed(context, partial(other.copy_, numbers)) / 1e9
     if context.is_gpu:
         host = torch.empty(2**29, dtype=torch.uint8)
         pinned = torch.empty(2**29, dtype=torch.uint8, pin_memory=True)
@@ -139,6 +161,11 @@ def ceilings(context: Context) -> Iterator[Facts]:
             f"{properties.name}, {properties.multi_processor_count} SMs, sm_{properties.major}{properties.minor}"
         )
         facts["memory_gib"] = round(properties.total_memory / GIB, 1)
+    yield facts
+    # Freed before the products take their place.
+    del numbers, other
+    grouped = _grouped_rate(context)
+    facts = {} if grouped is None else {"grouped_tflops": grouped / 1e12}
     facts["torch"] = torch.__version__
     with contextlib.suppress(ImportError):
         import triton
@@ -241,6 +268,51 @@ def checks() -> list[Check]:
         ),
         Check("magnitude_sums", lambda g: routed(g, 1024, 8), _magnitudes, SUMS),
         Check("second_moments", lambda g: routed(g, 512, 8), _moments, SUMS),
+        Check("sum_of_squares", lambda g: [normal(g, 700, 1000)], lambda x: experts.sum_of_squares(x.clone()), 1e-6),
+        Check("gated_rows, rows given", lambda g: routed(g, 512, 256), _gated, ROUNDED),
+        Check(
+            "gated_rows, one row",
+            lambda g: routed(g, 512, 256),
+            lambda r, w, e: _gated(r[:1], w[:1], e[1:2] // 700),
+            ROUNDED,
+        ),
+        Check(
+            "grouped_linear, one row",
+            lambda g: routed(g, 512, 256),
+            lambda r, w, e: experts.grouped_linear(r[:1], w[:1], e[1:2] // 700),
+            ROUNDED,
+        ),
+        Check(
+            "grouped_linear, no rows",
+            lambda g: routed(g, 512, 256),
+            lambda r, w, e: experts.grouped_linear(r[:0], w, e * 0),
+        ),
+        Check("grouped_linear, no tile's width", lambda g: routed(g, 520, 248), experts.grouped_linear, ROUNDED),
+        Check(
+            "Rows.of, order",
+            lambda g: [torch.randint(0, 9, (700, 4), generator=g)],
+            lambda i: experts.Rows.of(i, 9).token,
+        ),
+        Check(
+            "Rows.of, places",
+            lambda g: [torch.randint(0, 9, (700, 4), generator=g)],
+            lambda i: experts.Rows.of(i, 9).place,
+        ),
+        Check(
+            "smooth_norm",
+            lambda g: [normal(g, 512).to(torch.bfloat16), normal(g, 512).exp()],
+            lambda n, s: smoothing.smooth_norm(n, s)[0],
+        ),
+        Check(
+            "smooth_norm, applied",
+            lambda g: [normal(g, 512).to(torch.bfloat16), normal(g, 512).exp()],
+            lambda n, s: smoothing.smooth_norm(n, s)[1],
+        ),
+        Check(
+            "top_up",
+            lambda g: [normal(g, 300, 16), torch.rand(300, 16, generator=g).topk(2).indices.sort(1).values],
+            _topped_up,
+        ),
         Check(
             "candidate_scales",
             lambda g: [normal(g, 512).exp(), normal(g, 512).exp()],
@@ -248,6 +320,22 @@ def checks() -> list[Check]:
             1e-5,
         ),
     ]
+
+
+def _gated(rows: Any, weight: Any, ends: Any) -> Any:
+    import torch
+
+    from mmq.tensors.experts import gated_rows
+
+    return gated_rows(rows, None, weight, ends, torch.nn.functional.silu)
+
+
+def _topped_up(logits: Any, index: Any) -> Any:
+    from mmq.quantize.routed_experts import top_up
+
+    rows = top_up(logits, index, 50)
+    assert rows is not None
+    return rows.token
 
 
 def _magnitudes(rows: Any, weight: Any, ends: Any) -> Any:
@@ -270,8 +358,16 @@ def kernels(context: Context) -> Iterator[Facts]:
     """The device against the CPU, under torch's ban on operations whose result chance decides."""
     import torch
 
+    from mmq.tensors import dispatch
+
     device = context.torch_device()
     torch.use_deterministic_algorithms(True)
+    try:
+        from mmq.tensors import compiled  # noqa: F401
+    except Exception as error:
+        # The CPU's side is torch's then.
+        dispatch.COMPILED_FROM = 2**62
+        yield {"check": "numba", "ok": False, "error": f"{type(error).__name__}: {str(error)[:200]}"}
     for check in checks():
         facts: Facts = {"check": check.name}
         try:
@@ -280,25 +376,133 @@ def kernels(context: Context) -> Iterator[Facts]:
             there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs]
             once, again = (check.operation(*there) for _ in range(2))
             facts["repeats"] = bool(torch.equal(_integers(once), _integers(again)))
-            found = once.cpu()
-            if check.tolerance == 0:
-                facts["differing"] = int((_integers(found) != _integers(expected)).sum())
-                facts["ok"] = facts["repeats"] and facts["differing"] == 0
-            else:
-                a, b = found.double(), expected.double()
-                known = torch.isfinite(b)
-                scale = float(b[known].abs().max())
-                facts["off"] = float((a - b)[known].abs().max()) / scale
-                same = torch.equal(torch.isfinite(a), known)
-                facts["ok"] = facts["repeats"] and same and facts["off"] <= check.tolerance
+            facts |= _compared(once.cpu(), expected, check.tolerance)
+            facts["ok"] = facts["ok"] and facts["repeats"]
         except Exception as error:
             facts |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
             if "CUDA error" in str(error):
                 yield facts
                 raise
         yield facts
+    for name, tolerance, tail in tails():
+        facts = {"check": f"{name}, the end of a large one"}
+        try:
+            facts |= _compared(*tail(device, 2**22 if context.small else 2**31), tolerance)
+        except Exception as error:
+            facts |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
+            if "CUDA error" in str(error):
+                yield facts
+                raise
+        if context.is_gpu:
+            torch.cuda.empty_cache()
+        yield facts
     reduced = context.is_gpu and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     yield {"check": "no sums in bf16", "ok": not reduced}
+
+
+def _compared(found: Any, expected: Any, tolerance: float) -> Facts:
+    """Bit for bit where the tolerance is 0, otherwise by the largest difference, as a part of the largest number."""
+    import torch
+
+    if tolerance == 0:
+        differing = int((_integers(found) != _integers(expected)).sum())
+        return {"differing": differing, "ok": differing == 0 and found.shape == expected.shape}
+    a, b = found.double(), expected.double()
+    known = torch.isfinite(b)
+    off = float((a - b)[known].abs().max()) / float(b[known].abs().max())
+    return {"off": off, "ok": torch.equal(torch.isfinite(a), known) and off <= tolerance}
+
+
+def tails() -> list[tuple[str, float, Callable[[Any, int], tuple[Any, Any]]]]:
+    """Operations on more numbers than 32 bits count: on a device, the end of the result, and the CPU's of that end
+    alone. Each with its tolerance, as a `Check` has it."""
+    import torch
+
+    from mmq.tensors import experts, fp8, int4
+
+    bf16 = torch.bfloat16
+    hidden, last, top_k = 3072, 100, 8
+
+    def drawn(device: Any, *shape: int) -> Any:
+        return torch.empty(*shape, dtype=bf16, device=device).normal_()
+
+    def weights(device: Any, numbers: int) -> tuple[Any, Any]:
+        weight = drawn(device, numbers // hidden**2 + 2, hidden, hidden)
+        return weight, (torch.rand(hidden, device=device) + 0.5)
+
+    def quantized(device: Any, numbers: int) -> tuple[Any, Any]:
+        weight, scales = weights(device, numbers)
+        found = int4.fake_quantize_scaled(weight, scales, 128)[-1:].cpu()
+        return found, int4.fake_quantize_scaled(weight[-1:].cpu(), scales.cpu(), 128)
+
+    def normalized(device: Any, numbers: int) -> tuple[Any, Any]:
+        weight, _ = weights(device, numbers)
+        return int4.normalized_mean(weight, 128)[-1].cpu(), int4.normalized_mean(weight[-1:].cpu(), 128)[0]
+
+    def dequantized(device: Any, numbers: int) -> tuple[Any, Any]:
+        shape = (numbers // hidden**2 + 2, hidden, hidden)
+        codes = torch.randint(0, 0x7F, shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
+        scale = torch.rand(shape[0], *fp8.scale_shape(shape[1:]), device=device)
+        found = fp8.dequantize_blocks(codes, scale)[-1:].cpu()
+        return found, fp8.dequantize_blocks(codes[-1:].cpu(), scale[-1:].cpu())
+
+    def summed(device: Any, numbers: int, combine: bool) -> tuple[Any, Any]:
+        tokens = numbers // hidden // top_k + last
+        outputs = drawn(device, tokens * top_k, hidden)
+        place = torch.randperm(tokens * top_k, device=device).view(tokens, top_k).sort(1).values
+        weight, reference = torch.rand(tokens, top_k, device=device), torch.randn(tokens, hidden, device=device)
+        own = outputs[place[-last:].flatten()].cpu()
+        there = torch.arange(last * top_k).view(last, top_k)
+        operation = experts.combine if combine else experts.token_losses
+        # The first is overwritten.
+        expected = operation(own, there, weight[-last:].cpu(), reference[-last:].cpu())
+        return operation(outputs, place, weight, reference)[-last:].cpu(), expected
+
+    def rows(device: Any, numbers: int, width: int) -> tuple[Any, Any]:
+        count = numbers // width + 2 * last
+        each = torch.arange(1, 9, device=device) * ((count - last) // 7)
+        each[-1] = count
+        each[-2] = count - last
+        return drawn(device, count, width), each.to(torch.int32)
+
+    end = torch.tensor([last], dtype=torch.int32)
+
+    def gated(device: Any, numbers: int) -> tuple[Any, Any]:
+        x, ends = rows(device, numbers, hidden)
+        weight = drawn(device, 8, 512, hidden).mul_(hidden**-0.5)
+        return _gated(x, weight, ends)[-last:].cpu(), _gated(x[-last:].cpu(), weight[-1:].cpu(), end)
+
+    def multiplied(device: Any, numbers: int) -> tuple[Any, Any]:
+        x, ends = rows(device, numbers * 256 // hidden, 256)
+        weight = drawn(device, 8, hidden, 256).mul_(1 / 16)
+        out = torch.empty(x.shape[0], hidden, dtype=bf16, device=device)
+        found = experts.grouped_rows(x, weight, ends, out)[-last:].cpu()
+        return found, experts.grouped_linear(x[-last:].cpu(), weight[-1:].cpu(), end)
+
+    def squared(device: Any, numbers: int) -> tuple[Any, Any]:
+        x, ends = rows(device, numbers, hidden)
+        return experts.squares_by_expert(x, ends)[-1:].cpu(), experts.squares_by_expert(x[-last:].cpu(), end)
+
+    def magnitudes(device: Any, numbers: int) -> tuple[Any, Any]:
+        x, ends = rows(device, numbers, hidden)
+        return _magnitudes(x, None, ends)[-1:].cpu(), _magnitudes(x[-last:].cpu(), None, end)
+
+    def moments(device: Any, numbers: int) -> tuple[Any, Any]:
+        x, ends = rows(device, numbers, 1536)
+        return _moments(x, None, ends)[-1:].cpu(), _moments(x[-last:].cpu(), None, end)
+
+    return [
+        ("fake_quantize_scaled", 0.0, quantized),
+        ("normalized_mean", 1e-6, normalized),
+        ("dequantize_blocks", 0.0, dequantized),
+        ("combine", 1e-6, lambda device, numbers: summed(device, numbers, True)),
+        ("token_losses", SUMS, lambda device, numbers: summed(device, numbers, False)),
+        ("gated_rows", ROUNDED, gated),
+        ("grouped_rows", ROUNDED, multiplied),
+        ("squares_by_expert", SUMS, squared),
+        ("magnitude_sums", SUMS, magnitudes),
+        ("second_moments", SUMS, moments),
+    ]
 
 
 def _integers(tensor: Any) -> Any:
@@ -549,6 +753,7 @@ def search(context: Context) -> Iterator[Facts]:
         }
         if context.is_gpu:
             facts["peak_beyond_inputs_gib"] = round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
+            facts["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
         yield facts
 
 
@@ -587,8 +792,8 @@ def profile(context: Context) -> Iterator[Facts]:
             "seconds": round(wall, 4),
             "busy_seconds": round(total / 1e6, 4),
             "top": [
-                {"kernel": event.key[:60], "calls": event.count, "share": round(getattr(event, time_of) / total, 3)}
-                for event in events[:8]
+                {"kernel": event.key[:80], "calls": event.count, "share": round(getattr(event, time_of) / total, 3)}
+                for event in events[:15]
             ],
         }
 
@@ -660,50 +865,61 @@ def tiny(context: Context) -> Iterator[Facts]:
         def finished(run: str, device: str, code: str = "", kill: bool = False) -> Facts:
             path = recipe(run, device)
             begin = time.perf_counter()
-            if kill:
-                killed = _mmq("awq", path, "--quiet", code=KILLED)
-                if killed.returncode != -signal.SIGKILL:
-                    return {"run": run, "ok": False, "error": f"not killed: {killed.returncode} {killed.stderr[-300:]}"}
-            done = _mmq("run", path, "--quiet", code=code)
+            try:
+                if kill:
+                    killed = _mmq("awq", path, "--quiet", code=KILLED)
+                    if killed.returncode != -signal.SIGKILL:
+                        why = f"not killed: {killed.returncode} {killed.stderr[-300:]}"
+                        return {"run": run, "ok": False, "error": why}
+                done = _mmq("run", path, "--quiet", code=code)
+            except subprocess.TimeoutExpired as error:
+                return {"run": run, "ok": False, "error": f"no end after {error.timeout:.0f} s"}
             facts: Facts = {"run": run, "seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
             return facts if facts["ok"] else facts | {"error": done.stderr[-500:]}
 
-        runs = [("first", "", False)]
+        runs = [("killed", context.device, "", True)]
         if not context.small:
-            runs += [("again", "", False), ("killed", "", True), ("alone", ALONE, False), ("strict", STRICT, False)]
-        for run, code, kill in runs:
-            facts = finished(run, context.device, code, kill)
-            if facts["ok"] and run not in ("first", "strict"):
-                facts["same_bytes"] = _digests(folder / run / "hybrid") == _digests(folder / "first/hybrid")
-                facts["ok"] = facts["same_bytes"]
-            yield facts
-        verdict = _mmq("verify", folder / "first.yaml", "--quiet")
-        yield {"run": "verify", "ok": verdict.returncode == 0, "error": verdict.stderr[-300:]}
+            here = context.device
+            runs += [("again", here, "", False), ("alone", here, ALONE, False), ("strict", here, STRICT, False)]
         if context.is_gpu:
-            # As it ran on the device: with torch's ban other forms of an operation may be taken.
-            yield {"run": "strict beside the first"} | _differences(folder / "first/hybrid", folder / "strict/hybrid")
-            facts = finished("cpu", "cpu")
-            if facts["ok"]:
-                facts |= _differences(folder / "first/hybrid", folder / "cpu/hybrid")
-            yield facts
+            runs.append(("cpu", "cpu", "", False))
+        # Side by side: most of a run's time here is that of its imports.
+        with ThreadPoolExecutor(1 + len(runs)) as pool:
+            first = pool.submit(finished, "first", context.device)
+            others = [pool.submit(finished, *run) for run in runs]
+            yield first.result()
+            wanted = _digests(folder / "first/hybrid")
+            verdict = pool.submit(_mmq, "verify", folder / "first.yaml", "--quiet")
+            for future in as_completed(others):
+                facts = future.result()
+                if facts["ok"] and facts["run"] in ("cpu", "strict"):
+                    # With torch's ban, other forms of an operation may be taken.
+                    facts |= _differences(folder / "first/hybrid", folder / facts["run"] / "hybrid")
+                elif facts["ok"]:
+                    facts["same_bytes"] = _digests(folder / facts["run"] / "hybrid") == wanted
+                    facts["ok"] = facts["same_bytes"] and bool(wanted)
+                yield facts
+            done = verdict.result()
+            yield {"run": "verify", "ok": done.returncode == 0} | ({"error": done.stderr[-300:]} if done.stderr else {})
 
 
 def _differences(one: Path, other: Path) -> Facts:
-    """How many int4 codes two checkpoints differ in."""
+    """In how many int4 codes two checkpoints differ, and in which other tensors."""
+    import torch
     from safetensors.torch import load_file
 
-    differing = words = 0
+    differing = codes = 0
     others: list[str] = []
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     for path in sorted(one.glob("*.safetensors")):
         a, b = load_file(path), load_file(other / path.name)
         for name in a:
-            different = int((_integers(a[name]) != _integers(b[name])).sum())
             if name.endswith("weight_packed"):
-                words += a[name].numel()
-                differing += different
-            elif different:
+                codes += 8 * a[name].numel()
+                differing += int((((a[name] ^ b[name]).unsqueeze(-1) >> shifts) & 15).ne(0).sum())
+            elif not torch.equal(_integers(a[name]), _integers(b[name])):
                 others.append(name)
-    return {"differing_words_of_8_codes": differing, "words": words, "others": len(others), "such_as": others[:6]}
+    return {"share_of_codes": round(differing / max(1, codes), 6), "others": len(others), "such_as": others[:6]}
 
 
 def stage(context: Context) -> Iterator[Facts]:
@@ -715,7 +931,7 @@ def stage(context: Context) -> Iterator[Facts]:
     from real_layers import write_layers
 
     layers = 2 if context.small else 3
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as pool:
         folder = Path(name)
         begin = time.perf_counter()
         write_layers(folder / "source", layers, context.torch_device(), context.shape())
@@ -741,8 +957,9 @@ def stage(context: Context) -> Iterator[Facts]:
             path.write_text(
                 yaml.safe_dump({"model": {"source": "source"}, "work_dir": run, "awq": own}), encoding="utf-8"
             )
-            begin = time.perf_counter()
-            done = _mmq("awq", path, "--quiet", timeout=150)
+            begin, started = time.perf_counter(), time.time()
+            planning = pool.submit(_mmq, "awq", path, "--dry-run", "--json")
+            done = _mmq("awq", path, "--quiet", timeout=120)
             facts: Facts = {
                 "step": f"mmq awq, memory_budget {budget or 'of its own'}",
                 "seconds": round(time.perf_counter() - begin, 1),
@@ -751,6 +968,12 @@ def stage(context: Context) -> Iterator[Facts]:
             if not facts["ok"]:
                 yield facts | {"error": done.stderr[-600:]}
                 continue
+            # When what was on the disk: the rest is the process's start and end.
+            files = [
+                path for kind in ("state/calibration/*", "awq/*.safetensors") for path in (folder / run).glob(kind)
+            ]
+            moments = sorted(path.stat().st_mtime - started for path in files)
+            yield facts | {"files_after": [round(moment, 1) for moment in moments]}
             statistics = json.loads((folder / run / "state/awq/layers.json").read_text(encoding="utf-8"))
             for entry in statistics:
                 yield {
@@ -761,13 +984,16 @@ def stage(context: Context) -> Iterator[Facts]:
                     "reserved_gib": round(entry["peak_device_reserved_bytes"] / GIB, 2),
                     "loss_of_nearest": round(entry["loss_chosen"] / entry["loss_round_to_nearest"], 4),
                 }
-            planned = _mmq("awq", path, "--dry-run", "--json")
+            planned = planning.result()
+            facts = {"step": "the plan"}
             with contextlib.suppress(ValueError, IndexError, KeyError):
                 plan = json.loads(planned.stdout.strip().splitlines()[-1])
                 memory = [entry for entry in plan.get("stages", [plan]) if entry.get("device_memory")]
                 facts["planned_device_gib"] = round(memory[0]["device_memory"] / GIB, 2)
             yield facts
             shutil.rmtree(folder / run)
+            if moments[-1] > 60:
+                break
 
 
 def stock(context: Context) -> Iterator[Facts]:
@@ -800,11 +1026,11 @@ def stock(context: Context) -> Iterator[Facts]:
     for name, everywhere in (("stock, routed", False), ("stock, as shipped", True)):
         seconds = []
         for tokens in sizes:
-            model = stock_awq.build_model(own, shape.top_k)
             batches = hidden[:tokens].split(4096)
-            stock_awq.run_stock(model, batches[:1], False, 3, everywhere)
-            runs = []
-            for _ in range(1 if context.small or everywhere else 2):
+            if tokens == sizes[0]:
+                stock_awq.run_stock(stock_awq.build_model(own, shape.top_k), batches[:1], False, 3, everywhere)
+            runs: list[float] = []
+            while len(runs) < (1 if context.small else 2) and sum(runs) < 10:
                 model = stock_awq.build_model(own, shape.top_k)
                 synchronize(context)
                 begin = time.perf_counter()
@@ -837,10 +1063,10 @@ PARTS = {
         Part(speed, 90),
         Part(layer, 90),
         Part(search, 90),
+        Part(tiny, 120),
         Part(profile, 60),
-        Part(tiny, 150),
-        Part(stage, 200),
-        Part(stock, 120),
+        Part(stage, 170),
+        Part(stock, 150),
     )
 }
 
@@ -850,14 +1076,15 @@ def work(context: Context, names: list[str]) -> int:
     import torch
 
     torch.set_grad_enabled(False)
+    # Says where a part hangs, before it is killed.
+    faulthandler.register(signal.SIGUSR1)
     for name in names:
         begin = time.perf_counter()
         tell({"part": name, "begin": True})
-        if name != "profile":
-            _block.cache_clear()
-            _routed.cache_clear()
-            if context.is_gpu:
-                torch.cuda.empty_cache()
+        _block.cache_clear()
+        _routed.cache_clear()
+        if context.is_gpu:
+            torch.cuda.empty_cache()
         try:
             # Libraries print to stdout at times; the JSON must stand there alone.
             with contextlib.redirect_stdout(sys.stderr):
@@ -920,6 +1147,8 @@ def supervise(options: argparse.Namespace, names: list[str]) -> list[Facts]:
                 if process.poll() is not None and not chunk:
                     break
                 if time.monotonic() > limit:
+                    process.send_signal(signal.SIGUSR1)
+                    time.sleep(0.5)
                     os.killpg(process.pid, signal.SIGKILL)
                     keep({"part": current, "ok": False, "error": "its time was up"})
                     break
@@ -935,17 +1164,30 @@ def supervise(options: argparse.Namespace, names: list[str]) -> list[Facts]:
     return results
 
 
-def table(results: list[Facts], most: int = 60) -> list[str]:
-    """The results, a line each, the failed ones first."""
+def table(results: list[Facts], most: int = 60, width: int = 190) -> list[str]:
+    """The results in lines: the failed ones first, then the seconds of the parts, then what was found."""
     failed = [facts for facts in results if facts.get("ok") is False]
-    lines = [f"{len(failed)} of {len(results)} lines failed" if failed else "nothing failed"]
-    for facts in failed + [facts for facts in results if facts.get("ok") is not False]:
-        if facts.get("ok") is True and facts["part"] == "kernels":
+    ends = [facts for facts in results if facts.get("end")]
+    good = [facts for facts in results if facts.get("ok") is not False and not facts.get("end")]
+    passed = [facts for facts in good if facts["part"] == "kernels"]
+    lines = [f"{len(failed)} of {len(results) - len(ends)} lines failed" if failed else "nothing failed"]
+    lines += [f"FAILED {facts['part']}: {_words(facts)}"[: 2 * width] for facts in failed]
+    lines.append("seconds: " + ", ".join(f"{facts['part']} {facts['seconds']:.0f}" for facts in ends))
+    if passed:
+        same = sum(facts.get("differing") == 0 for facts in passed)
+        lines.append(f"kernels: {len(passed)} checks passed, {same} of them bit for bit")
+    for facts in good:
+        if facts in passed:
             continue
-        shown = {key: value for key, value in facts.items() if key not in ("part", "where", "ok")}
-        text = " ".join(f"{key}={_short(value)}" for key, value in shown.items())
-        lines.append(f"{'FAILED ' if facts.get('ok') is False else ''}{facts['part']}: {text}"[:230])
+        lines.append(f"{facts['part']}: {_words(facts)}"[:width])
+        top = [f"{entry['share']:.0%} {entry['calls']}x {entry['kernel'][:44]}" for entry in facts.get("top", [])]
+        lines += ["  " + "; ".join(top[start : start + 3])[:width] for start in range(0, len(top[:12]), 3)]
     return lines[:most]
+
+
+def _words(facts: Facts) -> str:
+    hidden = ("part", "where", "ok", "top")
+    return " ".join(f"{key}={_short(value)}" for key, value in facts.items() if key not in hidden)
 
 
 def _short(value: Any) -> str:
@@ -962,7 +1204,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="toy sizes")
-    parser.add_argument("--seconds", type=float, default=450, help="for all parts together")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="for all parts together; what begins last is cut or left out"
+    )
     parser.add_argument("--parts", help=f"some of {', '.join(PARTS)}; default: all, in this order")
     parser.add_argument("--out", help="a file for the JSON lines")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -35,7 +35,7 @@ CPU_STEP_ELEMENTS = 2**21
 # Tokens whose experts' outputs are summed at one time; on a CPU by each thread.
 CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
-DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 8 * 2**30}
 # What a GPU whose memory turns out to be short is asked for at least.
 LEAST_BUDGET = 2**28
 
