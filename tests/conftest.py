@@ -83,6 +83,7 @@ def write_recipe(folder: Path, **awq: Any) -> Path:
         "work_dir": "run",
         "awq": {
             "calibration": {"files": [{"path": "samples.jsonl", "samples": SAMPLES}], "sequence_length": 96},
+            "source": "bf16",
             "min_tokens": 64,
             "device": DEVICE_NAME,
         }

@@ -132,7 +132,7 @@ class Awq(Section):
 
     calibration: Calibration
     source: Literal["bf16", "fp8"] = Field(
-        "bf16", description="read the dequantized folder, or the fp8 checkpoint itself, with the same result"
+        "fp8", description="read the fp8 checkpoint itself, or the dequant stage's folder, with the same result"
     )
     n_grid: Annotated[int, Field(strict=True, ge=3, le=1000)] = Field(20, description="points of the scale search")
     duo_scaling: Literal[True, False, "both"] = Field(

@@ -20,6 +20,7 @@ import mmq as package
 from conftest import ROOT, digests
 from mmq.cli.app import app
 from mmq.recipe import load
+from mmq.workdir.versions import versions
 
 COMMANDS = [
     "plan",
@@ -32,6 +33,7 @@ COMMANDS = [
     "run",
     "verify",
     "status",
+    "clean",
     "push",
     "synth",
     "recipe",
@@ -85,6 +87,31 @@ def test_help_comes_without_torch() -> None:
 
 def test_version() -> None:
     assert succeed("--version") == f"mmq {package.__version__}\n"
+    (found,) = events(succeed("--version", "--json"))
+    assert found | {"event": "result"} == {"event": "result"} | versions()
+    assert succeed("--json", "--version") == succeed("--version", "--json")
+    assert "--version" in cli("--json").stderr
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside vLLM mmq lives without its dependencies."""
+    monkeypatch.setattr("mmq.workdir.versions.PACKAGES", ("torch", "no-such-package"))
+    (found,) = events(succeed("--version", "--json"))
+    assert found["no-such-package"] is None
+    assert found["torch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [("mmq re", {"restore", "report", "recipe"}), ("mmq recipe s", {"show"}), ("mmq run --gp", {"--gpus"})],
+)
+def test_shells_complete_commands_and_options(words: str, wanted: set[str]) -> None:
+    complete = {"_MMQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; sys.argv[0] = 'mmq'; from mmq.cli.app import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | complete, capture_output=True, text=True, check=False
+    )
+    assert set(found.stdout.split()) == wanted
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -158,9 +185,10 @@ def test_json_of_a_whole_run(project: Path, mmq: Mmq) -> None:
         assert percent == sorted(percent)
         assert (percent[0], percent[-1]) == (0, 100)
         assert {event["unit"] for event in mine if event["event"] == "progress"} == {event["unit"] for event in units}
-    (result,) = (event for event in found if event["event"] == "result")
+    result, made = (event for event in found if event["event"] == "result")
     assert result["ok"] is True
     assert result["problems"] == []
+    assert (made["summary"]["verified"], made["summary"]["folder"]) == (True, str(project / "run" / "hybrid"))
 
 
 def test_quiet_prints_nothing(project: Path, mmq: Mmq) -> None:

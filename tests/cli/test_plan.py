@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import edit_json, write_recipe
 from families.test_sizes import M2_5, headers, synthetic
-from mmq.cli.plan import parse_gpus, plan
+from mmq.cli.plan import plan
 from mmq.families import sizes
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, tensors_of
@@ -157,7 +157,7 @@ def test_utilization_and_reserve_count(real: Path) -> None:
     [("4x48GiB", 4, 48 * GIB), ("1x80gb", 1, 80 * 10**9), (" 2 X 1.5 GiB ", 2, 3 * GIB // 2)],
 )
 def test_gpus_are_read(text: str, count: int, memory: int) -> None:
-    assert parse_gpus(text) == Gpus(count, memory)
+    assert Gpus.parse(text) == Gpus(count, memory)
 
 
 @pytest.mark.parametrize(

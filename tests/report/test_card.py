@@ -29,10 +29,10 @@ from mmq.report.card import (
     inherited,
     model_card,
     render,
-    serve_command,
     write_card,
 )
 from mmq.report.facts import read_run
+from mmq.serve.memory import serve_command
 from mmq.stages.pipeline import run_stages
 from mmq.workdir.workspace import Workspace
 

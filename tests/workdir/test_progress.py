@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import random
 from collections import defaultdict
 from collections.abc import Mapping
@@ -153,6 +155,20 @@ def test_a_torn_line_is_no_progress(tmp_path: Path, line: str) -> None:
         holder = lock_holder(tmp_path)
         assert holder is not None
         assert holder.progress is None
+
+
+def test_a_disk_that_takes_no_progress_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = Told()
+    reporter = Reporter(told, Clock())
+    with lock(tmp_path, reporter):
+        monkeypatch.setattr(os, "pwrite", full)
+        reporter.start("awq", {"a": 1})
+        reporter.unit("a")
+        assert (lock_holder(tmp_path) or pytest.fail()).progress is None
+    assert [at.percent for at in told.all] == [0.0, 100.0]
 
 
 def test_a_layer_tells_of_its_parts(project: Path) -> None:

@@ -104,13 +104,7 @@ class StackedAWQModifier(AWQModifier):
             scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over the outputs of
             the tokens that both the chosen point and the identity have seen.
         """
-        # bf16 magnitudes and, inside the sum, their fp32 copy.
-        x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
-        sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
-        w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
-        grid = self._get_grid_search_params()
-        scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
-
+        grid, scales = grid_of_norm(self, block)
         seen: list[int] = []
 
         def measure(point: int, share: int) -> torch.Tensor:
@@ -198,6 +192,16 @@ class StackedAWQModifier(AWQModifier):
         chosen = best.unsqueeze(-1).expand(scales.shape[1:]).unsqueeze(0)
         # Every form of the grid begins with (0, no duo scaling), which is the identity.
         return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
+
+
+def grid_of_norm(modifier: AWQModifier, block: ExpertBlock) -> tuple[list[tuple[float, bool]], torch.Tensor]:
+    """The norm's points, ratio and whether to scale by both activations and weights, and their scales [points, H]."""
+    # bf16 magnitudes and, inside the sum, their fp32 copy.
+    x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
+    sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
+    w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
+    grid = modifier._get_grid_search_params()
+    return grid, candidate_scales(x_mean, w_mean.to(torch.float32), grid)
 
 
 def lines(grid: list[tuple[float, bool]]) -> list[list[int]]:

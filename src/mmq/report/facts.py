@@ -162,6 +162,11 @@ def loss_share(layer: dict[str, Any]) -> float | None:
     return after / before if before and after is not None else None
 
 
+def loss_shares(layers: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """`loss_share` by layer, of those that have one."""
+    return {layer["layer"]: share for layer in layers if (share := loss_share(layer)) is not None}
+
+
 def _stages(workspace: Workspace, missing: list[str]) -> list[StageFacts]:
     planned: dict[str, int] = {}
     try:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
 from datetime import datetime
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
+from mmq.errors import CheckpointError, JournalError, RecipeError
 from mmq.prove import evaluate
-from mmq.prove.verify import read_report
+from mmq.prove.verify import REPORT_NAME, read_report
+from mmq.recipe import load
 from mmq.stages import restore
 from mmq.stages.pipeline import STAGES, plans, stages_of
-from mmq.workdir.journal import Journal, StageJournal
+from mmq.storage.checkpoint import read_json
+from mmq.workdir.journal import JOURNAL_NAME, Journal, StageJournal
 from mmq.workdir.lock import Holder, lock_holder
 from mmq.workdir.progress import percent_of, seconds_left
-from mmq.workdir.workspace import HYBRID, Workspace
+from mmq.workdir.workspace import AWQ, BF16, HYBRID, STATE, Workspace
+
+# Folders below the one where runs are looked for.
+DEPTH = 4
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
@@ -46,6 +56,79 @@ def status(workspace: Workspace) -> dict[str, Any]:
     return {"work_dir": str(workspace.work_dir), "stages": stages, "running": running, "next": following}
 
 
+def find_runs(folder: Path) -> list[dict[str, Any]]:
+    """The work_dirs at a folder and below it, from their journals and lock files alone; nothing is locked or changed.
+
+    Returns:
+        an entry each: `work_dir`; the recipe that names it, where one is found near; the stage that is at work or was
+        last begun, its state, finished units, percent and time left where a process tells them; whether verify.json
+        says that the result is right; or `fault`, why the journal can't be read.
+    """
+    found, recipes = [], _recipes_below(folder)
+    for path in _files_below(folder, JOURNAL_NAME):
+        entry: dict[str, Any] = {"work_dir": str(path.parent), "recipe": recipes.get(path.parent.resolve())}
+        try:
+            found.append(entry | _of_journal(path.parent))
+        except JournalError as error:
+            found.append(entry | {"fault": str(error)})
+    return found
+
+
+def _of_journal(work_dir: Path) -> dict[str, Any]:
+    journal, holder = Journal(work_dir), lock_holder(work_dir)
+    begun = [stage for name in (*STAGES, evaluate.name) if (stage := journal.stage(name)).begun]
+    record = next((one for one in begun if not one.complete), begun[-1] if begun else None)
+    progress = (holder.progress if holder else None) or {}
+    name = progress.get("stage") or (record.name if record else None)
+    state = "not begun" if record is None else "complete" if record.complete else "begun"
+    if holder:
+        state = "at work" if holder.seen else "at work, or stopped elsewhere"
+    return {
+        "stage": name,
+        "state": state,
+        "done": len(journal.stage(name).units) if name else 0,
+        "percent": progress.get("percent"),
+        "eta_seconds": _told(holder, progress)["eta_seconds"] if holder and progress else None,
+        "verified": _says_verified(work_dir / REPORT_NAME),
+    }
+
+
+def _says_verified(path: Path) -> bool | None:
+    """What a verify.json says, whatever has become of the files since; None where there is none."""
+    try:
+        return bool(read_json(path).get("ok")) if path.is_file() else None
+    except CheckpointError:
+        return None
+
+
+def _recipes_below(folder: Path) -> dict[Path, str]:
+    """work_dirs by the recipes that name them."""
+    found: dict[Path, str] = {}
+    for pattern in ("*.yaml", "*.yml"):
+        for path in _files_below(folder, pattern):
+            try:
+                found.setdefault(load(path).work_path, str(path))
+            except RecipeError:
+                continue
+    return found
+
+
+def _files_below(folder: Path, pattern: str, depth: int = DEPTH) -> Iterator[Path]:
+    """Files of a name, this folder's first; hidden folders and what a run writes are not entered."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+        files = [entry.name for entry in inside if entry.is_file()]
+        folders = [entry.name for entry in inside if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    yield from (folder / name for name in files if fnmatch(name, pattern))
+    skipped = (BF16, AWQ, HYBRID, STATE) if JOURNAL_NAME in files else ()
+    for name in folders:
+        if depth and not name.startswith(".") and name not in skipped:
+            yield from _files_below(folder / name, pattern, depth - 1)
+
+
 def _after_stages(workspace: Workspace) -> str | None:
     """The command for a complete result: verify, until it has passed on the files that are there."""
     record, _ = read_report(workspace)
@@ -72,6 +155,7 @@ def _stage_status(record: StageJournal, weights: dict[str, int], at_work: bool) 
         "units": len(weights),
         "percent": percent_of(done, sum(weights.values())),
         "last": record.units[-1] if record.units else None,
+        "removed": record.removed,
     }
 
 

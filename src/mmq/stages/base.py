@@ -114,7 +114,8 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
                 shutil.rmtree(folder)
     journal.begin(stage.fingerprint(workspace))
     if journal.complete:
-        workspace.reporter.note(f"{stage.name} is complete: {plan.folder}")
+        removed = " was removed by `mmq clean`" if plan.folder.name in journal.removed else ""
+        workspace.reporter.note(f"{stage.name} is complete: {plan.folder}{removed}")
         return
     make_folder(plan.folder)
     remove_temporaries(plan.folder)
