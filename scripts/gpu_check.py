@@ -268,6 +268,12 @@ def checks() -> list[Check]:
         ),
         Check("magnitude_sums", lambda g: routed(g, 1024, 8), _magnitudes, SUMS),
         Check("second_moments", lambda g: routed(g, 512, 8), _moments, SUMS),
+        Check(
+            "quadratic_form",
+            lambda g: [normal(g, 3, 96, 256).to(torch.bfloat16), normal(g, 3, 256, 256)],
+            lambda d, m: experts.quadratic_form(d, m @ m.transpose(1, 2)),
+            ROUNDED,
+        ),
         Check("sum_of_squares", lambda g: [normal(g, 700, 1000)], lambda x: experts.sum_of_squares(x.clone()), 1e-6),
         Check("gated_rows, rows given", lambda g: routed(g, 512, 256), _gated, ROUNDED),
         Check(
@@ -586,14 +592,14 @@ def speed(context: Context) -> Iterator[Facts]:
             lambda: experts.second_moments(middle[:some], piece.ends[: len(moments)], moments),
         ),
         (
-            "moments times change",
+            "quadratic form of the moments",
             2.0 * len(moments) * hidden * inner * inner,
             "TFLOP",
-            lambda: torch.bmm(down[: len(moments)], moments.to(torch.bfloat16)),
+            lambda: experts.quadratic_form(down[: len(moments)], moments),
         ),
         (
             "quantize for good, 16 experts",
-            4.0 * gate_up[:16].numel(),
+            4.5 * gate_up[:16].numel(),
             "GB",
             lambda: int4.quantize_in_place(gate_up[:16], scales, None, 128),
         ),

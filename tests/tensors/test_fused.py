@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,12 +23,13 @@ from mmq.tensors.experts import (
     grouped_linear,
     grouped_rows,
     magnitude_sums,
+    quadratic_form,
     second_moments,
     squares_by_expert,
     token_losses,
 )
 from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, scale_shape
-from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
+from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_in_place
 
 pytest.importorskip("triton")
 
@@ -103,6 +105,43 @@ def odd_weights(experts: int, rows: int, columns: int, group: int) -> torch.Tens
 
 # Experts, rows, columns, group: one row, odd rows, groups that no power of two counts, wider than a tile.
 WEIGHTS = [(2, 6, 256, 128), (1, 5, 192, 64), (3, 1, 96, 32), (1, 1, 128, 128), (1, 3, 1152, 128), (2, 9, 544, 32)]
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("divided", [False, True])
+def test_what_is_stored_is_what_torch_stores(
+    shape: tuple[int, int, int, int], divided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, rows, columns, group = shape
+    odd = odd_weights(*shape)
+    # Codes of what is no number are nobody's.
+    odd[~odd.isfinite()] = 1
+    generator = torch.Generator().manual_seed(0)
+    for weight in (odd, normal(experts, rows, columns)):
+        factors = torch.randn(experts if divided else 1, 1, columns, generator=generator).exp_().to(DEVICE)
+        divisors = torch.randn(experts, rows, 1, generator=generator).exp_().to(DEVICE) if divided else None
+        if weight is odd:
+            factors.clamp_(max=0.5)
+
+        def stored(w: torch.Tensor = weight, f: torch.Tensor = factors, d: Any = divisors) -> list[torch.Tensor]:
+            own = w.clone()
+            return [own, *quantize_in_place(own, f, d, group)]
+
+        for found, expected in zip(stored(), plain(monkeypatch, stored), strict=True):
+            assert found.dtype == expected.dtype and torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def test_quadratic_forms_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for experts, rows, width in ((3, 5, 96), (1, 1, 8), (2, 7, 1100)):
+        change = normal(experts, rows, width)
+        half = normal(experts, width, width, seed=1).float()
+        moments = half @ half.transpose(1, 2) / width
+        exact = torch.einsum("eoi,eij,eoj->e", change.double(), moments.to(torch.bfloat16).double(), change.double())
+        found = quadratic_form(change, moments)
+        # The product is rounded to bf16.
+        torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=0)
+        torchs = plain(monkeypatch, partial(quadratic_form, change, moments))
+        torch.testing.assert_close(found, torchs, rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("shape", WEIGHTS, ids=lambda shape: "x".join(map(str, shape)))

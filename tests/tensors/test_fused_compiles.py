@@ -25,6 +25,8 @@ KERNELS = {
     "_magnitude_sums",
     "_normalized_mean",
     "_row_squares",
+    "_quantize_in_place",
+    "_row_products",
     "_second_moments",
     "_sums_by_expert",
     "_token_losses",
@@ -85,6 +87,8 @@ def compile_all() -> list[dict[str, Any]]:
         for change in (False, True):
             quantize.fake_quantize_scaled(gate_up[:1], torch.ones(hidden), group, gate_up[:1], change)
         quantize.normalized_mean(gate_up[:1], group)
+        for divisors in (None, torch.ones(1, 2 * inner, 1)):
+            quantize.quantize_in_place(gate_up[:1], torch.ones(hidden), divisors, group)
         ends = torch.ones(experts, dtype=torch.int32)
         token = torch.zeros(count, dtype=torch.int64)
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)
@@ -97,6 +101,7 @@ def compile_all() -> list[dict[str, Any]]:
         dequantize.dequantize_blocks(codes, scales, torch.empty(codes.shape, dtype=torch.bfloat16), 128)
         moments.squares_by_expert(bf16(count, inner), ends)
         moments.magnitude_sums(bf16(count, inner), ends, torch.empty(experts, inner))
+        moments.row_products(down, down)
         moments.second_moments(bf16(count, inner), ends, torch.empty(1, 1, 1).expand(experts, inner, inner))
 
     for card.capability in SHARED:
@@ -129,7 +134,10 @@ def test_every_kernel_compiles(capability: int, compiled: list[dict[str, Any]]) 
         # Denormal numbers are kept, as torch keeps them.
         assert not kernel["flushes"]
         # A product and a sum that are rounded once would be other bits than torch's.
-        assert not (kernel["fused"] and kernel["name"] in ("_fake_quantize", "_normalized_mean", "_dequantize"))
+        assert not (
+            kernel["fused"]
+            and kernel["name"] in ("_fake_quantize", "_quantize_in_place", "_normalized_mean", "_dequantize")
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from mmq.tensors.experts import (
     grouped_linear,
     grouped_rows,
     magnitude_sums,
+    quadratic_form,
     second_moments,
     squares_by_expert,
     token_losses,
@@ -336,9 +337,7 @@ class DownInputs:
         It is trace(D G D^T) with G = X^T X, or the sum of squares of X D^T, whichever takes fewer products.
         """
         if self.moments is not None:
-            moments = self.moments.to(change.dtype)
-            # Row by row: a sum over all of a matrix is cut up among threads, in another order for each number of them.
-            return torch.bmm(change, moments).mul_(change).sum(2, dtype=torch.float32).sum(1)
+            return quadratic_form(change, self.moments)
         total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
         for rows, ends in self.rows:
             total += squares_by_expert(grouped_linear(rows, change, ends), ends)

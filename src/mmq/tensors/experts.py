@@ -255,6 +255,22 @@ def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) ->
             total.addmm_(wide.T, wide)
 
 
+def quadratic_form(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """trace(D G D^T) of each expert's D and G: float32 [E].
+
+    Args:
+        change: [E, out, in], D.
+        moments: float32 [E, in, in], G, rounded to the dtype of D for the product.
+    """
+    product = torch.bmm(change, moments.to(change.dtype))
+    if way(product) is Way.TRITON:
+        from mmq.tensors.fused import moments as fused
+
+        return fused.row_products(product, change).sum(1)
+    # Row by row: a sum over all of a matrix is cut up among threads, in another order for each number of them.
+    return product.mul_(change).sum(2, dtype=torch.float32).sum(1)
+
+
 def _split(rows: torch.Tensor, ends: torch.Tensor) -> Iterator[torch.Tensor]:
     """Each expert's rows."""
     start = 0

@@ -16,6 +16,8 @@ from mmq.tensors.dispatch import Way, way
 
 # On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
 CPU_TILE = 2**18
+# On a GPU, so many that copies of them in fp32 are small beside a layer.
+GPU_TILE = 2**27
 
 
 def weight_args(group_size: int) -> QuantizationArgs:
@@ -80,8 +82,13 @@ def quantize_in_place(
     Returns:
         int32 [n, out, in/8], packed, and bfloat16 [n, out, in/group], the scales.
     """
+    if way(weight) is Way.TRITON and group_size & (group_size - 1) == 0:
+        from mmq.tensors.fused import quantize
+
+        return quantize.quantize_in_place(weight, factors, divisors, group_size)
     count, rows, columns = weight.shape
-    step = max(1, CPU_TILE // (count * columns)) if weight.device.type == "cpu" else rows
+    most = CPU_TILE if weight.device.type == "cpu" else GPU_TILE
+    step = max(1, most // (count * columns))
     packed, scale = [], []
     for tile in (slice(first, first + step) for first in range(0, rows, step)):
         wide = weight[:, tile].float().mul_(factors)

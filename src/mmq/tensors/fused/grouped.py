@@ -33,7 +33,7 @@ LARGE, SMALL = Tiles(128, 256, 64, 4, 8), Tiles(128, 128, 32, 4, 4)
 # For the interpreter.
 LEAST = Tiles(16, 32, 32, 1, 1)
 # Row tiles of an expert that go through its columns side by side, so that its weights are read once from memory.
-BAND = 8
+BAND = 16
 
 
 @triton.jit

@@ -33,6 +33,19 @@ def _row_squares(rows, squares, row_stride, WIDTH: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
+def _row_products(one, other, sums, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of a row of products."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros([COLUMNS], dtype=tl.float32)
+    for first in range(0, WIDTH, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        inside = column < WIDTH
+        a = to_fp32(tl.load(one + row * WIDTH + column, mask=inside, other=0.0))
+        total += a * to_fp32(tl.load(other + row * WIDTH + column, mask=inside, other=0.0))
+    tl.store(sums + row, tl.sum(total, axis=0))
+
+
+@triton.jit
 def _sums_by_expert(numbers, ends, sums, ROWS: tl.constexpr):
     """The sum of an expert's rows' numbers, in fp64."""
     expert = tl.program_id(0)
@@ -165,3 +178,14 @@ def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) ->
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
+
+
+def row_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension of the products of two bfloat16 tensors [..., n] that lie contiguous: float32."""
+    sums = torch.empty(one.shape[:-1], dtype=torch.float32, device=one.device)
+    width = one.shape[-1]
+    with torch.cuda.device_of(one):
+        _row_products[(sums.numel(),)](
+            one, other, sums, WIDTH=width, COLUMNS=min(1024, triton.next_power_of_2(width)), num_warps=WARPS
+        )
+    return sums
