@@ -19,7 +19,7 @@ import torch
 
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.layer import LayerContent
-from mmq.source.block_fp8 import SCALE_SUFFIX
+from mmq.source.formats import SCALE_SUFFIX
 from mmq.source.synth import FP8_MAX, Sizes, model_config, write_tokenizer
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME

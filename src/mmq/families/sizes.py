@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import Architecture
+from mmq.families.table import Architecture, Size, Weight
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -25,7 +25,37 @@ PACK = 8  # int4 codes in an int32
 LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
-COMPONENTS = ("experts", "attention", "embeddings", "head", "router", "norms and biases", "kv_scales")
+COMPONENTS = (
+    "experts", "attention", "dense layers", "embeddings", "head", "router", "norms and biases", "kv_scales",
+)  # fmt: skip
+# Of these, what only some families have.
+RARE_COMPONENTS = ("dense layers",)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a source stores the matrices of its decoder layers.
+
+    Attributes:
+        dtype: of the matrices themselves.
+        scale_suffix: what their scales are called beyond the weight's own name; None where there are none.
+        scale_dtype: of the scales, as far as a config.json tells.
+        block: rows and columns that share a scale; 0 stands for all of them.
+    """
+
+    dtype: str = FP8
+    scale_suffix: str | None = "_scale_inv"
+    scale_dtype: str = "F32"
+    block: tuple[int, int] = (BLOCK, BLOCK)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """[out, in] of a matrix -> that of its scales."""
+        rows, columns = (-(-size // (share or size)) for size, share in zip(shape, self.block, strict=True))
+        return rows, columns
+
+
+# The kind that MiniMax, DeepSeek and Qwen publish.
+BLOCK_FP8 = Storage()
 
 
 @dataclass(frozen=True)
@@ -41,26 +71,56 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     tied: bool = False
+    dense: int = 0
+    dense_layers: int = 0
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
         """Read them.
 
         Raises:
-            CheckpointError: one is missing or no positive number, or the checkpoint is not block fp8.
+            CheckpointError: one is missing or no positive number, or no layer has experts.
         """
-        settings = config.get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
-            raise CheckpointError("config.json does not describe a block-fp8 checkpoint (quant_method: fp8)")
-        if settings.get("weight_block_size") != [BLOCK, BLOCK]:
-            raise CheckpointError(f"config.json: weight_block_size must be [{BLOCK}, {BLOCK}]")
         keys = ["num_attention_heads", "num_key_value_heads", "vocab_size"]
         keys += [arch.layers_key, arch.experts_key, arch.hidden_key, arch.intermediate_key]
         heads, kv_heads, vocabulary, layers, experts, hidden, intermediate = (_count(config, key) for key in keys)
         given = config if config.get("head_dim") is not None else {"head_dim": hidden // heads}
         head_dim = _count(given, "head_dim")
         tied = config.get("tie_word_embeddings") is True
-        return cls(layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied)
+        dense = _count(config, arch.dense_key) if arch.dense_at else 0
+        if len(arch.dense_at) >= layers:
+            raise CheckpointError("config.json: no layer has experts")
+        return cls(
+            layers,
+            experts,
+            hidden,
+            intermediate,
+            vocabulary,
+            heads,
+            kv_heads,
+            head_dim,
+            tied,
+            dense,
+            len(arch.dense_at),
+        )
+
+    @property
+    def expert_layers(self) -> int:
+        """Decoder layers that have experts."""
+        return self.layers - self.dense_layers
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """A weight's shape in numbers."""
+        words: dict[Size, int] = {
+            "hidden": self.hidden,
+            "query": self.heads * self.head_dim,
+            "key": self.kv_heads * self.head_dim,
+            "head": self.head_dim,
+            "experts": self.experts,
+            "expert": self.intermediate,
+            "dense": self.dense,
+        }
+        return tuple(words[word] for word in weight.shape)
 
     def kv_heads_per_gpu(self, gpus: int) -> int:
         """Split while there are enough of them, else one on each."""
@@ -108,36 +168,35 @@ class Component:
     dtypes: tuple[str, ...]
 
 
-def attention_shapes(dims: Dimensions, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Attention's matrices [out, in], in the table's order q, k, v, o, and the norms it depends on, by local name.
-
-    The norms of queries and keys run over all heads at once (`qk_norm_type: per_layer`).
-    """
-    query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    matrices = ((query, dims.hidden), (key, dims.hidden), (key, dims.hidden), (dims.hidden, query))
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{linear}.weight": shape for linear, shape in zip(arch.attention, matrices, strict=True)
-    }
-    for norm in arch.attention_inputs:
-        rows = query if "q_norm" in norm else key if "k_norm" in norm else dims.hidden
-        shapes[norm] = (rows,)
-    return shapes
-
-
 def tensors_of(
-    dims: Dimensions, arch: Architecture, form: Form, group_size: int = 128, kv_scales: bool = True
+    dims: Dimensions,
+    arch: Architecture,
+    form: Form,
+    group_size: int = 128,
+    kv_scales: bool = True,
+    storage: Storage = BLOCK_FP8,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
+
+    Args:
+        storage: of the source.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
     """
     result = []
-    for weight in _parameters(dims, arch):
-        if weight.dtype != FP8 or form == "source":
+    for weight, matrix in _parameters(dims, arch):
+        scales = storage.scale_suffix if matrix else None
+        if weight.component == "router":
+            result.append(
+                replace(weight, dtype=arch.router_served if form in ("awq", "hybrid") else arch.router_stored)
+            )
+        elif not matrix:
             result.append(weight)
-            if weight.dtype == FP8:
-                result.append(_part(weight, "_scale_inv", "F32", _blocks(weight.shape)))
+        elif form == "source":
+            result.append(replace(weight, dtype=storage.dtype))
+            if scales is not None:
+                result.append(_part(weight, scales, storage.scale_dtype, storage.scale_shape(weight.shape)))
         elif weight.component == "experts" and form in ("awq", "hybrid"):
             rows, columns = weight.shape
             if columns % group_size:
@@ -148,12 +207,13 @@ def tensors_of(
             packed = _part(weight, "_packed", "I32", (rows, columns // PACK), weight.parameters)
             result += [packed, _part(weight, "_scale", "BF16", (rows, columns // group_size))]
             result.append(_part(weight, "_shape", "I64", (2,)))
-        elif weight.component == "attention" and form == "hybrid":
-            result += [weight, _part(weight, "_scale", "F32", _blocks(weight.shape))]
+        elif form == "hybrid" and scales is not None:
+            result.append(replace(weight, dtype=storage.dtype))
+            result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
         else:
-            result.append(_part(weight, "", "BF16", weight.shape, weight.parameters))
+            result.append(weight)
     if kv_scales and form in ("awq", "hybrid"):
-        prefix = arch.layer + arch.attention[0].rpartition(".")[0]
+        prefix = arch.layer + arch.attention_module
         for scale in ("k_scale", "v_scale"):
             result.append(Tensors(f"{prefix}.{scale}", "kv_scales", "F32", (1,), dims.layers, 0, "none"))
     return result
@@ -180,8 +240,9 @@ def disk_bytes(tensors: Iterable[Tensors]) -> int:
 
 
 def layer_bytes(tensors: Iterable[Tensors], dims: Dimensions) -> int:
-    """Tensors of one decoder layer; all layers are alike."""
-    return sum(tensor.nbytes for tensor in tensors if tensor.in_layer) // dims.layers
+    """Tensors of one decoder layer with experts, which are all alike."""
+    own = (tensor for tensor in tensors if tensor.in_layer and tensor.component not in RARE_COMPONENTS)
+    return sum(tensor.nbytes // (dims.layers if tensor.count == dims.layers else dims.expert_layers) for tensor in own)
 
 
 def outside_bytes(tensors: Iterable[Tensors]) -> int:
@@ -189,41 +250,38 @@ def outside_bytes(tensors: Iterable[Tensors]) -> int:
     return sum(tensor.nbytes for tensor in tensors if not tensor.in_layer)
 
 
-def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[Tensors]:
-    """The tensors that hold parameters, as in the source: matrices of decoder layers in fp8, router in fp32."""
+def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors, bool]]:
+    """The tensors that hold parameters, dequantized, and whether each is a matrix that the source may store in fp8."""
 
-    def tensors(name: str, dtype: str, shape: tuple[int, ...], count: int, split: Split = "none") -> Tensors:
+    def tensors(name: str, shape: tuple[int, ...], count: int, split: Split = "none", dtype: str = "BF16") -> Tensors:
         component = arch.component(name.format(layer=0, expert=0))
         return Tensors(name, component, dtype, shape, count, math.prod(shape), split)
 
-    yield tensors(arch.embedding, "BF16", (dims.vocabulary, dims.hidden), 1, "tensor parallel")
+    def of_layers(weight: Weight, count: int) -> tuple[Tensors, bool]:
+        matrix = len(weight.shape) == 2
+        split: Split = "none" if not matrix else "kv heads" if "key" in weight.shape else "tensor parallel"
+        return tensors(arch.layer + weight.name, dims.shape(weight), count, split), matrix
+
+    yield tensors(arch.embedding, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     if not dims.tied:
-        yield tensors(arch.head, "BF16", (dims.vocabulary, dims.hidden), 1, "tensor parallel")
-    yield tensors(arch.final_norm, "BF16", (dims.hidden,), 1)
-    _, key, value, _ = arch.attention
-    for local, shape in attention_shapes(dims, arch).items():
-        if len(shape) == 1:
-            yield tensors(arch.layer + local, "BF16", shape, dims.layers)
-        else:
-            per_kv_head = local.removesuffix(".weight") in (key, value)
-            yield tensors(arch.layer + local, FP8, shape, dims.layers, "kv heads" if per_kv_head else "tensor parallel")
-    yield tensors(arch.layer + arch.smooth_norm, "BF16", (dims.hidden,), dims.layers)
-    yield tensors(arch.layer + arch.router, "F32", (dims.experts, dims.hidden), dims.layers)
+        yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
+    yield tensors(arch.final_norm, (dims.hidden,), 1), False
+    for weight in arch.attention_weights:
+        yield of_layers(weight, dims.layers)
+    yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False
+    yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), False
     if arch.router_bias:
-        yield tensors(arch.layer + arch.router_bias, "F32", (dims.experts,), dims.layers)
-    wide, narrow = (dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate)
-    for linear, shape in ((arch.gate, wide), (arch.up, wide), (arch.down, narrow)):
-        name = f"{arch.layer}{arch.expert}{linear}.weight"
-        yield tensors(name, FP8, shape, dims.layers * dims.experts, "tensor parallel")
+        yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), False
+    if arch.dense and dims.dense_layers:
+        for weight in arch.dense.weights:
+            yield of_layers(weight, dims.dense_layers)
+    for weight in arch.experts.weights:
+        yield of_layers(weight, dims.expert_layers * dims.experts)
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:
     """What a weight becomes, or is accompanied by."""
     return Tensors(weight.name + suffix, weight.component, dtype, shape, weight.count, parameters, weight.split)
-
-
-def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def _count(config: dict[str, Any], key: str) -> int:

@@ -1,18 +1,103 @@
 """How a model family is wired, as a table: a new family is a new entry, not a new branch.
 
-Names are those of the hub's checkpoint; `{layer}` and `{expert}` stand for numbers.
+Names are those of the hub's checkpoint; `{layer}` and `{expert}` stand for numbers. Shapes are in words, which
+`sizes.Dimensions.of` makes numbers of with config.json.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 # One spelling a number, so that two names never stand for one tensor; no sign, leading zero or other script's digits.
 NUMBER = "(0|[1-9][0-9]{0,8})"
+# No model has more, and what is listed layer by layer stays small.
+MOST_LAYERS = 10**6
+
+# hidden: the residual stream. query, key: all heads of queries, of keys or values, side by side. head: one head.
+# expert, shared, dense: the inner width of a routed expert, of the shared one, of a dense layer.
+Size = Literal["hidden", "query", "key", "head", "experts", "expert", "shared", "dense"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of a decoder layer.
+
+    Attributes:
+        name: in the layer.
+        shape: [out, in] of a matrix, [n] of a norm or a bias.
+        when: the key of config.json that must be true for it to exist.
+    """
+
+    name: str
+    shape: tuple[Size, ...]
+    when: str | None = None
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated unit: gate and up read its input, down reads act(gate) * up."""
+
+    prefix: str
+    width: Size
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    @property
+    def inputs(self) -> tuple[Weight, Weight]:
+        """What reads the unit's input."""
+        gate, up, _ = self.weights
+        return gate, up
+
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        wide: tuple[Size, ...] = (self.width, "hidden")
+        return (
+            Weight(f"{self.prefix}{self.gate}.weight", wide),
+            Weight(f"{self.prefix}{self.up}.weight", wide),
+            Weight(f"{self.prefix}{self.down}.weight", ("hidden", self.width)),
+        )
+
+
+@dataclass(frozen=True)
+class DenseLayers:
+    """Where config.json says which layers have one dense MLP instead of experts.
+
+    Attributes:
+        leading: key of a number: so many layers from the first.
+        listed: key of a list of layers.
+        step: key of a number n: of every n layers all but the last.
+    """
+
+    leading: str | None = None
+    listed: str | None = None
+    step: str | None = None
+
+    def of(self, config: Mapping[str, Any], layers: int) -> frozenset[int]:
+        """The dense layers. Raises ValueError where a key holds something else; the message is a clause."""
+        found: set[int] = set()
+        if self.leading:
+            found |= set(range(min(_whole(config, self.leading, 0), layers)))
+        if self.listed:
+            listed = config.get(self.listed) or []
+            if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
+                raise ValueError(f"{self.listed} is no list of layers")
+            found |= {layer for layer in listed if 0 <= layer < layers}
+        if self.step:
+            step = _whole(config, self.step, 1)
+            if step < 1:
+                raise ValueError(f"{self.step} is {step}")
+            found |= {layer for layer in range(layers) if (layer + 1) % step}
+        return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -23,14 +108,21 @@ class Architecture:
         model_type: config.json's `model_type`.
         modeling: the transformers module with the classes named below; remote code is never used.
         layer: prefix of a decoder layer's tensors.
-        attention: the linear layers whose original fp8 bytes are restored.
-        attention_inputs: other tensors that attention's output and KV cache depend on; never changed.
-        smooth_norm: the norm whose output feeds router and experts; its scales are moved into them.
+        attention_weights: attention's matrices, whose original bytes are restored, and the norms and biases that its
+            output and the KV cache depend on; none of them is ever changed.
+        smooth_norm: the norm before the block; its scales are moved into all that reads it, `norm_readers`.
         router, router_bias: the router's weight, and the bias added to its scores for choosing only.
+        router_stored, router_served: the router's dtype in the hub's files, and in the server: what is smoothed,
+            calibrated with, written and evaluated is what the server will hold.
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads
             act(gate) * up.
+        dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
         config keys: where config.json keeps sizes.
+        rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
+        config_fields: what the layer class reads of the config beside the config class's own fields.
+        dense_at: numbers of the dense layers, once `resolved`.
+        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones.
     """
 
     model_type: str
@@ -40,8 +132,7 @@ class Architecture:
     layer_class: str
     rotary_class: str
     layer: str
-    attention: tuple[str, ...]
-    attention_inputs: tuple[str, ...]
+    attention_weights: tuple[Weight, ...]
     smooth_norm: str
     router: str
     router_bias: str | None
@@ -51,6 +142,11 @@ class Architecture:
     down: str
     module_names: tuple[tuple[str, str], ...]
     moe_module: str
+    router_stored: Literal["BF16", "F32"] = "F32"
+    router_served: Literal["BF16", "F32"] = "F32"
+    dense: Mlp | None = None
+    dense_layers: DenseLayers = DenseLayers()
+    dense_at: frozenset[int] = frozenset()
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
@@ -59,6 +155,22 @@ class Architecture:
     top_k_key: str = "num_experts_per_tok"
     hidden_key: str = "hidden_size"
     intermediate_key: str = "intermediate_size"
+    dense_key: str = "intermediate_size"
+    rotary_dim_key: str | None = None
+    config_fields: tuple[str, ...] = ()
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self, config: Mapping[str, Any]) -> Architecture:
+        """The table for one config.json: weights that it has not are gone, and it is known which layers are dense.
+
+        Raises:
+            ValueError: a key that decides so holds something else; the message is a clause.
+        """
+        layers = config.get(self.layers_key)
+        # A number of layers that is none is refused by who needs it.
+        layers = layers if type(layers) is int and 0 < layers <= MOST_LAYERS else 0
+        kept = tuple(w for w in self.attention_weights if w.when is None or config.get(w.when) is True)
+        return replace(self, attention_weights=kept, dense_at=self.dense_layers.of(config, layers))
 
     def transformers_class(self, name: str) -> Any:
         """A class of the family's transformers module."""
@@ -71,9 +183,50 @@ class Architecture:
         """Full name of an expert's linear layer, without the parameter, e.g. `...experts.3.w1`."""
         return f"{self.layer_prefix(layer)}{self.expert.format(expert=expert)}{linear}"
 
+    @cached_property
+    def experts(self) -> Mlp:
+        """A routed expert's layers; `{expert}` stands for its number."""
+        return Mlp(self.expert, "expert", self.gate, self.up, self.down)
+
     @property
     def expert_linears(self) -> tuple[str, str, str]:
         return (self.gate, self.up, self.down)
+
+    @cached_property
+    def attention(self) -> tuple[str, ...]:
+        """Attention's linear layers, without the parameter."""
+        return tuple(weight.module for weight in self.attention_weights if len(weight.shape) == 2)
+
+    @cached_property
+    def attention_inputs(self) -> tuple[str, ...]:
+        """Norms and biases that attention's output and KV cache depend on."""
+        return tuple(weight.name for weight in self.attention_weights if len(weight.shape) == 1)
+
+    @property
+    def attention_module(self) -> str:
+        """The module that holds them, and the KV scales: `self_attn`."""
+        return self.attention[0].rpartition(".")[0]
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether the norm's scales must be such: what reads it in bf16 would be rounded by others, and another router
+        chooses other experts."""
+        return self.router_served == "BF16"
+
+    def has_experts(self, layer: int) -> bool:
+        return layer not in self.dense_at
+
+    def kept(self, layer: int) -> tuple[Weight, ...]:
+        """A layer's matrices beside the routed experts and the router, whose bytes are the source's in the end."""
+        matrices = tuple(weight for weight in self.attention_weights if len(weight.shape) == 2)
+        return matrices + (self.dense.weights if self.dense and layer in self.dense_at else ())
+
+    def norm_readers(self, experts: int) -> Iterator[str]:
+        """Every weight of a layer with experts whose columns the smoothed norm multiplies."""
+        yield self.router
+        for expert in range(experts):
+            for weight in self.experts.inputs:
+                yield weight.name.format(expert=expert)
 
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
@@ -117,6 +270,8 @@ class Architecture:
             return "experts"
         if any(local.startswith(f"{linear}.weight") for linear in self.attention):
             return "attention"
+        if self.dense and any(local.startswith(weight.name) for weight in self.dense.weights):
+            return "dense layers"
         if name == self.embedding:
             return "embeddings"
         if name == self.head:
@@ -126,3 +281,28 @@ class Architecture:
         if local.endswith(("k_scale", "v_scale")):
             return "kv_scales"
         return "norms and biases"
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} is no number of layers")
+    return value
+
+
+def grouped_query(query_norm: Size, key_norm: Size, norms: str | None = None) -> tuple[Weight, ...]:
+    """Attention with q, k, v, o and norms on queries and keys: over one head, or over all side by side.
+
+    Args:
+        norms: the key of config.json that must be true for these norms to exist.
+    """
+    return (
+        Weight("self_attn.q_proj.weight", ("query", "hidden")),
+        Weight("self_attn.k_proj.weight", ("key", "hidden")),
+        Weight("self_attn.v_proj.weight", ("key", "hidden")),
+        Weight("self_attn.o_proj.weight", ("hidden", "query")),
+        Weight("self_attn.q_norm.weight", (query_norm,), norms),
+        Weight("self_attn.k_norm.weight", (key_norm,), norms),
+        Weight("input_layernorm.weight", ("hidden",)),
+    )

@@ -39,10 +39,11 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         # What Checkpoint.open looked at: every name of the index is in its shard, and every tensor in the index.
         report.count("tensors in index and shards", len(result.specs))
         arch = workspace.architecture
-        check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
-        check_config(report, arch, source, result)
+        storage = workspace.source.format.storage
+        check_names(report, arch, source, storage, result, workspace.recipe.awq.kv_cache_scheme is not None)
+        check_config(report, arch, source, storage, result)
         if not report.problems:
-            check_tensors(report, arch, source, result, workspace.recipe.worker_count, workspace.reporter)
+            check_tensors(report, arch, source, storage, result, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from mmq.errors import CalibrationError, CheckpointError, one_line, shown
 from mmq.families.rotary import rope_parameters
 from mmq.families.table import Architecture
+from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import Activation
 
 # Tokens in one attention call; sequences of equal length share a call.
@@ -35,7 +36,8 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     """
     config_class = architecture.transformers_class(architecture.config_class)
     # Its own fields alone: of those that all models share, num_labels alone fills any memory.
-    known = {key: value for key, value in config.items() if key in config_class.__annotations__}
+    fields = {*config_class.__annotations__, *architecture.config_fields}
+    known = {key: value for key, value in config.items() if key in fields}
     known["rope_parameters"] = rope_parameters(config)
     activation = known.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
@@ -73,7 +75,9 @@ class _Recorder(torch.nn.Module):
 
 
 class DecoderLayer:
-    """A transformers decoder layer without its experts.
+    """A transformers decoder layer without its experts; one that has none is whole.
+
+    The router is in the dtype that the server holds it in.
 
     Args:
         tensors: the layer's tensors but for the experts, by their names in the layer, in the checkpoint's dtypes.
@@ -97,24 +101,37 @@ class DecoderLayer:
             self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
         except Exception as error:  # it raises whatever an odd value leads to
             raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
-        block = getattr(module, architecture.moe_module)
-        self._router = block.gate
+        # The bias of a router that does not hold it itself.
         self._bias: torch.Tensor | None = None
-        setattr(module, architecture.moe_module, _Recorder())
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
+            if architecture.has_experts(layer):
+                router = architecture.module_name(architecture.router).removesuffix(".weight")
+                self._router = module.get_submodule(router)
+                setattr(module, architecture.moe_module, _Recorder())
+                self.set_router(tensors[architecture.router].to(device))
+                self._set_bias(router, tensors)
             module.load_state_dict(named, strict=True, assign=True)
-            self.set_router(tensors[architecture.router].to(device))
-            if architecture.router_bias:
-                self._bias = tensors[architecture.router_bias].to(device)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
         self.module = module.eval()
 
     def set_router(self, weight: torch.Tensor) -> None:
         """Replace the router's weight, [E, H]."""
-        self._router.weight = torch.nn.Parameter(weight, requires_grad=False)
+        served = weight.to(DTYPES[self.architecture.router_served])
+        self._router.weight = torch.nn.Parameter(served, requires_grad=False)
+
+    def _set_bias(self, router: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Give the router the bias by which it chooses, as a buffer of its own or beside each of its inputs."""
+        if self.architecture.router_bias is None:
+            return
+        bias = tensors[self.architecture.router_bias].to(self.device)
+        name = self.architecture.module_name(self.architecture.router_bias)
+        if name.startswith(f"{router}."):
+            setattr(self._router, name.removeprefix(f"{router}."), bias)
+        else:
+            self._bias = bias
 
     def set_norm(self, weight: torch.Tensor) -> None:
         """Replace the weight of the norm before the block, [H]."""

@@ -20,6 +20,7 @@ from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
+from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import sum_of_squares
 from mmq.tensors.fp8 import is_finite
 from mmq.tensors.int4 import fits, quantize_in_place
@@ -129,7 +130,10 @@ class LayerQuantizer:
         self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
-            mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
+            mappings=awq_mappings(arch),
+            duo_scaling=settings.duo_scaling,
+            n_grid=settings.n_grid,
+            powers_of_two=arch.powers_of_two,
         )
 
     @property
@@ -194,12 +198,11 @@ class LayerQuantizer:
         with clock.part("quantizing"):
             norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
             tensors = self._quantize_experts(layer, block, applied, chosen.inner)
-            # fp32 in the families known so far; another dtype is rounded here, as it will be served.
-            router = content.rest[arch.router].to(self.device)
-            router = (router.float() * applied).to(router.dtype)
-            attention = arch.attention[0].rpartition(".")[0]
+            # As the server holds it: in bf16 by powers of two, which it takes without a rounding.
+            router = content.rest[arch.router].to(self.device).float() * applied
+            router = router.to(DTYPES[arch.router_served])
             tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
-            tensors |= {f"{attention}.{name}": scale for name, scale in kv_scales.items()}
+            tensors |= {f"{arch.attention_module}.{name}": scale for name, scale in kv_scales.items()}
         with clock.part("propagating"):
             decoder.set_norm(norm)
             decoder.set_router(router)

@@ -225,7 +225,14 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
     else:
         settings = workspace.recipe.awq
         dims = Dimensions.of(source.config, arch)
-        tensors = tensors_of(dims, arch, "hybrid", settings.group_size, settings.kv_cache_scheme is not None)
+        tensors = tensors_of(
+            dims,
+            arch,
+            "hybrid",
+            settings.group_size,
+            settings.kv_cache_scheme is not None,
+            source.format.storage,
+        )
         after = {name: _Sum(0, own.nbytes, own.dtypes) for name, own in sizes.components(tensors).items()}
     found = [
         Component(
@@ -237,6 +244,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
             _dtypes(after[name].dtypes),
         )
         for name in sizes.COMPONENTS
+        if parameters[name].elements or name not in sizes.RARE_COMPONENTS
     ]
     return found, result is not None
 

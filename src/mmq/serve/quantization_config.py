@@ -17,21 +17,27 @@ from compressed_tensors.quantization import (
 )
 
 from mmq.families.rotary import rope_parameters
+from mmq.families.sizes import Storage
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
 from mmq.tensors.fp8 import BLOCK
 from mmq.tensors.int4 import weight_args
 
 
-def output_config(architecture: Architecture, recipe: Recipe, source: dict[str, Any], hybrid: bool) -> dict[str, Any]:
+def output_config(
+    architecture: Architecture, recipe: Recipe, source: dict[str, Any], storage: Storage | None
+) -> dict[str, Any]:
     """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
 
     Args:
-        hybrid: attention is block fp8; otherwise it is bf16, as the awq stage leaves it.
+        storage: how attention, and what else beside the experts has the source's bytes, is stored in fp8; None where
+            it is bf16, as the awq stage leaves it.
     """
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size)}
-    if hybrid:
-        groups["group_1"] = attention_scheme(architecture, recipe.restore.attention_activations == "dynamic")
+    if storage is not None:
+        dynamic = recipe.restore.attention_activations == "dynamic"
+        groups["group_1"] = kept_scheme(architecture, dynamic)
+    hybrid = len(groups) > 1
     scheme = recipe.awq.kv_cache_scheme
     quantization = QuantizationConfig(
         config_groups=groups,
@@ -56,10 +62,9 @@ def experts_scheme(architecture: Architecture, group_size: int) -> QuantizationS
     )
 
 
-def attention_scheme(architecture: Architecture, dynamic_activations: bool) -> QuantizationScheme:
-    """Block-fp8 attention; with dynamic activations, as the source's `activation_scheme: dynamic` says."""
-    parent, _, _ = architecture.attention[0].rpartition(".")
-    linears = "|".join(linear.rpartition(".")[2].removesuffix("_proj") for linear in architecture.attention)
+def kept_scheme(architecture: Architecture, dynamic_activations: bool) -> QuantizationScheme:
+    """Block-fp8 attention and dense layers; with dynamic activations, as the source's `activation_scheme: dynamic`
+    says."""
     activations = QuantizationArgs(
         num_bits=8,
         type=QuantizationType.FLOAT,
@@ -69,7 +74,7 @@ def attention_scheme(architecture: Architecture, dynamic_activations: bool) -> Q
         dynamic=True,
     )
     return QuantizationScheme(
-        targets=[rf"re:.*{re.escape(parent)}\.({linears})_proj$"],
+        targets=kept_targets(architecture),
         weights=QuantizationArgs(
             num_bits=8,
             type=QuantizationType.FLOAT,
@@ -81,3 +86,17 @@ def attention_scheme(architecture: Architecture, dynamic_activations: bool) -> Q
         input_activations=activations if dynamic_activations else None,
         format=CompressionFormat.float_quantized.value,
     )
+
+
+def kept_targets(architecture: Architecture) -> list[str]:
+    """Patterns of what keeps the source's fp8, a parent module each: under transformers' names and the hub's alike."""
+    parent = architecture.attention_module
+    linears = "|".join(linear.rpartition(".")[2].removesuffix("_proj") for linear in architecture.attention)
+    targets = [rf"re:.*{re.escape(parent)}\.({linears})_proj$"]
+    if architecture.dense and architecture.dense_at:
+        modules = [weight.module for weight in architecture.dense.weights]
+        parent = modules[0].rpartition(".")[0]
+        linears = "|".join(re.escape(module.rpartition(".")[2]) for module in modules)
+        # An expert's or a shared expert's linear layers lie deeper.
+        targets.append(rf"re:.*\.\d+\.{re.escape(parent)}\.({linears})$")
+    return targets

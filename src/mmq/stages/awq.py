@@ -35,8 +35,8 @@ from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
+from mmq.source.model import SourceModel
 from mmq.source.samples import most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
@@ -111,7 +111,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         stage.finish_writing()
         if OUTSIDE not in journal.units:
             stage.carry_outside()
-    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, hybrid=False)
+    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, None)
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
     stage.finish_state()
@@ -146,7 +146,7 @@ class _Stage:
 
     def __init__(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         self.workspace, self.plan, self.journal = workspace, plan, journal
-        self.source: Fp8Source = workspace.source
+        self.source: SourceModel = workspace.source
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
@@ -355,7 +355,7 @@ class _Stage:
         """
         checkpoint = self.weights.checkpoint
         whole = set()
-        if not isinstance(self.weights, Fp8Source):
+        if not isinstance(self.weights, SourceModel):
             dequant = self.workspace.journal.stage("dequant")
             for shard in sorted({*map(checkpoint.shard_of, names)}):
                 if self.stopping.is_set():
@@ -443,7 +443,7 @@ def _tokens(workspace: Workspace) -> Tokens:
     return workspace.calibration
 
 
-def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+def operations_per_token(source: SourceModel, n_grid: int) -> int:
     """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
     nearly all of what a layer computes."""
     arch, config = source.architecture, source.config
@@ -451,12 +451,12 @@ def operations_per_token(source: Fp8Source, n_grid: int) -> int:
     return n_grid * int(config[arch.top_k_key]) * len(arch.expert_linears) * matrix
 
 
-def widest_layer(source: Fp8Source) -> int:
+def widest_layer(source: SourceModel) -> int:
     """Bytes of the largest dequantized layer."""
     return max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
 
 
-def _check_shapes(source: Fp8Source, group_size: int) -> None:
+def _check_shapes(source: SourceModel, group_size: int) -> None:
     for linear in source.architecture.expert_linears:
         spec = source.specs[f"{source.architecture.expert_weight(0, 0, linear)}.weight"]
         if spec.shape[1] % group_size:

@@ -8,6 +8,7 @@ from typing import Any
 from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.sizes import (
+    RARE_COMPONENTS,
     Component,
     Dimensions,
     Form,
@@ -23,6 +24,7 @@ from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.recipe import Recipe
 from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
+from mmq.source.formats import format_of
 from mmq.source.hub import source_config
 from mmq.source.samples import most_tokens
 from mmq.stages.base import BASE_MEMORY, free_disk
@@ -43,9 +45,9 @@ def make_plan(
     """
     config = source_config(recipe)
     arch = architecture_of(config)
-    dims = Dimensions.of(config, arch)
+    dims, storage = Dimensions.of(config, arch), format_of(config).storage
     scales = recipe.awq.kv_cache_scheme is not None
-    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales) for form in FORMS}
+    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales, storage) for form in FORMS}
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),
@@ -67,6 +69,7 @@ def _components(forms: Forms) -> list[dict[str, Any]]:
     entries = [
         {"component": name, "parameters": own.parameters, "before": side(own), "after": side(after[name])}
         for name, own in before.items()
+        if own.parameters or name not in RARE_COMPONENTS
     ]
     total: dict[str, Any] = {"component": "total", "parameters": sum(own.parameters for own in before.values())}
     for place, parts in (("before", before), ("after", after)):

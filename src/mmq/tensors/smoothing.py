@@ -32,6 +32,11 @@ def candidate_scales(
     return torch.where(torch.isfinite(scales), scales, 1.0)
 
 
+def nearest_power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """Positive float32 scales of any shape, each rounded to a power of two by its logarithm."""
+    return scales.log2().round().exp2()
+
+
 def smooth_norm(norm: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide a norm's weight by the scales and say what scale the rounded result really applies.
 

@@ -10,8 +10,8 @@ from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.hub import is_hub_id, source_refused
+from mmq.source.model import SourceModel
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
 from mmq.workdir.journal import Journal
@@ -50,10 +50,10 @@ class Workspace:
         return Journal(self.work_dir)
 
     @cached_property
-    def source(self) -> Fp8Source:
+    def source(self) -> SourceModel:
         """The fp8 checkpoint. Raises CheckpointError or RecipeError when it can't be taken."""
         checkpoint = Checkpoint.open(self.source_folder)
-        return Fp8Source(checkpoint, architecture_of(checkpoint.config))
+        return SourceModel(checkpoint, architecture_of(checkpoint.config))
 
     @property
     def architecture(self) -> Architecture:
