@@ -17,6 +17,7 @@ from mmq.families.table import Architecture
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
@@ -175,9 +176,25 @@ class LayerQuantizer:
             # The sum is bf16 as well, and what the next layer gets.
             self._check_finite(residual + reference.to(residual.dtype), f"the output of layer {layer}'s experts is")
             chosen, statistics = self._search(block, reference)
+        weight = content.rest[arch.smooth_norm].to(self.device)
+        norm, applied = smooth_norm(weight, chosen.norm)
+        rounded = None
+        if settings.rounding == "compensated":
+            with clock.part("rounding"):
+                judged = judge(block, reference, self.lengths, Smoothing(applied, chosen.inner))
+                rounded, statistics = judged.rounded, statistics | judged.statistics
+                if not judged.statistics["smoothed"]:
+                    norm = weight
+                applied, inner = judged.smoothing.norm, judged.smoothing.inner
+                served = rounded or Smoothed(block, applied, inner)
+                statistics["loss_chosen"] = _number(float(block.loss(served, reference)))
+        else:
+            inner = chosen.inner
         with clock.part("quantizing"):
-            norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
-            tensors = self._quantize_experts(layer, block, applied, chosen.inner)
+            if rounded is None:
+                tensors = self._quantize_experts(layer, block, applied, inner)
+            else:
+                tensors = self._store(layer, block, rounded)
             # fp32 in the families known so far; another dtype is rounded here, as it will be served.
             router = content.rest[arch.router].to(self.device)
             router = (router.float() * applied).to(router.dtype)
@@ -251,18 +268,41 @@ class LayerQuantizer:
         ):
             found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
             packed, scale = (tensor.cpu() for tensor in found)
-            rows = weight.shape[1] // len(linears)
-            for number, expert in enumerate(range(first, first + weight.shape[0])):
-                for place, linear in enumerate(linears):
-                    base = f"{arch.expert.format(expert=expert)}{linear}.weight"
-                    own = slice(place * rows, (place + 1) * rows)
-                    if not fits(scale[number, own]):
-                        raise CheckpointError(
-                            f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
-                        )
-                    tensors[f"{base}_packed"] = packed[number, own]
-                    tensors[f"{base}_scale"] = scale[number, own]
-                    tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
+            tensors |= self._by_name(layer, first, packed, scale, linears)
+        return tensors
+
+    def _store(self, layer: int, block: ExpertBlock, rounded: Rounded) -> dict[str, torch.Tensor]:
+        """`_quantize_experts` for experts that are rounded already."""
+        arch, experts = self.arch, block.gate_up.shape[0]
+        for first in range(0, experts, block.step):
+            last = min(first + block.step, experts)
+            block.gate_up[first:last] = rounded.stored(0, first, last)
+            block.down[first:last] = rounded.stored(1, first, last)
+        tensors = {}
+        for packed, scale, linears in zip(
+            rounded.packed, rounded.scale, ((arch.gate, arch.up), (arch.down,)), strict=True
+        ):
+            tensors |= self._by_name(layer, 0, packed, scale, linears)
+        return tensors
+
+    def _by_name(
+        self, layer: int, first: int, packed: torch.Tensor, scale: torch.Tensor, linears: tuple[str, ...]
+    ) -> dict[str, torch.Tensor]:
+        """Packed experts [n, out, ...] from `first` on, whose rows are those of one or two linear layers, by names in
+        the layer."""
+        tensors = {}
+        rows, columns = packed.shape[1] // len(linears), packed.shape[2] * 8
+        for number in range(packed.shape[0]):
+            for place, linear in enumerate(linears):
+                base = f"{self.arch.expert.format(expert=first + number)}{linear}.weight"
+                own = slice(place * rows, (place + 1) * rows)
+                if not fits(scale[number, own]):
+                    raise CheckpointError(
+                        f"{self.arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
+                    )
+                tensors[f"{base}_packed"] = packed[number, own]
+                tensors[f"{base}_scale"] = scale[number, own]
+                tensors[f"{base}_shape"] = torch.tensor([rows, columns])
         return tensors
 
     def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 COMPILED_FROM = 2**18
 
 
-def worth_compiling(tensor: torch.Tensor) -> bool:
+def worth_compiling(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
     """Whether a function of `compiled` is the faster way. Where it is not, the module need not be imported, which
     takes a second as well."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.numel() >= COMPILED_FROM
+    return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.numel() >= COMPILED_FROM

@@ -63,6 +63,12 @@ class Rows:
             token = self.token[start : start + size]
             yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], self.place)
 
+    def within(self, first: int, last: int) -> Rows:
+        """The rows of experts first..last alone, for those that are in no token's output."""
+        start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
+        ends = [min(max(end, start), stop) - start for end in self.ends]
+        return Rows(self.token[start:stop], ends, self.place)
+
     def piece(self, first: int, last: int) -> Piece | None:
         """The rows of experts first..last, if they have any."""
         start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
