@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,13 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
     names = list(tensors)
     if shuffle:
         random.Random(seed).shuffle(names)
+    save_checkpoint(folder, {name: tensors[name] for name in names}, model_config(sizes), shards)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], shards: int) -> None:
+    """Write tensors in their order, cut into shards by size, with index, config.json and generation_config.json."""
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(_cut(names, tensors, shards), start=1):
+    for number, part in enumerate(_cut(list(tensors), tensors, shards), start=1):
         shard = f"model-{number:05d}-of-{shards:05d}.safetensors"
         save_tensors(folder / shard, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, shard)
@@ -84,7 +90,7 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
         folder / INDEX_NAME,
         {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))},
     )
-    write_json(folder / CONFIG_NAME, model_config(sizes))
+    write_json(folder / CONFIG_NAME, config)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
 
 
@@ -206,8 +212,8 @@ def _cut(names: list[str], tensors: dict[str, torch.Tensor], shards: int) -> lis
     return parts
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A byte-level BPE tokenizer trained on a few lines."""
+def write_tokenizer(folder: Path, vocabulary: int, text: Sequence[str] = TRAINING_TEXT) -> None:
+    """A byte-level BPE tokenizer trained on a text, by default a few lines, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -221,7 +227,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.train_from_iterator(text, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
