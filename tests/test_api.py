@@ -60,13 +60,15 @@ def test_a_run_by_python_is_the_commands_run(project: Path, finished: Path) -> N
     assert made.kv_tokens == tokens["hybrid", "fp8"]
     assert made.serve.startswith(f"vllm serve {made.folder} --tensor-parallel-size 1 ")
     assert [progress.stage for progress in seen if progress.percent == 100.0 and progress.unit == ""] == [
-        "dequant", "awq", "restore",
+        "dequant", "awq", "restore", "verify",
     ]  # fmt: skip
-    # Again: nothing is left to do, and the summary is the same.
-    before = len(seen)
+    # Again: nothing is left to do but to verify, and the summary is the same.
+    seen.clear()
     assert mmq.run(project / "recipe.yaml", on_progress=seen.append, gpus="1x24GiB") == made
-    assert len(seen) == before
-    assert mmq.verify(recipe).problems == []
+    assert {progress.stage for progress in seen} == {"verify"}
+    seen.clear()
+    assert mmq.verify(recipe, on_progress=seen.append).problems == []
+    assert (seen[-1].done, seen[-1].percent) == (seen[-1].units, 100.0)
     assert mmq.status(recipe)["next"] is None
     report = mmq.evaluate(recipe, project / "samples.jsonl", samples=2)
     assert {variant["variant"] for variant in report["variants"]} >= {"source", "hybrid"}

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from test_readme import WHEEL, commands
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Distributions whose module has another name.
@@ -81,16 +82,12 @@ def test_what_is_declared_is_imported() -> None:
 
 
 def test_an_empty_folder_and_the_wheel_are_enough(installed: Path, tmp_path: Path) -> None:
-    """The first words of a stranger: a recipe, a model to try it on, and a verified checkpoint."""
+    """The README's words to a stranger: a recipe, a model to try it on, and a verified checkpoint."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"PATH": f"{installed}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    script = """
-        set -e
-        python -c 'import mmq; print(mmq.__file__)'
-        mmq recipe init mine.yaml --source src
-        mmq synth src
-        mmq run mine.yaml
-    """
+    first = ["set -e", "python -c 'import mmq; print(mmq.__file__)'"]
+    script = "\n".join([*first, *commands(WHEEL)])
+    assert "mmq run mine.yaml" in script
     run = subprocess.run(
         ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

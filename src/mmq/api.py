@@ -92,8 +92,11 @@ def run(
     return summarize(workspace, facts, machines)
 
 
-def verify(recipe: Recipe | str | Path) -> Report:
+def verify(recipe: Recipe | str | Path, *, on_progress: OnProgress | None = None) -> Report:
     """Compare the finished checkpoint with its source, and write verify.json.
+
+    Args:
+        on_progress: as for `run`.
 
     Returns:
         what was looked at, and `problems`, empty where all is as it must be.
@@ -103,7 +106,7 @@ def verify(recipe: Recipe | str | Path) -> Report:
     """
     from mmq.prove.verify import verify_checkpoint
 
-    return verify_checkpoint(_workspace(recipe))
+    return verify_checkpoint(_workspace(recipe, on_progress))
 
 
 def evaluate(

@@ -174,7 +174,7 @@ def test_json_of_a_whole_run(project: Path, mmq: Mmq) -> None:
     assert process.stderr == ""
     found = events(process.stdout)
     assert {event["event"] for event in found} <= EVENTS
-    for stage in STAGES:
+    for stage in [*STAGES, "verify"]:
         mine = [event for event in found if event.get("stage") == stage and event["event"] != "note"]
         assert mine[0]["event"] == "start"
         assert mine[-1]["event"] == "finish"

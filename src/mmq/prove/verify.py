@@ -42,7 +42,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
         check_config(report, arch, source, result)
         if not report.problems:
-            check_tensors(report, arch, source, result, workspace.recipe.worker_count)
+            check_tensors(report, arch, source, result, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 
