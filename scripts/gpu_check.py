@@ -497,6 +497,13 @@ def tails() -> list[tuple[str, float, Callable[[Any, int], tuple[Any, Any]]]]:
         x, ends = rows(device, numbers, 1536)
         return _moments(x, None, ends)[-1:].cpu(), _moments(x[-last:].cpu(), None, end)
 
+    def measured(device: Any, numbers: int) -> tuple[Any, Any]:
+        count = numbers // (hidden * 1536) + 2
+        change, moments = drawn(device, count, hidden, 1536), torch.rand(count, 1536, 1536, device=device)
+        moments += moments.transpose(1, 2).clone()
+        found = experts.quadratic_form(change, moments)[-1:].cpu()
+        return found, experts.quadratic_form(change[-1:].cpu(), moments[-1:].cpu())
+
     return [
         ("fake_quantize_scaled", 0.0, quantized),
         ("normalized_mean", 1e-6, normalized),
@@ -508,6 +515,7 @@ def tails() -> list[tuple[str, float, Callable[[Any, int], tuple[Any, Any]]]]:
         ("squares_by_expert", SUMS, squared),
         ("magnitude_sums", SUMS, magnitudes),
         ("second_moments", SUMS, moments),
+        ("quadratic_form", ROUNDED, measured),
     ]
 
 
@@ -992,10 +1000,11 @@ def stage(context: Context) -> Iterator[Facts]:
                 }
             planned = planning.result()
             facts = {"step": "the plan"}
-            with contextlib.suppress(ValueError, IndexError, KeyError):
-                plan = json.loads(planned.stdout.strip().splitlines()[-1])
-                memory = [entry for entry in plan.get("stages", [plan]) if entry.get("device_memory")]
-                facts["planned_device_gib"] = round(memory[0]["device_memory"] / GIB, 2)
+            if planned.returncode == 0:
+                (plan,) = json.loads(planned.stdout.splitlines()[-1])["plan"]
+                facts |= {f"planned_{kind}_gib": round(plan[f"{kind}_memory"] / GIB, 2) for kind in ("device", "host")}
+            else:
+                facts |= {"ok": False, "error": planned.stderr[-300:]}
             yield facts
             shutil.rmtree(folder / run)
             if moments[-1] > 60:

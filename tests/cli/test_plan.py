@@ -84,7 +84,8 @@ def test_the_awq_stage_plans_the_same_memory(device: str, project: Path) -> None
 
 
 def test_awq_memory_by_hand() -> None:
-    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
+    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 126)
+    assert awq_memory(100, 10, 500, 100, True) == AwqMemory(7110, 100 + 20 + 9000 + 12)
     assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
 
 

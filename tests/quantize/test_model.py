@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import digests, write_recipe
+from conftest import DEVICE, cpu_only, digests, write_recipe
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
@@ -69,18 +69,18 @@ def test_the_streamed_layer_is_the_plain_one(source: tuple[dict[str, Any], Weigh
             for name, tensor in weights.items()
             if name.startswith(prefix) and ".experts." not in name
         }
-        decoder = DecoderLayer(MINIMAX_M2, transformers_config(MINIMAX_M2, config), layer, local, torch.device("cpu"))
+        decoder = DecoderLayer(MINIMAX_M2, transformers_config(MINIMAX_M2, config), layer, local, DEVICE)
         # Two copies of different lengths and one more: sequences don't see each other.
         lengths = [192, 64, 192]
-        hidden = torch.cat([states[layer], states[layer][:64], states[layer]])
+        hidden = torch.cat([states[layer], states[layer][:64], states[layer]]).to(DEVICE)
         residual = decoder.attend(hidden, lengths)
         x = decoder.block_input(residual)
         _, share, index = decoder.route(x)
-        gate_up, down = stacked(weights, prefix, config["num_local_experts"])
+        gate_up, down = (w.to(DEVICE) for w in stacked(weights, prefix, config["num_local_experts"]))
         block = ExpertBlock(x, index, share, gate_up, down, decoder.activation, 128)
         output = residual + block.output(StackedWeights(block))
         expected = torch.cat([states[layer + 1], states[layer + 1][:64], states[layer + 1]])
-        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert torch.allclose(output.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_rotary_fix_matters(source: tuple[dict[str, Any], Weights]) -> None:
@@ -162,7 +162,7 @@ def test_layers_are_calibrated_on_what_comes_before_them(
     first = tokens.ids[: tokens.lengths[0]]
     ours = dequantized(read_folder(project / "run/awq")[1])
     states = {name: hidden_states(first, w, config)[1] for name, w in (("quantized", ours), ("source", weights))}
-    found = captured[1][: tokens.lengths[0]].float()
+    found = captured[1][: tokens.lengths[0]].float().cpu()
     errors = {name: float((found - state).norm() / state.norm()) for name, state in states.items()}
     wanted, other = ("quantized", "source") if quantized else ("source", "quantized")
     assert errors[wanted] < 0.02
@@ -255,6 +255,7 @@ print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0
 """
 
 
+@cpu_only
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path: Path) -> None:
     """Nine more layers must not take as much memory as half of them, in any stage."""
     peaks = {}

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import mmq.tensors.dispatch
+from conftest import DEVICE
 from mmq.tensors.dispatch import Way, way
 from mmq.tensors.experts import (
     combine,
@@ -35,8 +36,6 @@ pytest.importorskip("triton")
 
 # The interpreter computes by numpy, which speaks of infinities and NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
-
-DEVICE = torch.device(os.environ.get("MMQ_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture(autouse=True)

@@ -132,9 +132,11 @@ class ExpertBlock:
             self.workers = 1
         # A row's input, gate and up, their product, and its output.
         per_row = (2 * hidden + 3 * inner) * width
-        self.most_rows = max(1, self.working_memory // 4 // per_row)
+        # Some of the kernels count with 31 bits.
+        self.most_rows = max(1, min(self.working_memory // 4 // per_row, 2**30 // max(hidden, 2 * inner)))
         self.shares = [self._share(tokens) for tokens in sampled(self.x.shape[0], self.parts, self.x.device)]
-        held = max((batch.rows for share in self.shares for step in share.batches for batch in step), default=0)
+        together = (batch for share in self.shares for (batch, *_) in share.batches if len(batch.pieces) > 1)
+        held = max((batch.rows for batch in together), default=0)
         self._outputs = self.x.new_empty(held, hidden)
 
     def _share(self, tokens: torch.Tensor) -> Share:
@@ -196,25 +198,21 @@ class ExpertBlock:
             taken = weights.take(piece.first, piece.last)
             for batch in batches:
                 (piece,) = batch.pieces
-                outputs = self._outputs[: batch.rows]
-                self._linears(share, piece, *taken, outputs)
-                yield batch.start, outputs
+                middle = self._middle(share, piece, taken[0])
+                yield batch.start, grouped_linear(middle, taken[1], piece.ends)
 
     def _step(self, share: Share, weights: Weights, outputs: torch.Tensor, begin: int, piece: Piece) -> None:
         """A piece's rows of a batch's outputs [n, H], which begin at a row of the share."""
-        own = outputs[piece.start - begin : piece.stop - begin]
-        self._linears(share, piece, *weights.take(piece.first, piece.last), own)
+        gate_up, down = weights.take(piece.first, piece.last)
+        middle = self._middle(share, piece, gate_up)
+        grouped_rows(middle, down, piece.ends, outputs[piece.start - begin : piece.stop - begin])
 
-    def _linears(
-        self, share: Share, piece: Piece, gate_up: torch.Tensor, down: torch.Tensor, outputs: torch.Tensor
-    ) -> None:
-        """The experts' own outputs of a piece's rows, into [n, H]."""
+    def _middle(self, share: Share, piece: Piece, gate_up: torch.Tensor) -> torch.Tensor:
+        """What goes into the down layers for a piece's rows: [n, I]."""
         own = slice(piece.start, piece.stop)
         if share.inputs is not None:
-            middle = gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
-        else:
-            middle = gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
-        grouped_rows(middle, down, piece.ends, outputs)
+            return gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
+        return gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
 
     def outputs(self, weights: Weights) -> list[torch.Tensor]:
         """The block's output for the tokens of each share: float32 [t, H]."""

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from mmq.tensors.dispatch import Way, grouped_mm_works, way, way_of_products
+from mmq.tensors.dispatch import Way, grouped_mm_works, torch_multiplies_faster, way, way_of_products
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -79,7 +79,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
-    if rows.shape[0] and way_of_products(rows) is not Way.TRITON and grouped_mm_works(rows.device, rows.dtype):
+    if rows.shape[0] and torch_multiplies_faster(rows):
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
 
