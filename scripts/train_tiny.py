@@ -255,8 +255,9 @@ Made by `scripts/train_tiny.py` with `--seed {settings.seed} --steps {settings.s
 
 | | |
 |---|---|
-| architecture | `MiniMaxM2ForCausalLM`: {s.layers} layers, hidden {s.hidden}, {s.experts} experts of {s.intermediate}, \
-top {s.top_k}, {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary, {s.vocabulary} tokens |
+| architecture | `MiniMaxM2ForCausalLM`: {s.layers} layers, hidden {s.hidden}, {s.experts} experts of \
+{s.intermediate}, top {s.top_k}, {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary, \
+{s.vocabulary} tokens |
 | format | fp8 e4m3 in 128x128 blocks, fp32 router and bias, bf16 for the rest |
 | text | {text}; {size:,} bytes |
 | sha256 of the text | {corpus} |

@@ -176,8 +176,8 @@ def _check_experts(
                 changed, least = (float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest))
                 report.require(
                     changed <= MOST_COMPENSATED * least + NEGLIGIBLE,
-                    f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's weights,"
-                    f" in squares, as the nearest ones; compensation makes it at most {MOST_COMPENSATED} times",
+                    f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's"
+                    f" weights as the nearest ones, in squares; compensation makes it at most {MOST_COMPENSATED} times",
                 )
             else:
                 far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
