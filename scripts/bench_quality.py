@@ -2,9 +2,9 @@
 
     python scripts/bench_quality.py trained --samples 16 64 256 --seeds 3
 
-The model is a folder as scripts/train_tiny.py writes it, with `calibration.jsonl` and `heldout.jsonl`. For every number of
-samples and every seed, samples are drawn from the former, `mmq run` and `mmq eval` run as processes of their own, and
-each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same samples.
+The model is a folder as scripts/train_tiny.py writes it, with `calibration.jsonl` and `heldout.jsonl`. For every number
+of samples and every seed, samples are drawn from the former, and `mmq run` and `mmq eval` run as processes of their
+own. Each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same samples.
 """
 
 from __future__ import annotations
