@@ -4,9 +4,9 @@
     python scripts/train_tiny.py FOLDER                        # the model that `mmq synth --trained` gives
     python scripts/train_tiny.py FOLDER --seed 1 --text DIR    # another one, of other text
 
-The text is the running Python's standard library (sources and pydoc's topics) and the repository's calibration data, never
-eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes on one thread. The
-folder holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
+The text is the running Python's standard library (sources and pydoc's topics) and the repository's calibration data,
+never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes on one thread.
+The folder holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
 
 The router is balanced as the family's is: no auxiliary loss, but a bias that moves against an expert's load
 (arXiv 2408.15664).
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
-from mmq.source.synth import CHAT_TEMPLATE, Sizes, model_config, quantize_block, save_checkpoint, write_tokenizer
+from mmq.source.synth import Sizes, model_config, quantize_block, save_checkpoint, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = Sizes(layers=3, hidden=256, intermediate=128, experts=16, heads=4, kv_heads=2, head_dim=64, vocabulary=1024)
@@ -230,7 +230,9 @@ def train(model: Model, ids: torch.Tensor, check: torch.Tensor, steps: int, seed
             load = torch.stack(model.loads)
             spread = float(load.max() / load.mean())
             held = f" held out {evaluate(model, check[:16]):.3f}" if step % 500 == 499 else ""
-            print(f"step {step + 1} loss {float(loss.detach()):.3f}{held} load {spread:.2f} {seconds:.0f} s", flush=True)
+            print(
+                f"step {step + 1} loss {float(loss.detach()):.3f}{held} load {spread:.2f} {seconds:.0f} s", flush=True
+            )
 
 
 @torch.no_grad()
@@ -253,8 +255,10 @@ Made by `scripts/train_tiny.py` with `--seed {settings.seed} --steps {settings.s
 
 | | |
 |---|---|
-| architecture | `MiniMaxM2ForCausalLM`: {s.layers} layers, hidden {s.hidden}, {s.experts} experts of {s.intermediate}, top \
-{s.top_k}, {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary, {s.vocabulary} tokens |
+| architecture | `MiniMaxM2ForCausalLM` |
+| sizes | {s.layers} layers, hidden {s.hidden}, {s.experts} experts of {s.intermediate}, top {s.top_k} |
+| attention | {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary |
+| tokenizer | byte-level BPE of {s.vocabulary} tokens, trained on the same text |
 | format | fp8 e4m3 in 128x128 blocks, fp32 router and bias, bf16 for the rest |
 | text | {text}; {size:,} bytes |
 | sha256 of the text | {corpus} |
@@ -263,8 +267,8 @@ Made by `scripts/train_tiny.py` with `--seed {settings.seed} --steps {settings.s
 | perplexity of `heldout.jsonl` ({HELD_OUT_SAMPLES} x {WINDOW} tokens, fp32) | {math.exp(loss):.2f} |
 | largest load of an expert there | {load:.2f} times the mean |
 
-`heldout.jsonl` holds pieces of documents that were not trained on, `calibration.jsonl` pieces of those that were; both are
-Python's own text (PSF licence) or calibration data of this repository (Apache-2.0).
+`heldout.jsonl` holds pieces of documents that were not trained on, `calibration.jsonl` pieces of those that were; both
+are Python's own text (PSF licence) or calibration data of this repository (Apache-2.0).
 """
 
 
@@ -305,7 +309,9 @@ def main() -> None:
     load = max(float(load.max() / load.mean()) for load in model.loads)
     print(f"held out: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
     save_checkpoint(settings.folder, model.tensors(), model_config(SIZES), shards=2)
-    what = f"{settings.text.name}" if settings.text else "Python's standard library and this repository's calibration data"
+    what = (
+        f"{settings.text.name}" if settings.text else "Python's standard library and this repository's calibration data"
+    )
     tokens = settings.steps * BATCH * WINDOW
     text = card(settings, what, digest, size, tokens, loss, load)
     (settings.folder / "README.md").write_text(text, encoding="utf-8")

@@ -20,6 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when Triton is first imported, by whatever library. With it, tests that ask for it run kernels on a CPU;
+# mmq itself takes them on a GPU alone.
+if os.environ.get("MMQ_TEST_DEVICE", "cpu") == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mmq.recipe import load  # noqa: E402
 from mmq.run.workspace import Workspace  # noqa: E402

@@ -127,6 +127,10 @@ class Awq(Section):
     duo_scaling: Literal[True, False, "both"] = Field(
         True, description="scales from activations and weights, activations only, or half the grid each"
     )
+    search: Literal["paired", "full"] = Field(
+        "paired",
+        description="drop a point of the norm's grid once it is surely worse on the tokens seen, or measure all on all",
+    )
     group_size: Literal[32, 64, 128] = Field(128, description="input channels that share an int4 scale")
     min_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**53)] = Field(
         128,
@@ -134,7 +138,7 @@ class Awq(Section):
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest",
-        description="after the smoothing: each weight by itself, or columns that make up for the errors of those before",
+        description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
     propagate_quantized: bool = Field(
         True, description="calibrate each layer on the outputs of the quantized layers before it"

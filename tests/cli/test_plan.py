@@ -1,9 +1,8 @@
-"""`mmq plan`: sizes from config.json against the model card, against real shards, and the KV cache by hand."""
+"""`mmq plan`: against what the stages plan, and the whole from config.json alone."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,23 +14,19 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from conftest import edit_json, write_recipe
-from mmq.cli.plan import FORMS, parse_gpus, plan
-from mmq.errors import CheckpointError
+from families.test_sizes import M2_5, headers, synthetic
+from mmq.cli.plan import parse_gpus, plan
 from mmq.families import sizes
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
-from mmq.families.sizes import GIB, Dimensions, Tensors, tensors_of
+from mmq.families.sizes import GIB, tensors_of
+from mmq.quantize.memory import AwqMemory, awq_memory
 from mmq.recipe import load
 from mmq.run.workspace import Workspace
-from mmq.serve.memory import Gpus
+from mmq.serve.memory import Gpus, weights_per_gpu
+from mmq.source.samples import most_tokens
 from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import BASE_MEMORY
 from mmq.stages.pipeline import STAGES
-
-M2_5 = Dimensions.of(model_config(Sizes(62, 3072, 1536, 256, 8, 48, 8, 128, 200064)), ARCH)
-A6000S = Gpus(4, 48 * GIB)
-FOLDERS = {"source": "source", "bf16": "run/bf16", "awq": "run/awq", "hybrid": "run/hybrid"}
-# The model card's breakdown, in billions; norms and biases are "below 0.01".
-CARD = {"experts": "224.7", "attention": "2.7", "embeddings": "0.6", "head": "0.6", "router": "0.05"}
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)
@@ -62,35 +57,6 @@ def refused(*arguments: object) -> str:
     return line
 
 
-def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """Every tensor of a folder as the shards' headers have it: dtype, shape, bytes. Read by hand."""
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                found[name] = (entry["dtype"], tuple(entry["shape"]), end - begin)
-    return found
-
-
-def expanded(tensors: list[Tensors], dims: Dimensions) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The same from the plan: one entry a tensor, numbers put into the names."""
-    result = {}
-    for tensor in tensors:
-        experts = range(dims.experts) if "{expert}" in tensor.name else range(1)
-        layers = range(dims.layers) if tensor.in_layer else range(1)
-        names = {tensor.name.format(layer=layer, expert=expert) for layer in layers for expert in experts}
-        assert len(names) == tensor.count
-        result |= dict.fromkeys(names, (tensor.dtype, tensor.shape))
-    return result
-
-
-def synthetic(project: Path) -> Dimensions:
-    return Dimensions.of(json.loads((project / "source/config.json").read_text(encoding="utf-8")), ARCH)
-
-
 @pytest.fixture
 def real(tmp_path: Path) -> Path:
     """A recipe whose source is M2.5's config.json and nothing else."""
@@ -101,58 +67,6 @@ def real(tmp_path: Path) -> Path:
     text = recipe.read_text(encoding="utf-8").replace("samples: 12", "samples: 128")
     recipe.write_text(text.replace("sequence_length: 96", "sequence_length: 1024"), encoding="utf-8")
     return recipe
-
-
-def test_the_model_cards_parameters() -> None:
-    for form in FORMS:
-        found = sizes.components(tensors_of(M2_5, ARCH, form))
-        for component, billions in CARD.items():
-            decimals = len(billions.partition(".")[2])
-            assert f"{found[component].parameters / 1e9:.{decimals}f}" == billions
-        assert 0 < found["norms and biases"].parameters < 0.01e9
-        assert found["kv_scales"].parameters == 0
-        assert 228.6e9 < sum(own.parameters for own in found.values()) < 229.5e9
-
-
-def test_the_model_cards_dtypes() -> None:
-    before, after = (sizes.components(tensors_of(M2_5, ARCH, form)) for form in ("source", "hybrid"))
-    assert before["experts"].dtypes == before["attention"].dtypes == after["attention"].dtypes == ("F8_E4M3", "F32")
-    assert after["experts"].dtypes == ("I32", "BF16", "I64")
-    for component, dtypes in {"embeddings": ("BF16",), "head": ("BF16",), "router": ("F32",)}.items():
-        assert before[component].dtypes == after[component].dtypes == dtypes
-    assert after["norms and biases"].dtypes == ("BF16", "F32")
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_tensors_are_those_of_the_shards(form: sizes.Form, finished: Path) -> None:
-    """Names, dtypes and shapes of a real run, and so the bytes of each component."""
-    dims = synthetic(finished)
-    tensors = tensors_of(dims, ARCH, form)
-    found = headers(finished / FOLDERS[form])
-    assert expanded(tensors, dims) == {name: (dtype, shape) for name, (dtype, shape, _) in found.items()}
-    by_component = dict.fromkeys(sizes.COMPONENTS, 0)
-    for name, (_, _, nbytes) in found.items():
-        by_component[ARCH.component(name)] += nbytes
-    assert {name: own.nbytes for name, own in sizes.components(tensors).items()} == by_component
-    assert (by_component["kv_scales"] > 0) == (form in ("awq", "hybrid"))
-
-
-@pytest.mark.parametrize("form", ["bf16", "awq", "hybrid"])
-def test_disk_covers_headers_and_index_and_little_more(form: sizes.Form, finished: Path) -> None:
-    tensors = tensors_of(synthetic(finished), ARCH, form)
-    written = sum(path.stat().st_size for path in (finished / FOLDERS[form]).glob("model*"))
-    raw = sum(tensor.nbytes for tensor in tensors)
-    assert raw < written <= sizes.disk_bytes(tensors) <= raw + 256 * len(headers(finished / FOLDERS[form]))
-
-
-def test_a_group_size_and_no_kv_scales_change_the_tensors(finished: Path) -> None:
-    dims = synthetic(finished)
-    coarse, fine = (sizes.components(tensors_of(dims, ARCH, "awq", group, False)) for group in (128, 64))
-    assert coarse["kv_scales"].nbytes == 0
-    assert fine["experts"].nbytes - coarse["experts"].nbytes == coarse["experts"].parameters // 128 * 2
-    narrow = Dimensions.of(model_config(Sizes(intermediate=192)), ARCH)
-    with pytest.raises(CheckpointError, match=r"192 input channels wide, not a multiple of awq\.group_size = 128"):
-        tensors_of(narrow, ARCH, "awq")
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -170,89 +84,14 @@ def test_the_awq_stage_plans_the_same_memory(device: str, project: Path) -> None
 
 
 def test_awq_memory_by_hand() -> None:
-    assert sizes.awq_memory(100, 10, 5, 10**9, True) == sizes.AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
-    assert sizes.awq_memory(100, 10, 5, 7, False) == sizes.AwqMemory(100 + 10 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
+    assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
 
 
 def test_calibration_tokens_are_counted_where_no_number_is_given(project: Path) -> None:
-    assert sizes.most_tokens(load(project / "recipe.yaml")) == 12 * 96
+    assert most_tokens(load(project / "recipe.yaml")) == 12 * 96
     files = "awq.calibration.files=[{path: samples.jsonl}, {hub: a/b, samples: 5}, {path: missing.jsonl}]"
-    assert sizes.most_tokens(load(project / "recipe.yaml", [files])) == (12 + 5) * 96
-
-
-def test_kv_bytes_by_hand() -> None:
-    assert sizes.kv_bytes_per_token(M2_5, 1, 2) == 62 * 2 * 8 * 128 * 2 == 253_952
-    assert sizes.kv_bytes_per_token(M2_5, 4, 2) == 63_488
-    assert sizes.kv_bytes_per_token(M2_5, 4, 1) == 31_744
-    # With more GPUs than KV heads each holds one.
-    assert sizes.kv_bytes_per_token(M2_5, 16, 1) == sizes.kv_bytes_per_token(M2_5, 8, 1) == 62 * 2 * 128
-
-
-def test_kv_bytes_as_vllm_reports_them() -> None:
-    """vLLM on M2.7, two GPUs, bf16: 196,608 tokens need 23.25 GiB on each (eugr/spark-vllm-docker issue 396)."""
-    assert sizes.kv_bytes_per_token(M2_5, 2, 2) * 196_608 == 23.25 * GIB
-
-
-def test_weights_per_gpu_by_hand() -> None:
-    tensors = tensors_of(M2_5, ARCH, "hybrid")
-    nbytes = {name: own.nbytes for name, own in sizes.components(tensors).items()}
-    replicated = nbytes["router"] + nbytes["norms and biases"] + nbytes["kv_scales"]
-    split = sum(nbytes.values()) - replicated
-    assert sizes.weights_per_gpu(tensors, M2_5, 1) == sum(nbytes.values())
-    assert sizes.weights_per_gpu(tensors, M2_5, 4) == split // 4 + replicated
-    # k and v of one head each: 128 rows of 3072 fp8 values and 24 block scales.
-    key_value = 62 * 2 * 8 * (128 * 3072 + 24 * 4)
-    assert sizes.weights_per_gpu(tensors, M2_5, 16) == (split - key_value) // 16 + key_value // 8 + replicated
-
-
-def test_the_model_cards_cache() -> None:
-    """The one formula on 4 x 48 GiB: what it explains of the card's figures, and what its own text says."""
-
-    def tokens(form: sizes.Form, itemsize: int) -> int:
-        fit = sizes.serving(tensors_of(M2_5, ARCH, form), M2_5, A6000S, 0.9, sizes.DEFAULT_RESERVE, itemsize)
-        weights = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, form), M2_5, 4)
-        assert fit.tokens == (int(48 * GIB * 0.9) - weights - 4 * GIB) // (31_744 * itemsize)
-        return fit.tokens
-
-    fp8, bf16, attention_bf16 = tokens("hybrid", 1), tokens("hybrid", 2), tokens("awq", 2)
-    assert fp8 == pytest.approx(370_000, rel=0.02)
-    assert attention_bf16 == pytest.approx(160_000, rel=0.1)
-    assert fp8 // 2 == bf16
-    assert fp8 / attention_bf16 == pytest.approx(2.12, abs=0.005)
-    for figure in (fp8, bf16, attention_bf16):
-        assert f"{figure:,} tokens" in str(sizes.__doc__)
-    hybrid = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
-    awq = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "awq"), M2_5, 4)
-    assert (48 * GIB * 0.9 - hybrid - 370_000 * 31_744) / GIB == pytest.approx(3.9, abs=0.01)
-    assert (awq - hybrid) / GIB == pytest.approx(0.64, abs=0.005)
-    assert (attention_bf16 - 160_000) * 63_488 / GIB == pytest.approx(0.74, abs=0.005)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "expected"),
-    [
-        (1, []),
-        (2, []),
-        (4, []),
-        (3, ["8 KV heads"]),
-        (5, ["307.2 of an expert's", "48 query heads", "8 KV heads"]),
-        (8, ["gets 192 of an expert's 1536 .* --enable-expert-parallel gives each GPU 32 whole experts"]),
-    ],
-)
-def test_tensor_parallelism_that_vllm_refuses(gpus: int, expected: list[str]) -> None:
-    problems = sizes.parallel_problems(M2_5, gpus)
-    assert len(problems) == len(expected)
-    for problem, pattern in zip(problems, expected, strict=True):
-        assert re.search(pattern, problem)
-
-
-def test_rows_that_are_no_whole_blocks() -> None:
-    dims = Dimensions.of(model_config(Sizes(hidden=320, intermediate=256, heads=2, kv_heads=2, head_dim=64)), ARCH)
-    assert [problem.partition(",")[0] for problem in sizes.parallel_problems(dims, 2)] == [
-        "the hidden size 320 is not a multiple of 128",
-        "each of 2 GPUs gets 64 rows of q",
-        "each of 2 GPUs gets 64 rows of k and v",
-    ]
+    assert most_tokens(load(project / "recipe.yaml", [files])) == (12 + 5) * 96
 
 
 def test_the_whole_plan_from_config_alone(real: Path) -> None:
@@ -309,7 +148,7 @@ def test_a_cache_shorter_than_the_models_context(real: Path) -> None:
 def test_utilization_and_reserve_count(real: Path) -> None:
     rows = planned(real, "--gpus", "4x48GiB", "--utilization", "0.95", "--reserve", "2GiB")["serving"]["rows"]
     more = int(48 * GIB * 0.95) - int(48 * GIB * 0.9) + 2 * GIB
-    weights = sizes.weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
+    weights = weights_per_gpu(tensors_of(M2_5, ARCH, "hybrid"), M2_5, 4)
     assert rows[1]["tokens"] == (int(48 * GIB * 0.9) - 4 * GIB + more - weights) // 31_744
 
 
@@ -366,13 +205,6 @@ def test_configs_that_can_not_be_planned(change: dict[str, Any], sentence: str, 
 def test_a_folder_without_config(real: Path) -> None:
     (real.parent / "source/config.json").unlink()
     assert "config.json is missing" in refused(real)
-
-
-def test_head_dim_and_tied_embeddings() -> None:
-    config = model_config(Sizes()) | {"head_dim": None, "tie_word_embeddings": True}
-    dims = Dimensions.of(config, ARCH)
-    assert dims.head_dim == 256 // 4
-    assert sizes.components(tensors_of(dims, ARCH, "source"))["head"].nbytes == 0
 
 
 def test_of_a_hub_id_only_the_config_is_fetched(real: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,23 +24,20 @@ from mmq.prove.evaluate import (
     NEAREST,
     SOURCE,
     EvalSettings,
-    Head,
-    HybridWeights,
-    SourceWeights,
     eval_recipe,
     evaluate_checkpoint,
-    measure,
-    read_layer,
-    relative_error,
-    run_layer,
 )
+from mmq.prove.forward import Head, run_layer
+from mmq.prove.measures import measure, relative_error
+from mmq.prove.weights import HybridWeights, SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load
 from mmq.run.workspace import Workspace
+from mmq.source.calibration import load_tokens
 from mmq.source.synth import write_samples
-from mmq.source.tokens import Tokens, load_tokens
+from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
 from reference import (
     Weights,

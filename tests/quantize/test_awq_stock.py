@@ -46,12 +46,12 @@ every_grid = pytest.mark.parametrize("duo_scaling", [True, False, "both"])
 
 
 class Recording(StackedAWQModifier):
-    """Measures every point to the end, and remembers the losses."""
+    """Remembers the losses of the down search."""
 
     def _search(self, x_mean: torch.Tensor, w_mean: torch.Tensor, error: Error) -> Found:
         points = []
 
-        def recorded(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
+        def recorded(scales: torch.Tensor) -> torch.Tensor:
             points.append(error(scales))
             return points[-1]
 
@@ -81,9 +81,10 @@ def modifier(duo_scaling: bool | str) -> Recording:
 
 def search_norm(block: ExpertBlock, duo_scaling: bool | str) -> tuple[Found, torch.Tensor]:
     """The search's result and its losses [points]."""
-    searching = modifier(duo_scaling)
-    found = searching.search_norm(block, block.output(Weights(block)))
-    return found, searching.losses.flatten()
+    found = modifier(duo_scaling).search_norm(block, block.outputs(Weights(block)), full=True)
+    grid = modifier(duo_scaling)._get_grid_search_params()
+    losses = {(point.ratio, point.duo_scaling): point.loss for point in found.points}
+    return found, torch.tensor([losses[point] for point in grid], dtype=torch.float64)
 
 
 def search_down(block: ExpertBlock, duo_scaling: bool | str) -> tuple[Found, torch.Tensor]:
@@ -147,6 +148,11 @@ def test_expert_without_tokens_keeps_its_weights() -> None:
     assert torch.equal(down.scales[UNREACHED], torch.ones(shape.intermediate))
     assert bool(down.identity[UNREACHED])
     assert torch.isfinite(down.scales).all() and torch.isfinite(down.error).all()
+
+
+def passes(block: ExpertBlock) -> int:
+    """How many times outputs are summed in a pass over all tokens."""
+    return sum(len(list(block.passes(share, Weights(block)))) for share in block.shares)
 
 
 def rounded(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -245,20 +251,18 @@ def test_block_output_is_that_of_transformers(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("keep", [False, True])
-def test_a_small_budget_finds_the_same(dtype: torch.dtype, keep: bool) -> None:
-    """Chunks of tokens and steps of experts, with the quantized copy kept between chunks or made anew for each."""
+@pytest.mark.parametrize("budget", [2**20, 2**22])
+def test_a_small_budget_finds_the_same(dtype: torch.dtype, budget: int) -> None:
+    """Steps of experts, and their rows in parts."""
     shape = SHAPES[0]
     layer, hidden = make_layer(shape, dtype, **NO_EDGES), make_hidden(shape, dtype)
     hidden = torch.cat([hidden, hidden.flip(1), hidden.flip(0)])
-    budget = 4 * layer.gate_up.nbytes if keep else 2**20
     whole, parts = make_block(layer, hidden), make_block(layer, hidden, budget)
-    assert len(parts.chunks) > len(whole.chunks) and parts.step < whole.step
-    assert parts.keeps_copy is keep
+    assert passes(parts) > passes(whole) == 1 and parts.step < whole.step
     results = []
     for block in (whole, parts):
         searching = modifier("both")
-        results.append((searching.search_norm(block, block.output(Weights(block))), searching.search_down(block)))
+        results.append((searching.search_norm(block, block.outputs(Weights(block))), searching.search_down(block)))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one.ratio, other.ratio) and torch.equal(one.duo, other.duo)
         torch.testing.assert_close(one.scales, other.scales, rtol=1e-5, atol=0)

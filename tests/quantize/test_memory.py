@@ -17,9 +17,11 @@ import mmq.quantize.routed_experts
 import stock_awq
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.layer import LayerQuantizer
+from mmq.quantize.race import PARTS
 from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp, Weights, top_up
 from mmq.quantize.search import StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
+from mmq.tensors.int4 import fake_quantize_scaled
 
 # Small tensors that no budget counts: scales, counts, a token's sums.
 SLACK = 2**18
@@ -57,17 +59,19 @@ def peak(function: Callable[[], Any]) -> tuple[int, int, Any]:
     return most, held, result
 
 
-def make_block(shape: Shape, budget: int) -> ExpertBlock:
+def make_block(shape: Shape, budget: int, rare: float = 0.9) -> ExpertBlock:
     """A random block; the first expert is hardly ever chosen."""
     generator = torch.Generator().manual_seed(0)
     layer = stock_awq.random_layer(shape.experts, shape.hidden, shape.intermediate, torch.bfloat16, torch.device("cpu"))
     x = torch.randn(shape.tokens, shape.hidden, generator=generator).to(torch.bfloat16)
     scores = torch.rand(shape.tokens, shape.experts, generator=generator)
-    scores[:, 0] -= 0.9
-    weight, index = scores.topk(shape.top_k)
+    scores[:, 0] -= rare
+    index = scores.topk(shape.top_k).indices.sort(1).values
+    weight = scores.gather(1, index)
     extra = top_up(scores, index, shape.min_tokens)
-    assert extra is not None
-    return ExpertBlock(x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, extra, budget)
+    return ExpertBlock(
+        x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, extra, budget, PARTS
+    )
 
 
 def test_the_measurement_sees_what_is_freed_in_between() -> None:
@@ -91,19 +95,21 @@ def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
     # What the block itself keeps: the order of the rows, their inputs, and room for outputs.
     rebuild = (
         block.x, block.index, block.weight, block.gate_up, block.down, block.activation, block.group_size, block.extra,
-        block.budget,
+        block.budget, block.parts,
     )  # fmt: skip
     most, own, _ = peak(lambda: ExpertBlock(*rebuild))
     assert most <= allowed
-    most, _, reference = peak(lambda: block.output(Weights(block)))
-    found = {"output": most - reference.nbytes}
-    found["search_norm"], _, norm = peak(lambda: modifier.search_norm(block, reference))
+    sums = block.x.numel() * 4
+    most, _, reference = peak(lambda: block.outputs(Weights(block)))
+    found = {"output": most - sums}
+    most, _, norm = peak(lambda: modifier.search_norm(block, reference))
+    found["search_norm"] = most - sums
     found["search_down"], _, down = peak(lambda: modifier.search_down(block))
     most, tensors, _ = peak(lambda: quantizer._quantize_experts(0, block, norm.scales, down.scales))
     found["quantize"] = most - tensors
     assert all(own + bytes_ <= allowed for bytes_ in found.values()), (own, found, allowed)
     # Not by doing without: what a larger budget is for is used.
-    assert budget < 48 or max(found.values()) > shape.least
+    assert budget < 48 or max(found.values()) > 2 * 2**20
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")
@@ -115,31 +121,66 @@ def test_threads_share_the_budget(shape: Shape, budget: int, monkeypatch: pytest
     block = make_block(shape, budget * 2**20)
     assert block.workers > 1
     modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=3)
-    point = SmoothedGateUp(block, torch.ones(shape.hidden), None)
-    chunk = block.chunks[0]
-    outputs = torch.empty(len(chunk.rows.token), shape.hidden, dtype=torch.bfloat16)
+    point = SmoothedGateUp(block, torch.ones(shape.hidden))
+    share = block.shares[-1]
+    batch = max((batches[0] for batches in share.batches), key=lambda batch: len(batch.pieces))
+    assert len(batch.pieces) > 1
+    outputs = torch.empty(batch.rows, shape.hidden, dtype=torch.bfloat16)
     steps = [lambda: modifier._search_down(block, 0, block.step)]
-    steps += [partial(block._linears, chunk, point, outputs, piece) for piece in chunk.pieces]
+    steps += [partial(block._step, share, point, outputs, batch.start, piece) for piece in batch.pieces]
     most = max(peak(step)[0] for step in steps)
-    # An eighth for the experts of all steps, a quarter for a chunk's rows.
+    # An eighth for the experts of all steps, a quarter for a batch's rows.
     assert block.workers * most <= block.working_memory * 3 // 8 + SLACK
 
 
 def test_budgets_of_the_test_part_the_work() -> None:
-    """Or the test above would show nothing: chunks, steps and the rows that top up are all cut by some budget."""
+    """Or the test above would show nothing: steps, their rows and the rows that top up are all cut by some budget."""
     small, large = (make_block(SHAPES[0], budget * 2**20) for budget in (2, 48))
-    assert len(small.chunks) > len(large.chunks) and small.step < large.step
-    assert small.extra is not None and len(list(small.extra.cut(small._outputs.shape[0]))) > 1
+    assert small.step < large.step
+    assert max(map(len, small.shares[-1].batches)) > 1 == max(map(len, large.shares[-1].batches))
+    assert small.extra is not None and len(list(small.extra.pieces(0, 1, small.most_rows))) > 1
 
 
-def test_rows_cut_into_parts_are_the_same_rows() -> None:
-    block = make_block(SHAPES[1], 2**20)
-    assert block.extra is not None
-    whole = list(block.extra.token.split(block.extra.counts))
+def test_rows_cut_into_pieces_are_the_same_rows() -> None:
+    rows = make_block(SHAPES[1], 2**20).shares[0].rows
+    whole = [tokens.tolist() for tokens in rows.token.split(rows.counts)]
     for size in (1, 7, 10_000):
-        parts: list[list[int]] = [[] for _ in whole]
-        for rows in block.extra.cut(size):
-            assert rows.token.shape[0] <= size and rows.ends[-1] == rows.token.shape[0]
-            for expert, tokens in enumerate(rows.token.split(rows.counts)):
-                parts[expert] += tokens.tolist()
-        assert parts == [tokens.tolist() for tokens in whole]
+        for step in (1, 4, len(whole)):
+            parts: list[list[int]] = [[] for _ in whole]
+            for first in range(0, len(whole), step):
+                for piece in rows.pieces(first, min(first + step, len(whole)), size):
+                    assert piece.stop - piece.start <= size and int(piece.ends[-1]) == piece.stop - piece.start
+                    begin = piece.start
+                    for expert, end in enumerate((piece.ends + piece.start).tolist(), piece.first):
+                        parts[expert] += rows.token[begin:end].tolist()
+                        begin = end
+            assert parts == whole
+
+
+@pytest.mark.parametrize("search", ["full", "paired"])
+def test_no_weight_is_quantized_twice_for_want_of_memory(search: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A count, for budgets from all at once to one expert's rows in dozens of parts."""
+    counts = []
+
+    def counted(weight: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        counts[-1] += weight.numel()
+        return fake_quantize_scaled(weight, *arguments, **options)
+
+    monkeypatch.setattr(mmq.quantize.routed_experts, "fake_quantize_scaled", counted)
+    modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=8)
+    for budget in (64, 16, 4, 1):
+        # An expert without rows in a share is not quantized for it, unless beside others.
+        block = make_block(SHAPES[0], budget * 2**20, rare=0.5)
+        assert all(min(share.rows.counts) for share in block.shares)
+        counts.append(0)
+        found = modifier.search_norm(block, block.outputs(Weights(block)), search == "full")
+    assert len(set(counts)) == 1
+    # Once for every point and share that was measured.
+    edges = [sum(share.tokens.numel() for share in block.shares[: number + 1]) for number in range(len(block.shares))]
+    measured = sum(edges.index(point.tokens) + 1 for point in found.points)
+    assert counts[0] == measured * block.gate_up.numel()
+    assert (
+        measured == 8 * len(PARTS)
+        if search == "full" and not any(p.dropped is not None for p in found.points)
+        else True
+    )

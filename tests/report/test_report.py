@@ -23,12 +23,14 @@ from typer.testing import CliRunner
 from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.recipe import load
-from mmq.report import plots
 from mmq.report.facts import Component, RunFacts, StageFacts, read_run
-from mmq.report.page import PLOTS, Drawn, render, write_report
-from mmq.report.text import bytes_text, duration_text, plain_number
+from mmq.report.layer_plots import expert_tokens
+from mmq.report.page import render, write_report
+from mmq.report.plots import PLOTS, Drawn
+from mmq.report.style import DPI
 from mmq.run.workspace import Workspace
 from mmq.storage.checkpoint import Checkpoint
+from mmq.text import bytes_text, duration_text
 
 MARKUP = "<script>alert('1')</script>&\"'"
 LAYERS, EXPERTS = 62, 256
@@ -351,10 +353,10 @@ def test_a_hostile_recipe_and_files(evaluated_copy: Path) -> None:
 def test_every_expert_has_its_cell_and_every_topped_up_one_its_dot(upright: bool) -> None:
     """Drawn without text on it, the picture has the empty experts' colour and the dots where the statistics say."""
     layers = synthetic_layers()
-    figure = plots.expert_tokens(layers, upright)
+    figure = expert_tokens(layers, upright)
     axes = figure.axes[0]
     canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(plots.DPI)
+    figure.set_dpi(DPI)
     canvas.draw()
     pixels = np.asarray(canvas.buffer_rgba())[:, :, :3].astype(int)
     tokens = np.array([layer["tokens_per_expert"] for layer in layers])
@@ -534,33 +536,3 @@ def test_run_writes_it(finished_copy: Path) -> None:
     assert f"report: {page}" in result.stdout
     check_self_contained(page.read_text(encoding="utf-8"))
     assert "passed" in page_of(finished_copy).text
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.034789, "0.03479"), (4174.6332, "4,175"), (1.53e-6, "1.53e-6"), (131072, "131,100"), (2e9, "2e9")],
-)
-def test_plain_number(value: float, text: str) -> None:
-    assert plain_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.158, "0.16 s"),
-        (12.34, "12.3 s"),
-        (59.96, "1 min 00 s"),
-        (75, "1 min 15 s"),
-        (3599.7, "1 h 00 min"),
-        (11220, "3 h 07 min"),
-    ],
-)
-def test_duration_text(seconds: float, text: str) -> None:
-    assert duration_text(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1536, "1.5 kB"), (224_735_330_304, "224.7 GB")]
-)
-def test_bytes_text(count: int, text: str) -> None:
-    assert bytes_text(count) == text

@@ -13,12 +13,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from cli.test_cli import events, succeed
 from conftest import digests, edit_json
 from mmq.cli.app import app
-from mmq.cli.output import human_time
 from mmq.recipe import load
 from mmq.run.lock import lock
 from mmq.run.workspace import Workspace
@@ -177,11 +174,3 @@ def test_a_result_that_changed_is_to_be_verified_again(finished_copy: Path) -> N
 def test_the_next_command_repeats_the_overrides(project: Path) -> None:
     shown = succeed("status", project / "recipe.yaml", "--set", "work_dir=else where")
     assert f"next: mmq dequant {project / 'recipe.yaml'} --set 'work_dir=else where'" in shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "wanted"),
-    [(0, "less than a minute"), (60, "1 min"), (3570, "1 h 0 min"), (5400, "1 h 30 min"), (200_000, "55 h 33 min")],
-)
-def test_times_for_people(seconds: float, wanted: str) -> None:
-    assert human_time(seconds) == wanted

@@ -12,7 +12,8 @@ import torch
 from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache, register_key_hook, register_value_hook
 
 from mmq.families.minimax_m2 import MINIMAX_M2
-from mmq.prove.evaluate import Head, HybridWeights, read_layer, run_layer
+from mmq.prove.forward import Head, run_layer
+from mmq.prove.weights import HybridWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.storage.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from mmq.families.minimax_m2 import MINIMAX_M2
-from mmq.prove.evaluate import HybridWeights, read_layer
+from mmq.prove.weights import HybridWeights, read_layer
 from mmq.storage.checkpoint import Checkpoint
 from reference import dequantized, read_folder
 from serving.conftest import FORMS, SERVING_PYTHON, Result, run_client

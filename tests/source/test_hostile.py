@@ -29,8 +29,8 @@ from conftest import edit_json
 from mmq.errors import CalibrationError, CheckpointError, RecipeError, printable, shown
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.recipe import load
+from mmq.source.calibration import inputs_fingerprint
 from mmq.source.chat_template import Chat, render
-from mmq.source.tokens import _inputs_fingerprint
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import INDEX_NAME, LONGEST_NAME, Checkpoint, read_json
 from mmq.storage.shards import DTYPES
@@ -570,7 +570,7 @@ def test_a_tokenizers_code_runs_only_where_the_recipe_trusts_it(project: Path, m
     code.write_text(code.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     loaded = load(recipe, ["model.trust_remote_code=true"])
     samples_file = {project / "samples.jsonl": (project / "samples.jsonl").read_bytes()}
-    assert _inputs_fingerprint(loaded, samples_file, project / "source") != trusted["inputs_fingerprint"]
+    assert inputs_fingerprint(loaded, samples_file, project / "source") != trusted["inputs_fingerprint"]
 
 
 @pytest.mark.parametrize("value", ["1", "yes please", "'true'", "null"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import signal
 import threading
@@ -18,9 +19,9 @@ import stock_awq
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.threads import each, one_thread
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
-from mmq.quantize.search import StackedAWQModifier, awq_mappings
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.tensors.dispatch import worth_compiling
-from mmq.tensors.experts import combine, squared_error, squares_by_expert
+from mmq.tensors.experts import combine, squares_by_expert, token_losses
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
 
 NEVER = 2**62
@@ -97,23 +98,60 @@ def test_normalized_means_are_torchs(shape: tuple[int, int, int, int], monkeypat
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_the_blocks_error_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokens_loss_is_that_of_its_output(top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, hidden = 37, 72
     outputs = torch.randn(tokens * top_k, hidden).to(torch.bfloat16)
     place = torch.randperm(tokens * top_k).view(tokens, top_k)
     weights, reference = torch.rand(tokens, top_k), torch.randn(tokens, hidden)
     exact = (outputs.double()[place] * weights.double().unsqueeze(2)).sum(1) - reference
     before = reference.clone()
-    for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)):
-        assert found.dtype == torch.float64 and found.shape == ()
-        torch.testing.assert_close(found, exact.square().sum(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(combine(outputs, place, weights, -reference), exact.float(), rtol=1e-5, atol=1e-5)
+    for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference)):
+        assert found.dtype == torch.float32 and found.shape == (tokens,)
+        torch.testing.assert_close(found.double(), exact.square().sum(1), rtol=1e-5, atol=0)
+    plain, compiled = both(monkeypatch, lambda: combine(outputs, place, weights, -reference))
+    torch.testing.assert_close(plain, exact.float(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(plain, compiled)
     assert torch.equal(reference, before)
     outputs[place[3, 0], 5] = torch.nan
-    assert all(found.isnan() for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)))
+    assert all(
+        found[3].isnan() for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference))
+    )
     outputs[place[3, 0], 5] = 3e38
     # Squares beyond fp32 are infinite in either.
-    assert all(found.isinf() for found in both(monkeypatch, lambda: squared_error(outputs, place, weights, reference)))
+    for found in both(monkeypatch, lambda: token_losses(outputs, place, weights, reference)):
+        assert found[3].isinf() and found.isfinite().sum() == tokens - 1
+
+
+@pytest.mark.parametrize("batches", [[0, 111], [0, 40, 111], [0, 1, 2, 60, 111]])
+def test_outputs_that_come_in_batches_sum_to_the_same_bits(batches: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches are what a memory budget makes of the rows; rows of no batch are left out, an infinite one's too."""
+    tokens, top_k, hidden = 37, 3, 72
+    outputs = torch.randn(tokens * top_k, hidden).to(torch.bfloat16)
+    # A token's rows come in the order of its choices, as experts sorted by number give them.
+    place = torch.randperm(tokens * top_k).view(tokens, top_k).sort(1).values
+    weights, reference = torch.rand(tokens, top_k), torch.randn(tokens, hidden)
+    outputs[place[0, 2]] = torch.inf
+
+    def summed() -> torch.Tensor:
+        result, rest = torch.zeros(tokens, hidden), reference.clone()
+        *some, (first, last) = itertools.pairwise(batches)
+        for begin, end in some:
+            combine(outputs[begin:end], place, weights, result, begin)
+            combine(outputs[begin:end], place, -weights, rest, begin)
+        combine(outputs[first:last], place, weights, result, first)
+        losses = token_losses(outputs[first:last], place, weights, rest, first)
+        return torch.cat([result, losses.unsqueeze(1).expand(-1, hidden)])
+
+    for found in both(monkeypatch, summed):
+        assert torch.equal(found[:tokens], combine(outputs, place, weights, torch.zeros(tokens, hidden)))
+        once = token_losses(outputs, place, weights, reference)
+        torch.testing.assert_close(found[tokens:, 0], once, rtol=1e-6, atol=0)
+        assert found[0].isinf().all() and found[1:tokens].isfinite().all()
+
+
+def test_no_tokens_have_no_losses() -> None:
+    outputs, none = torch.randn(4, 16).to(torch.bfloat16), torch.empty(0, 2, dtype=torch.int64)
+    assert token_losses(outputs, none, none.float(), torch.empty(0, 16)).shape == (0,)
 
 
 def test_squares_are_summed_by_expert(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +177,14 @@ def make_block() -> ExpertBlock:
     x = torch.randn(700, 256, generator=generator).to(torch.bfloat16)
     scores = torch.rand(700, 12, generator=generator)
     scores[:, 0] -= 0.9
-    weight, index = scores.topk(2)
+    index = scores.topk(2).indices.sort(1).values
+    weight = scores.gather(1, index)
     extra = top_up(scores, index, 300)
     return ExpertBlock(x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, extra)
+
+
+def tensors_of(found: Found) -> list[torch.Tensor]:
+    return [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
 
 
 @pytest.fixture
@@ -165,8 +208,8 @@ def test_the_number_of_threads_decides_nothing(
         block = make_block()
         assert block.workers == threads and block.step == 2
         output = block.output(Weights(block))
-        norm, down = modifier.search_norm(block, output), modifier.search_down(block)
-        found.append([output, *vars(norm).values(), *vars(down).values()])
+        norm, down = modifier.search_norm(block, [output]), modifier.search_down(block)
+        found.append([output, *tensors_of(norm), *tensors_of(down)])
     for one, *others in zip(*found, strict=True):
         assert all(torch.equal(one, other) for other in others)
 

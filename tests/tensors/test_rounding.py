@@ -1,4 +1,4 @@
-"""Error-compensated rounding against llmcompressor's GPTQ, against a plain float64 form, and on matrices of every odd kind."""
+"""Error-compensated rounding against llmcompressor's GPTQ and a plain float64 form, and on odd matrices."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ def test_compiled_rounding_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
         factor = factorize(h.clone(), 0.1)
         scale = nearest(weight).scale
-        found.append((searched_scale(weight, factor.diagonal, GROUP), round_compensated(weight.clone(), factor, scale, GROUP)))
+        found.append(
+            (searched_scale(weight, factor.diagonal, GROUP), round_compensated(weight.clone(), factor, scale, GROUP))
+        )
     (scale, stack), (other, same) = found
     assert torch.equal(stack.values, same.values)
     # Sums in another order: of two shares that are as good, either may win.
@@ -164,8 +166,8 @@ def odd_matrices() -> dict[str, torch.Tensor]:
     ones = torch.ones(256, 256)
     return {
         "good": good, "zero": torch.zeros(256, 256), "dead channel": dead, "NaN": broken, "infinite": good * 1e38 * 1e3,
-        "indefinite": indefinite, "one channel": single, "rank one": ones, "tiny": good * 1e-36, "denormal": good * 1e-42,
-        "huge": good * 1e30,
+        "indefinite": indefinite, "one channel": single, "rank one": ones, "tiny": good * 1e-36,
+        "denormal": good * 1e-42, "huge": good * 1e30,
     }  # fmt: skip
 
 

@@ -24,8 +24,10 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
     with handled():
         loaded = load(recipe, set_)
         quiet_libraries()
+        from mmq.report.calibration import describe
         from mmq.run.workspace import STATE, Workspace
-        from mmq.source.tokens import CACHE_NAME, describe, kept_path, load_tokens
+        from mmq.source.calibration import load_tokens
+        from mmq.source.tokens import CACHE_NAME, kept_path
 
         output = make_output(mode(json, False))
         workspace = Workspace.of(loaded, output)
@@ -65,7 +67,7 @@ def _tokenizer_folder(workspace: Workspace) -> Path:
         return workspace.source_folder
     from huggingface_hub import snapshot_download
 
-    from mmq.source.tokens import CODE, TOKENIZER_FILES
+    from mmq.source.tokenizer import CODE, TOKENIZER_FILES
 
     wanted = [*TOKENIZER_FILES, *([CODE] if workspace.recipe.model.trust_remote_code else [])]
     with source_refused(

@@ -11,8 +11,9 @@ from typing import Any
 import mmq
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, mode
-from mmq.cli.output import Rows, human_bytes, make_output
+from mmq.cli.output import Rows, make_output
 from mmq.serve.vllm_plugin import GROUP, TARGET, State, inspect_vllm, vllm_version
+from mmq.text import bytes_text
 
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
 
@@ -139,7 +140,7 @@ def _rows(packages: dict[str, str | None], vllm: dict[str, Any], devices: Rows, 
         rows.append(
             row(
                 f"cuda:{device['index']}",
-                f"{device['name']}, {device['capability']}, {human_bytes(device['memory'])}",
+                f"{device['name']}, {device['capability']}, {bytes_text(device['memory'])}",
                 f"runs the checkpoint: {device['runs']}; attention {device['attention']}, experts {device['experts']},"
                 f" KV cache {device['kv_cache']}",
             )

@@ -27,6 +27,7 @@ from rich.text import Text
 from mmq.cli.streams import Stream
 from mmq.errors import printable
 from mmq.run.progress import Silent
+from mmq.text import bytes_text
 
 Rows = list[dict[str, Any]]
 
@@ -220,26 +221,9 @@ def make_output(mode: Mode, needed: bool = True) -> Output:
 
 
 def _start_line(stage: str, total_units: int, total_bytes: int) -> str:
-    return f"{stage}: {total_units} to do, {human_bytes(total_bytes)} to read and write"
+    return f"{stage}: {total_units} to do, {bytes_text(total_bytes)} to read and write"
 
 
 def _unit_line(name: str, units: list[int], facts: dict[str, Any]) -> str:
     text = ", ".join(f"{key} {value}" for key, value in facts.items())
     return f"{name} ({units[0]}/{units[1]}) {text}".rstrip()
-
-
-def human_bytes(count: float) -> str:
-    """1536 -> '1.5 kB'."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"
-
-
-def human_time(seconds: float) -> str:
-    """5400 -> '1 h 30 min'."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return "less than a minute"
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

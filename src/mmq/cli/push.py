@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode
-from mmq.cli.output import Mode, Output, human_bytes
+from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
+from mmq.text import bytes_text
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData
@@ -92,8 +93,8 @@ def _front_matter(parcel: Parcel) -> CardData:
 
 
 def _rows(parcel: Parcel) -> list[dict[str, str]]:
-    rows = [{"file": file, "size": human_bytes(size)} for file, size in parcel.files.items()]
-    return [*rows, {"file": f"{len(parcel.files)} files", "size": human_bytes(sum(parcel.files.values()))}]
+    rows = [{"file": file, "size": bytes_text(size)} for file, size in parcel.files.items()]
+    return [*rows, {"file": f"{len(parcel.files)} files", "size": bytes_text(sum(parcel.files.values()))}]
 
 
 def _show(output: Output, target: Target, parcel: Parcel) -> None:

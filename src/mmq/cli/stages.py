@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmq.cli.options import DryRun, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
-from mmq.cli.output import Mode, Output, human_bytes
+from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
+from mmq.text import bytes_text
 
 if TYPE_CHECKING:
     from mmq.run.workspace import Workspace
@@ -80,11 +81,11 @@ def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
             "stage": plan["stage"],
             "output": plan["folder"],
             "files": plan["files"],
-            "read": human_bytes(plan["bytes_read"]),
-            "written": human_bytes(plan["bytes_written"]),
-            "peak memory": human_bytes(plan["host_memory"]),
-            "on the device": human_bytes(plan["device_memory"]) if plan["device_memory"] else "-",
-            "free disk": human_bytes(plan["free_disk"]),
+            "read": bytes_text(plan["bytes_read"]),
+            "written": bytes_text(plan["bytes_written"]),
+            "peak memory": bytes_text(plan["host_memory"]),
+            "on the device": bytes_text(plan["device_memory"]) if plan["device_memory"] else "-",
+            "free disk": bytes_text(plan["free_disk"]),
         }
         for plan in described
     ]

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
-from mmq.cli.output import Output, Rows, human_time, make_output
+from mmq.cli.output import Output, Rows, make_output
 from mmq.cli.session import session
 from mmq.errors import VerifyError
 from mmq.recipe import load
+from mmq.text import duration_text
 
 if TYPE_CHECKING:
     from mmq.run.workspace import Workspace
@@ -76,4 +77,4 @@ def _at_work(running: dict[str, Any]) -> str:
         return f"at work, or stopped without a trace: {who}; whether it lives can't be seen from here"
     what = f", {running['stage']}: {running['unit'] or 'ending'}" if running["stage"] else ""
     eta = running["eta_seconds"]
-    return f"at work: {who}{what}" + ("" if eta is None else f", {human_time(eta)} left of this stage")
+    return f"at work: {who}{what}" + ("" if eta is None else f", {duration_text(eta)} left of this stage")

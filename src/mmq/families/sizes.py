@@ -96,6 +96,9 @@ class Tensors:
         return "{layer}" in self.name
 
 
+Forms = dict[Form, list[Tensors]]
+
+
 @dataclass(frozen=True)
 class Component:
     """What one of the model card's components amounts to; dtypes by size, the largest part first."""

@@ -3,45 +3,40 @@
 All variants of the model go through the decoder layers together, each with hidden states and a routing of its own; one
 layer of one checkpoint is in memory at a time. After each layer the hidden states are on disk and the journal says so.
 
-Weights are dequantized and activations are bf16, as a weight-only kernel computes; the variant with an fp8 KV cache
-rounds keys after rotary and values with the calibrated scales.
+The variant with an fp8 KV cache rounds keys after rotary and values with the calibrated scales.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from safetensors.torch import load_file
 
 from mmq.errors import CalibrationError, CheckpointError, JournalError
-from mmq.families.table import Architecture
 from mmq.machine.device import present_device, release_memory
+from mmq.prove.forward import Head, run_layer
+from mmq.prove.measures import measure, predictions, relative_error
+from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
-from mmq.quantize.layer import LayerContent
-from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
 from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.run.journal import StageJournal
 from mmq.run.layer_files import LayerFiles
 from mmq.run.lock import lock
-from mmq.run.output_shards import layer_unit, scale_name
+from mmq.run.output_shards import layer_unit
 from mmq.run.versions import versions
 from mmq.run.workspace import HYBRID, Workspace
 from mmq.source.block_fp8 import Fp8Source
-from mmq.source.tokens import Tokens, load_tokens
+from mmq.source.calibration import load_tokens
 from mmq.stages.base import begin_run, check_disk
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
-from mmq.storage.checkpoint import Checkpoint, TensorReader, read_json
+from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import save_tensors
-from mmq.tensors.fp8 import dequantize_block, is_finite
-from mmq.tensors.int4 import QuantizedStack
+from mmq.tensors.fp8 import is_finite
 
 name = "eval"
 REPORT_NAME = "eval.json"
@@ -49,10 +44,6 @@ DEFAULT_DATA = "calibration_data/eval.jsonl"
 HEAD = "head"
 # The fingerprint's field that says of which result the evaluation is.
 RESULT_FIELD = "hybrid (restore's output)"
-# Logits computed at one time; a few tensors of this many float32 are alive together.
-HEAD_ELEMENTS = 2**25
-# exp of more would not fit into a float.
-LARGEST_LOSS = 700.0
 
 
 @dataclass(frozen=True)
@@ -124,203 +115,6 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
 def units_of(source: Fp8Source) -> list[str]:
     """What the journal names: every layer, then the head."""
     return [*map(layer_unit, range(source.layer_count())), HEAD]
-
-
-class LayerWeights(Protocol):
-    """A checkpoint whose layers come dequantized."""
-
-    @property
-    def checkpoint(self) -> Checkpoint: ...
-
-    def names(self, layer: int) -> tuple[list[str], list[str]]:
-        """Weights of the layer's experts under their dequantized names, and all its other tensors."""
-
-    def read(self, reader: TensorReader, tensor: str, device: torch.device) -> torch.Tensor:
-        """A dequantized tensor."""
-
-
-@dataclass(frozen=True)
-class SourceWeights:
-    """The fp8 source."""
-
-    source: Fp8Source
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return self.source.checkpoint
-
-    def names(self, layer: int) -> tuple[list[str], list[str]]:
-        arch, names = self.source.architecture, self.source.layer_names(layer)
-        experts = [tensor for tensor in names if arch.split_expert(arch.split(tensor)[1])]
-        return experts, [tensor for tensor in names if tensor not in set(experts)]
-
-    def read(self, reader: TensorReader, tensor: str, device: torch.device) -> torch.Tensor:
-        return self.source.read(reader, tensor, device)
-
-
-@dataclass(frozen=True)
-class HybridWeights:
-    """The hybrid checkpoint, dequantized from its own bytes."""
-
-    checkpoint: Checkpoint
-    architecture: Architecture
-
-    @cached_property
-    def _by_layer(self) -> dict[int | None, list[str]]:
-        result: dict[int | None, list[str]] = {}
-        for tensor in self.checkpoint.specs:
-            result.setdefault(self.architecture.split(tensor)[0], []).append(tensor)
-        return result
-
-    def names(self, layer: int) -> tuple[list[str], list[str]]:
-        arch, names = self.architecture, self._by_layer.get(layer, [])
-        inside = {tensor: arch.split_expert(arch.split(tensor)[1]) for tensor in names}
-        experts = [t.removesuffix("_packed") for t, parts in inside.items() if parts and parts[2] == "weight_packed"]
-        known = self.checkpoint.specs
-        scales = {scale_name(t) for t in names if t.endswith(".weight") and scale_name(t) in known}
-        return experts, [t for t, parts in inside.items() if parts is None and t not in scales]
-
-    def read(self, reader: TensorReader, tensor: str, device: torch.device) -> torch.Tensor:
-        packed = f"{tensor}_packed"
-        if packed in reader.names:
-            scale = reader[f"{tensor}_scale"].to(device)
-            rows, columns = reader[f"{tensor}_shape"].tolist()
-            values = unpack_from_int32(reader[packed].to(device), 4, torch.Size([rows, columns]))
-            group = columns // scale.shape[1]
-            return QuantizedStack(values.unsqueeze(0), scale.unsqueeze(0), group).dequantize(torch.bfloat16)[0]
-        weight = reader[tensor].to(device)
-        if weight.dtype == torch.float8_e4m3fn:
-            return dequantize_block(weight, reader[scale_name(tensor)].to(device))
-        return weight
-
-
-def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: torch.device) -> LayerContent:
-    """A dequantized layer with its experts stacked on the device: gate_up [E, 2I, H] and down [E, H, I] in bfloat16.
-
-    Raises:
-        CheckpointError: an expert is missing.
-    """
-    expert_names, other_names = weights.names(layer)
-    count = int(weights.checkpoint.config[arch.experts_key])
-    if len(set(expert_names)) != count * len(arch.expert_linears):
-        raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")
-    with weights.checkpoint.reader() as reader:
-        names = [*expert_names, *other_names]
-        tensors = ((arch.split(tensor)[1], weights.read(reader, tensor, device)) for tensor in names)
-        return LayerContent.stacked(arch, count, tensors, device)
-
-
-@torch.no_grad()
-def run_layer(
-    decoder: DecoderLayer,
-    content: LayerContent,
-    hidden: torch.Tensor,
-    lengths: list[int],
-    group_size: int,
-    round_to_nearest: bool = False,
-    budget: int | None = None,
-) -> torch.Tensor:
-    """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H]."""
-    residual = decoder.attend(hidden, lengths)
-    x = decoder.block_input(residual)
-    _, weight, index = decoder.route(x)
-    block = ExpertBlock(
-        x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget
-    )  # fmt: skip
-    weights = Weights(block)
-    if round_to_nearest:
-        experts, width, inner = content.down.shape
-        weights = Smoothed(block, x.new_ones(width).float(), x.new_ones(experts, inner).float())
-    return residual + block.output(weights).to(residual.dtype)
-
-
-def relative_error(hidden: torch.Tensor, truth: torch.Tensor) -> float:
-    """||hidden - truth|| / ||truth|| of [T, H]."""
-    difference = torch.linalg.vector_norm(hidden.float() - truth.float(), dtype=torch.float64)
-    return float(difference / torch.linalg.vector_norm(truth.float(), dtype=torch.float64))
-
-
-class Head:
-    """Final norm and head: hidden states to logits in fp32.
-
-    Args:
-        norm: the final norm's weight [H].
-        head: [V, H].
-    """
-
-    def __init__(self, arch: Architecture, config: Any, norm: torch.Tensor, head: torch.Tensor) -> None:
-        with torch.device("meta"):
-            layer = arch.transformers_class(arch.layer_class)(config, 0)
-        # The final norm is of the kind that the layers have.
-        self.norm = layer.get_submodule(arch.module_name(arch.smooth_norm).removesuffix(".weight"))
-        self.norm.weight = torch.nn.Parameter(norm, requires_grad=False)
-        self.weight = head if head.device.type == "cuda" else head.float()
-
-    @torch.no_grad()
-    def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
-        """bfloat16 [n, H] -> float32 [n, V]; the logits are not rounded to bf16 on the way."""
-        x = self.norm(hidden)
-        if x.device.type == "cuda" and x.dtype == self.weight.dtype == torch.bfloat16:
-            logits = torch.mm(x, self.weight.T, out_dtype=torch.float32)
-        else:
-            logits = x.float() @ self.weight.T.float()
-        return logits.log_softmax(-1)
-
-
-@dataclass
-class Sums:
-    """Sums over predicted tokens, in float64."""
-
-    loss: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
-
-    def add(self, found: torch.Tensor, truth: torch.Tensor, following: torch.Tensor) -> None:
-        """Add a chunk: log-probabilities float32 [n, V] of the variant and of the source, next tokens int64 [n]."""
-        self.loss -= float(found.gather(1, following.unsqueeze(1)).sum(dtype=torch.float64))
-        self.kl += float((truth.exp() * (truth - found)).sum(dtype=torch.float64))
-        self.agreed += int((found.argmax(-1) == truth.argmax(-1)).sum())
-
-    def metrics(self, count: int) -> dict[str, float]:
-        loss = self.loss / count
-        return {
-            "negative_log_likelihood": loss,
-            "perplexity": math.exp(min(loss, LARGEST_LOSS)),
-            "kl": self.kl / count,
-            "top1_agreement": self.agreed / count,
-        }
-
-
-def predictions(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that have a next token in their sample, and that token: int64 [P] each."""
-    last = torch.tensor(tokens.lengths).cumsum(0) - 1
-    keep = torch.ones_like(tokens.ids, dtype=torch.bool)
-    keep[last] = False
-    positions = keep.nonzero().flatten()
-    return positions, tokens.ids[positions + 1]
-
-
-def measure(
-    hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str, tokens: Tokens
-) -> dict[str, dict[str, float]]:
-    """Metrics of each variant over all predicted tokens.
-
-    Args:
-        hidden: bfloat16 [T, H] after the last layer, by variant.
-        heads: of each variant.
-        truth: the variant that the others are compared with.
-    """
-    positions, following = predictions(tokens)
-    device = hidden[truth].device
-    positions, following = positions.to(device), following.to(device)
-    sums = {variant: Sums() for variant in hidden}
-    step = max(1, HEAD_ELEMENTS // heads[truth].weight.shape[0])
-    for where, wanted in zip(positions.split(step), following.split(step), strict=True):
-        expected = heads[truth].log_probabilities(hidden[truth][where])
-        for variant, states in hidden.items():
-            found = expected if variant == truth else heads[variant].log_probabilities(states[where])
-            sums[variant].add(found, expected, wanted)
-    return {variant: sums[variant].metrics(positions.numel()) for variant in hidden}
 
 
 class _Evaluation:
@@ -404,7 +198,7 @@ class _Evaluation:
     def _run_variants(self, key: str, layer: int, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The variants that have one checkpoint's weights; its layer is freed when this returns."""
         content = read_layer(self.weights[key], self.arch, layer, self.device)
-        scales = _take_kv_scales(self.arch, content)
+        scales = take_kv_scales(self.arch, content)
         settings, after = self.workspace.recipe.awq, {}
         for variant in self.variants:
             if variant.weights != key:
@@ -548,10 +342,3 @@ def _finished_hybrid(workspace: Workspace) -> Checkpoint:
     if restore.fingerprint.get("model.source") != source.fingerprint():
         raise JournalError(f"{folder} was made from another source than {source.folder}")
     return Checkpoint.open(folder)
-
-
-def _take_kv_scales(arch: Architecture, content: LayerContent) -> dict[str, torch.Tensor]:
-    """Take `k_scale` and `v_scale`, float32 [1] each, out of a layer's tensors; the source's layers have none."""
-    attention = arch.attention[0].rpartition(".")[0]
-    found = {scale: content.rest.pop(f"{attention}.{scale}", None) for scale in ("k_scale", "v_scale")}
-    return {scale: value for scale, value in found.items() if value is not None}

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,9 @@ from mmq.errors import CalibrationError, CheckpointError
 from mmq.families.table import Architecture
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
-from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
@@ -168,28 +169,28 @@ class LayerQuantizer:
         with clock.part("searching"):
             extra = top_up(logits, index, settings.min_tokens)
             del logits
+            full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                settings.memory_budget,
+                settings.memory_budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
             )  # fmt: skip
-            reference = block.output(Weights(block))
+            reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
-            self._check_finite(residual + reference.to(residual.dtype), f"the output of layer {layer}'s experts is")
-            chosen, statistics = self._search(block, reference)
-        weight = content.rest[arch.smooth_norm].to(self.device)
-        norm, applied = smooth_norm(weight, chosen.norm)
-        rounded = None
+            self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
+            found = self.modifier.search_norm(block, reference, full=full), self.modifier.search_down(block)
+            own_norm = content.rest[arch.smooth_norm].to(self.device)
+            norm, applied = smooth_norm(own_norm, found[0].scales)
+            inner, rounded = found[1].scales, None
+            if settings.rounding == "nearest":
+                better, statistics = self._better(block, reference, *found)
+                if not better:
+                    norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                judged = judge(block, reference, self.lengths, Smoothing(applied, chosen.inner))
-                rounded, statistics = judged.rounded, statistics | judged.statistics
-                if not judged.statistics["smoothed"]:
-                    norm = weight
-                applied, inner = judged.smoothing.norm, judged.smoothing.inner
-                served = rounded or Smoothed(block, applied, inner)
-                statistics["loss_chosen"] = _number(float(block.loss(served, reference)))
-        else:
-            inner = chosen.inner
+                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner))
+                applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
+                norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
+        statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
@@ -205,9 +206,9 @@ class LayerQuantizer:
             decoder.set_norm(norm)
             decoder.set_router(router)
             output = self._served(decoder, block, residual)
-            statistics["loss_propagated"] = _number(float(sum_of_squares(output - reference)) / reference.numel())
-            following = output if settings.propagate_quantized else reference
-            hidden = residual + following.to(residual.dtype)
+            squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
+            statistics["loss_propagated"] = _number(squares / residual.numel())
+            hidden = _added(residual, block, output if settings.propagate_quantized else reference)
         statistics = {
             "layer": layer,
             "tokens_per_expert": block.counts.tolist(),
@@ -218,21 +219,28 @@ class LayerQuantizer:
         }
         return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
 
-    def _search(self, block: ExpertBlock, reference: torch.Tensor) -> tuple[Smoothed, dict[str, Any]]:
-        """The scales to use: those found, unless the block as a whole is no better for them."""
-        norm, down = self.modifier.search_norm(block, reference), self.modifier.search_down(block)
+    def _better(
+        self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
+    ) -> tuple[bool, dict[str, Any]]:
+        """Whether the block as a whole, rounded to nearest, is better for the scales that were found."""
         plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
         found = Smoothed(block, norm.scales, down.scales)
-        before, after = (float(block.loss(weights, reference)) for weights in (plain, found))
-        better = after < before
+        before, after = Runner(), Runner()
+        for share, part in zip(block.shares, reference, strict=True):
+            before.losses.append(block.losses(share, plain, part))
+            after.losses.append(block.losses(share, found, part))
+            if any(surely_worse(*pair, block.x.shape[0]) for pair in ((before, after), (after, before))):
+                break
+        better = after.loss < before.loss
+        hidden = block.x.shape[1]
         statistics = {
-            "loss_round_to_nearest": _number(before),
-            "loss_chosen": _number(after if better else before),
+            "rounding": "nearest",
+            "loss_tokens": before.seen,
+            "loss_round_to_nearest": _number(before.loss / hidden),
+            "loss_chosen": _number((after if better else before).loss / hidden),
             "identity_kept": not better,
-            "norm": _describe(norm),
-            "down": _describe(down),
         }
-        return found if better else plain, statistics
+        return better, statistics
 
     def _quantize_experts(
         self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
@@ -261,7 +269,7 @@ class LayerQuantizer:
         inner = inner_scales[part]
         # Gate's rows stay as they are.
         divisors = torch.cat([torch.ones_like(inner), inner], dim=1).unsqueeze(2)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for weight, factors, divisor, linears in (
             (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
@@ -278,7 +286,7 @@ class LayerQuantizer:
             last = min(first + block.step, experts)
             block.gate_up[first:last] = rounded.stored(0, first, last)
             block.down[first:last] = rounded.stored(1, first, last)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for packed, scale, linears in zip(
             rounded.packed, rounded.scale, ((arch.gate, arch.up), (arch.down,)), strict=True
         ):
@@ -290,7 +298,7 @@ class LayerQuantizer:
     ) -> dict[str, torch.Tensor]:
         """Packed experts [n, out, ...] from `first` on, whose rows are those of one or two linear layers, by names in
         the layer."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         rows, columns = packed.shape[1] // len(linears), packed.shape[2] * 8
         for number in range(packed.shape[0]):
             for place, linear in enumerate(linears):
@@ -305,14 +313,16 @@ class LayerQuantizer:
                 tensors[f"{base}_shape"] = torch.tensor([rows, columns])
         return tensors
 
-    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> torch.Tensor:
-        """The quantized block's output as it will be served, through the smoothed norm and router: float32 [T, H]."""
+    def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> list[torch.Tensor]:
+        """The quantized block's outputs as they will be served, through the smoothed norm and router: float32 [t, H] of
+        each share."""
         x = decoder.block_input(residual)
         _, weight, index = decoder.route(x)
         served = ExpertBlock(
-            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, budget=block.budget
-        )
-        return served.output(Weights(served))
+            x, index, weight, block.gate_up, block.down, block.activation, block.group_size, None, block.budget,
+            block.parts,
+        )  # fmt: skip
+        return served.outputs(Weights(served))
 
     def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
         """Raises NotFiniteError where [T, H] holds NaN or infinity."""
@@ -335,6 +345,11 @@ class LayerQuantizer:
             raise CalibrationError(f"{error}; no calibration sample is left")
         self.samples = {number: length for number, length in self.samples.items() if number not in error.samples}
         return torch.cat(kept)
+
+
+def _added(residual: torch.Tensor, block: ExpertBlock, outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The residual stream [T, H] with the block's outputs of each share, rounded to its dtype."""
+    return residual + block.in_order([part.to(residual.dtype) for part in outputs])
 
 
 class _Clock:
@@ -367,7 +382,7 @@ def _describe(found: Found) -> dict[str, Any]:
         "duo_scaling": found.duo.tolist(),
         "error": _numbers(found.error),
         "identity_error": _numbers(found.identity_error),
-    }
+    } | ({"points": [asdict(point) | {"loss": _number(point.loss)} for point in found.points]} if found.points else {})
 
 
 def _numbers(errors: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from mmq.machine.threads import each
 from mmq.quantize.routed_experts import CPU_STEP_ELEMENTS, ExpertBlock, Smoothed, Weights
-from mmq.tensors.experts import Piece, Rows, gated, grouped_linear, second_moments
+from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
 
@@ -74,14 +74,11 @@ class Rounded(Weights):
         packed, scale = (tensors[which][first:last].to(device) for tensors in (self.packed, self.scale))
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
-    def gate_up(self, first: int, last: int) -> torch.Tensor:
-        wide = self.stored(0, first, last).div_(self.smoothing.norm)
-        wide[:, wide.shape[1] // 2 :].mul_(self.smoothing.inner[first:last].unsqueeze(2))
-        return wide.to(self.block.gate_up.dtype)
-
-    def down(self, first: int, last: int) -> torch.Tensor:
-        wide = self.stored(1, first, last).div_(self.smoothing.inner[first:last].unsqueeze(1))
-        return wide.to(self.block.down.dtype)
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
+        gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
+        gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
+        return gate_up.to(dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(dtype)
 
 
 @dataclass
@@ -102,7 +99,8 @@ class Compensation:
     def __post_init__(self) -> None:
         block, fitted = self.block, self.fitted
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
-        self.rows = Rows.of(block.index[fitted], experts)
+        rows = Rows.of(block.index[fitted], experts)
+        self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
             second_moments(block.x.index_select(0, tokens), self.pooled)
@@ -112,7 +110,9 @@ class Compensation:
         if block.x.device.type == "cpu":
             most = max(1, 8 * CPU_STEP_ELEMENTS // per_expert)
             self.step = max(1, min(experts, room // per_expert, most))
-            self.workers = max(1, min(torch.get_num_threads(), -(-experts // self.step), room // (self.step * per_expert)))
+            self.workers = max(
+                1, min(torch.get_num_threads(), -(-experts // self.step), room // (self.step * per_expert))
+            )
         else:
             self.step, self.workers = max(1, min(experts, room // per_expert)), 1
 
@@ -171,27 +171,25 @@ class Compensation:
         middles = self.pooled.new_zeros(last - first, inner, inner)
         counts = torch.tensor(self.rows.counts[first:last], device=inputs.device)
         total = counts
-        for part in self.rows.within(first, last).cut(self._slice):
-            piece = part.piece(first, last)
-            if piece is not None:
-                rows = block.x.index_select(0, self.fitted[part.token])
-                _add_moments(rows, piece, inputs)
-                _add_moments(self._middle(rows, piece), piece, middles)
+        for piece in self.rows.pieces(first, last, self._slice):
+            _add_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece, inputs)
+            _add_moments(self._middle(self.rows.token, piece), piece, middles)
         squares = middles.diagonal(dim1=1, dim2=2).clone()
         if block.extra is not None:
             total = total + torch.tensor(block.extra.counts[first:last], device=inputs.device)
-            for part in block.extra.within(first, last).cut(self._slice):
-                piece = part.piece(first, last)
-                if piece is not None:
-                    middle = self._middle(block.x.index_select(0, part.token), piece).float().square_()
-                    owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
-                    squares.index_add_(0, owner, middle)
+            for piece in block.extra.pieces(first, last, self._slice):
+                middle = self._middle(block.extra.token, piece).float().square_()
+                owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
+                # Of each expert a plain sum, in one order on every device.
+                chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
+                squares += chosen.T @ middle
         return inputs, middles, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
 
-    def _middle(self, rows: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """What goes into the down layers: [R, I]."""
-        gate_up = grouped_linear(rows, self.block.gate_up[piece.first : piece.last], piece.ends)
-        return gated(gate_up, self.block.activation)
+    def _middle(self, token: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """What goes into the down layers of a piece's rows: [R, I]."""
+        block = self.block
+        own = token[piece.start : piece.stop]
+        return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
 
 
 def _add_moments(rows: torch.Tensor, piece: Piece, moments: torch.Tensor) -> None:
@@ -203,25 +201,27 @@ def _add_moments(rows: torch.Tensor, piece: Piece, moments: torch.Tensor) -> Non
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdict:
     """What samples that were held back say.
 
     Attributes:
-        smoothing: the smoothing that was best.
+        smoothing: the scales that were best.
+        smoothed: whether they are those that the search found, not ones.
         rounded: the experts, compensated, or None where rounding to nearest was best.
         statistics: JSON: the mean squared error of the block's output on those samples, of every way that was tried.
     """
 
     smoothing: Smoothing
+    smoothed: bool
     rounded: Rounded | None
     statistics: dict[str, Any]
 
 
-def judge(block: ExpertBlock, reference: torch.Tensor, lengths: list[int], found: Smoothing) -> Judged:
+def judge(block: ExpertBlock, reference: list[torch.Tensor], lengths: list[int], found: Smoothing) -> Verdict:
     """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
 
     Args:
-        reference: float32 [T, H], the unquantized block's output.
+        reference: float32 [t, H] of each share, the unquantized block's outputs.
         found: the smoothing that a search for rounding to nearest chose.
     """
     device = block.x.device
@@ -235,32 +235,38 @@ def judge(block: ExpertBlock, reference: torch.Tensor, lengths: list[int], found
     rounded = Compensation(block, fitted).fit(smoothings)
     jury = ExpertBlock(
         block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
-        block.group_size, budget=block.working_memory // 2,
+        block.group_size, None, block.working_memory // 2,
     )  # fmt: skip
-    wanted = reference[judging]
+    place = torch.full_like(mask, -1, dtype=torch.int64)
+    place[judging] = torch.arange(len(judging), device=device)
+    wanted = block.x.new_empty(len(judging), block.x.shape[1], dtype=torch.float32)
+    for share, part in zip(block.shares, reference, strict=True):
+        own = place[share.tokens]
+        wanted[own[own >= 0]] = part[own >= 0]
     # Of equal losses the simpler way wins.
     names = ("", "smoothed_")
     ways: list[tuple[str, Smoothing, Rounded | None]] = [
         *((f"{name}nearest", smoothing, None) for name, smoothing in zip(names, smoothings, strict=False)),
         *((f"{name}compensated", result.smoothing, result) for name, result in zip(names, rounded, strict=False)),
     ]
-    losses = []
+    values = []
     for _, smoothing, result in ways:
         weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
-        losses.append(jury.loss(weights, wanted).nan_to_num(nan=torch.inf, posinf=torch.inf))
-    values = torch.stack(losses).tolist()
+        loss = jury.losses(jury.shares[0], weights, wanted).sum(dtype=torch.float64) / wanted.numel()
+        values.append(float(loss.nan_to_num(nan=torch.inf, posinf=torch.inf)))
     best = min(range(len(ways)), key=values.__getitem__)
-    name, smoothing, result = ways[best]
-    return Judged(
-        smoothing,
-        result,
-        {
-            "rounding": "nearest" if result is None else "compensated",
-            "smoothed": smoothing is not plain,
-            "held_back_tokens": len(judging) if len(fitted) != len(judging) or mask.any() else 0,
-            "held_back": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
-        },
-    )
+    _, smoothing, result = ways[best]
+    smoothed = smoothing is not plain
+    statistics = {
+        "rounding": "nearest" if result is None else "compensated",
+        "loss_tokens": len(judging),
+        "held_back": bool(mask.any()),
+        "loss_round_to_nearest": _finite(values[0]),
+        "loss_chosen": _finite(values[best]),
+        "losses": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
+        "identity_kept": not smoothed,
+    }
+    return Verdict(smoothing, smoothed, result, statistics)
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,8 @@
 """One layer's experts as stacked tensors, and the tokens routed through them.
 
-Tokens are sorted by expert once, in chunks; weights are asked for a few experts at a time. Both follow from a budget of
-working memory, so that neither the number of experts nor that of tokens decides how much is needed.
+The rows of all tokens are sorted by expert, and every pass goes from expert to expert: an expert's weights are asked
+for once, and all its rows go through them, as many at a time as have room. So neither the number of experts nor that of
+tokens decides how much memory a pass takes, and no weight is quantized twice for want of it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,22 @@ from mmq.tensors.experts import (
     Piece,
     Rows,
     combine,
-    gated,
+    gated_rows,
     grouped_linear,
+    grouped_rows,
     second_moments,
-    squared_error,
     squares_by_expert,
+    token_losses,
 )
-from mmq.tensors.int4 import fake_quantize_scaled
+from mmq.tensors.int4 import fake_quantize_scaled, working_bytes
 
 # On a CPU, weights quantized at one time: fewer, and the threads wait for Python more than they compute; more, and they
 # wait for each other at the end.
 CPU_STEP_ELEMENTS = 2**21
-# On a CPU, tokens whose experts' outputs are summed at one time.
-CPU_PART_TOKENS = 512
+# Tokens whose experts' outputs are summed at one time; on a CPU by each thread.
+CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
-# A search gives a point up at the first chunk that makes it worse than the best: at least this many chunks, as long as
-# an expert's rows in a chunk are enough for an efficient product.
-CHUNKS, ROWS_PER_EXPERT = 8, 128
 
 
 def default_budget(device: torch.device) -> int:
@@ -44,19 +43,37 @@ def default_budget(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Tokens start..stop, their rows by expert, a step's rows at a time, and the rows' inputs [R, H] where the budget
-    lets them be kept."""
+class Batch:
+    """Rows whose outputs are held at one time: the pieces of several steps' experts, or a part of one step's rows."""
 
-    start: int
-    stop: int
-    rows: Rows
     pieces: list[Piece]
-    inputs: torch.Tensor | None
 
-    def within(self, tokens: slice) -> slice:
-        """Where some of the chunk's tokens lie, counted from its first."""
-        return slice(tokens.start - self.start, tokens.stop - self.start)
+    @property
+    def start(self) -> int:
+        return min(piece.start for piece in self.pieces)
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the tokens, and their rows by expert.
+
+    Attributes:
+        tokens: int64 [t], which.
+        weight: float32 [t, k], the router's.
+        rows: the rows' tokens count among all, their places among the share's.
+        batches: what is computed at one time, in order; those of one step's experts in one list.
+        inputs: [R, H], the rows' inputs where the budget lets them be kept.
+    """
+
+    tokens: torch.Tensor
+    weight: torch.Tensor
+    rows: Rows
+    batches: list[list[Batch]]
+    inputs: torch.Tensor | None
 
 
 @dataclass
@@ -65,12 +82,14 @@ class ExpertBlock:
 
     Attributes:
         x: [T, H], the block's input.
-        index, weight: int64 and float32 [T, k], the router's choices.
+        index, weight: int64 and float32 [T, k], the router's choices; sorted by expert, so that sums have one order.
         gate_up: [E, 2I, H], gate rows above up rows.
         down: [E, H, I].
         extra: rows that take part in the down search only; tokens that top up experts which few tokens reach.
         budget: bytes of working memory; by default what suits the device.
+        parts: how the tokens are shared out: every share is a sample of all of them, of about this part.
         step: experts at a time.
+        most_rows: rows at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
     """
 
@@ -83,17 +102,23 @@ class ExpertBlock:
     group_size: int
     extra: Rows | None = None
     budget: int | None = None
-    chunks: list[Chunk] = field(init=False)
+    parts: tuple[float, ...] = (1.0,)
+    shares: list[Share] = field(init=False)
     step: int = field(init=False)
+    most_rows: int = field(init=False)
     workers: int = field(init=False)
 
     def __post_init__(self) -> None:
-        (tokens, hidden), top_k = self.x.shape, self.index.shape[1]
-        experts, inner, width = self.gate_up.shape[0], self.down.shape[2], self.x.element_size()
-        # fake_quantize_scaled works in fp32 and has two more bytes a weight to write to; second moments are fp32 too.
-        per_expert = 8 * max(self.gate_up[0].numel(), self.down[0].numel() + inner**2)
-        room = self.working_memory // 8
-        if self.x.device.type == "cpu":
+        hidden, width = self.x.shape[1], self.x.element_size()
+        experts, inner = self.gate_up.shape[0], self.down.shape[2]
+        cpu = self.x.device.type == "cpu"
+        # Weights of a step as a search changes them, and what changing them takes; or, in the down search, fp32 second
+        # moments and a copy of them, the change of the weights, and its product.
+        quantizing = working_bytes(self.gate_up) * max(self.gate_up[0].numel(), 2 * self.down[0].numel())
+        moments = inner**2 * (4 + width) + self.down[0].numel() * (working_bytes(self.down) + width)
+        per_expert = max(quantizing, moments)
+        room = self.working_memory // (8 if cpu else 4)
+        if cpu:
             # What is computed depends on the step at most, never on the number of threads.
             self.step = max(1, min(experts, min(room, 8 * CPU_STEP_ELEMENTS) // per_expert))
             steps, fit = -(-experts // self.step), room // (self.step * per_expert)
@@ -101,28 +126,43 @@ class ExpertBlock:
         else:
             self.step = max(1, min(experts, room // per_expert))
             self.workers = 1
-        # Per token: k rows of input, gate and up, their product and output, and the fp32 sum.
-        per_token = top_k * (2 * hidden + 3 * inner) * width + 12 * hidden
-        most = self.working_memory // 4 // per_token
-        efficient = max(-(-tokens // CHUNKS), ROWS_PER_EXPERT * experts // top_k)
-        size = max(1, min(tokens, most, efficient))
-        keep = tokens * top_k * hidden * width <= self.working_memory // 8
-        self.chunks = []
-        for start in range(0, tokens, size):
-            stop = min(start + size, tokens)
-            rows = Rows.of(self.index[start:stop], experts)
-            # The largest first: threads that take what is left end at about the same time.
-            pieces = sorted(rows.pieces(self.step), key=lambda piece: piece.start - piece.stop)
-            inputs = self.x[start:stop].index_select(0, rows.token) if keep else None
-            self.chunks.append(Chunk(start, stop, rows, pieces, inputs))
-        self._outputs = self.x.new_empty(size * top_k, hidden)
+        # A row's input, gate and up, their product, and its output.
+        per_row = (2 * hidden + 3 * inner) * width
+        self.most_rows = max(1, self.working_memory // 4 // per_row)
+        self.shares = [self._share(tokens) for tokens in sampled(self.x.shape[0], self.parts, self.x.device)]
+        held = max((batch.rows for share in self.shares for step in share.batches for batch in step), default=0)
+        self._outputs = self.x.new_empty(held, hidden)
+
+    def _share(self, tokens: torch.Tensor) -> Share:
+        cpu = self.x.device.type == "cpu"
+        rows = Rows.of(self.index[tokens], self.gate_up.shape[0])
+        inputs = None
+        if cpu and rows.token.numel() * self.x[0].nbytes <= self.working_memory // 8:
+            inputs = self.x.index_select(0, tokens[rows.token])
+        batches: list[list[Batch]] = []
+        gathered: list[Piece] = []
+        for first in range(0, self.gate_up.shape[0], self.step):
+            last = min(first + self.step, self.gate_up.shape[0])
+            pieces = list(rows.pieces(first, last, self.most_rows))
+            together = cpu and len(pieces) == 1
+            if gathered and not (together and Batch(gathered + pieces).rows <= self.most_rows):
+                batches.append([Batch(gathered)])
+                gathered = []
+            if together:
+                gathered += pieces
+            elif pieces:
+                batches.append([Batch([piece]) for piece in pieces])
+        if gathered:
+            batches.append([Batch(gathered)])
+        return Share(tokens, self.weight[tokens], Rows(tokens[rows.token], rows.ends, rows.place), batches, inputs)
 
     @property
     def working_memory(self) -> int:
-        """Bytes that the block's computations may take beside its tensors: half for a quantized copy of gate and up, a
-        quarter for the rows of a chunk of tokens, an eighth each for kept inputs and for the experts of a step.
+        """Bytes that the block's computations may take beside its tensors and one fp32 sum of its outputs [T, H]: a
+        quarter each for the weights of a step and for the rows of a batch, an eighth for kept inputs, a sixteenth for
+        what is summed of them at one time.
 
-        The least is one expert at a time, which takes up to 14 bytes for each weight of its gate and up, and 24 bytes
+        The least is one expert at a time, which takes up to 16 bytes for each weight of its gate and up, and 32 bytes
         for each of a token's choices, by which the rows are sorted.
         """
         return self.budget or default_budget(self.x.device)
@@ -132,83 +172,127 @@ class ExpertBlock:
         return each(function, items, self.workers, max(1, torch.get_num_threads() // self.workers))
 
     @property
-    def keeps_copy(self) -> bool:
-        """Whether a quantized copy of gate and up has room; with one chunk it would not be used again."""
-        size = self.gate_up.numel() * self.gate_up.element_size()
-        return len(self.chunks) > 1 and size <= self.working_memory // 2
-
-    @property
     def counts(self) -> torch.Tensor:
         """int64 [E], routed tokens of each expert."""
         return torch.bincount(self.index.reshape(-1), minlength=self.gate_up.shape[0])
 
-    def inputs(self, chunk: Chunk, piece: Piece) -> torch.Tensor:
-        """[R, H], the inputs of a piece of a chunk's rows."""
-        if chunk.inputs is not None:
-            return chunk.inputs[piece.start : piece.stop]
-        return self.x[chunk.start : chunk.stop].index_select(0, chunk.rows.token[piece.start : piece.stop])
+    def passes(self, share: Share, weights: Weights) -> Iterator[tuple[int, torch.Tensor]]:
+        """The experts' outputs of a share's rows, a batch after the other: the first row, and [n, H], which the next
+        batch overwrites. Every expert's weights are asked for once."""
+        for batches in share.batches:
+            if len(batches[0].pieces) > 1:
+                (batch,) = batches
+                outputs = self._outputs[: batch.rows]
+                # The largest first: threads that take what is left end at about the same time.
+                pieces = sorted(batch.pieces, key=lambda piece: piece.start - piece.stop)
+                self.each(partial(self._step, share, weights, outputs, batch.start), pieces)
+                yield batch.start, outputs
+                continue
+            (piece,) = batches[0].pieces
+            taken = weights.take(piece.first, piece.last)
+            for batch in batches:
+                (piece,) = batch.pieces
+                outputs = self._outputs[: batch.rows]
+                self._linears(share, piece, *taken, outputs)
+                yield batch.start, outputs
 
-    def forward(self, weights: Weights) -> Iterator[tuple[Chunk, torch.Tensor]]:
-        """The experts' outputs [R, H] for each chunk's rows; the tensor is overwritten by the next chunk."""
-        for chunk in self.chunks:
-            outputs = self._outputs[: chunk.rows.token.shape[0]]
-            self.each(partial(self._linears, chunk, weights, outputs), chunk.pieces)
-            yield chunk, outputs
+    def _step(self, share: Share, weights: Weights, outputs: torch.Tensor, begin: int, piece: Piece) -> None:
+        """A piece's rows of a batch's outputs [n, H], which begin at a row of the share."""
+        own = outputs[piece.start - begin : piece.stop - begin]
+        self._linears(share, piece, *weights.take(piece.first, piece.last), own)
 
-    def _linears(self, chunk: Chunk, weights: Weights, outputs: torch.Tensor, piece: Piece) -> None:
-        """The experts' own outputs of a piece of a chunk's rows, into [R, H] of the whole chunk."""
-        gate_up = weights.gate_up(piece.first, piece.last)
-        middle = gated(grouped_linear(self.inputs(chunk, piece), gate_up, piece.ends), self.activation)
-        outputs[piece.start : piece.stop] = grouped_linear(middle, weights.down(piece.first, piece.last), piece.ends)
+    def _linears(
+        self, share: Share, piece: Piece, gate_up: torch.Tensor, down: torch.Tensor, outputs: torch.Tensor
+    ) -> None:
+        """The experts' own outputs of a piece's rows, into [n, H]."""
+        own = slice(piece.start, piece.stop)
+        if share.inputs is not None:
+            middle = gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
+        else:
+            middle = gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
+        grouped_rows(middle, down, piece.ends, outputs)
+
+    def outputs(self, weights: Weights) -> list[torch.Tensor]:
+        """The block's output for the tokens of each share: float32 [t, H]."""
+        results = []
+        for share in self.shares:
+            result = self.x.new_zeros(share.tokens.numel(), self.x.shape[1], dtype=torch.float32)
+            for begin, outputs in self.passes(share, weights):
+                self._add(share, share.weight, begin, outputs, result)
+            results.append(result)
+        return results
 
     def output(self, weights: Weights) -> torch.Tensor:
         """The block's output for all tokens: float32 [T, H]."""
-        result = torch.zeros_like(self.x, dtype=torch.float32)
-        for chunk, outputs in self.forward(weights):
-            self.each(partial(self._add, chunk, outputs, result), self._parts(chunk))
+        return self.in_order(self.outputs(weights))
+
+    def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """What is given for each share, [t, n], for all tokens in their order: [T, n]."""
+        if len(parts) == 1:
+            return parts[0]
+        result = parts[0].new_empty(self.x.shape[0], *parts[0].shape[1:])
+        for share, part in zip(self.shares, parts, strict=True):
+            result[share.tokens] = part
         return result
 
-    def loss(self, weights: Weights, reference: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
-        """Mean squared difference between the block's output and float32 [T, H]: float64 [].
+    def losses(self, share: Share, weights: Weights, reference: torch.Tensor) -> torch.Tensor:
+        """Squared distance of the block's output of each token of a share from float32 [t, H]: float32 [t]."""
+        left = sum(len(batches) for batches in share.batches)
+        rest = reference
+        for begin, outputs in self.passes(share, weights):
+            left -= 1
+            if left:
+                # What is left of the reference, so that the last batch's outputs need not be summed before.
+                rest = reference.clone() if rest is reference else rest
+                self._add(share, share.weight.neg(), begin, outputs, rest)
+            else:
+                return torch.cat(self.each(partial(self._lose, share, begin, outputs, rest), self._parts(share)))
+        return reference.square().sum(1)
 
-        Args:
-            limit: infinity is returned as soon as the loss is sure to be larger than this.
-        """
-        total = torch.zeros((), dtype=torch.float64, device=reference.device)
-        for chunk, outputs in self.forward(weights):
-            parts = self.each(partial(self._squared_error, chunk, outputs, reference), self._parts(chunk))
-            total += torch.stack(parts).sum()
-            if total > limit * reference.numel():
-                return torch.full_like(total, torch.inf)
-        return total / reference.numel()
+    def _add(self, share: Share, weight: torch.Tensor, begin: int, outputs: torch.Tensor, result: torch.Tensor) -> None:
+        """Add a batch's outputs, weighted, to float32 [t, H]."""
+        place = share.rows.place
+        self.each(lambda part: combine(outputs, place[part], weight[part], result[part], begin), self._parts(share))
 
-    def _add(self, chunk: Chunk, outputs: torch.Tensor, result: torch.Tensor, part: slice) -> None:
-        """Add a part of a chunk's tokens to float32 [T, H]."""
-        combine(outputs, chunk.rows.place[chunk.within(part)], self.weight[part], result[part])
+    def _lose(
+        self, share: Share, begin: int, outputs: torch.Tensor, reference: torch.Tensor, part: slice
+    ) -> torch.Tensor:
+        """Losses of a part of a share's tokens, given a batch's outputs and what the others left of the reference."""
+        return token_losses(outputs, share.rows.place[part], share.weight[part], reference[part], begin)
 
-    def _squared_error(self, chunk: Chunk, outputs: torch.Tensor, reference: torch.Tensor, part: slice) -> torch.Tensor:
-        """How far a part of a chunk's tokens is from float32 [T, H]: the sum of squares, float64 []."""
-        return squared_error(outputs, chunk.rows.place[chunk.within(part)], self.weight[part], reference[part])
-
-    def _parts(self, chunk: Chunk) -> list[slice]:
-        """A chunk's tokens, as many at a time as suits the device."""
-        step = CPU_PART_TOKENS if self.x.device.type == "cpu" else chunk.stop - chunk.start
-        return [slice(start, min(start + step, chunk.stop)) for start in range(chunk.start, chunk.stop, step)]
+    def _parts(self, share: Share) -> list[slice]:
+        """A share's tokens, as many at a time as suits the device."""
+        # An output that is summed takes up to 8 bytes on the way.
+        most = CPU_PART_TOKENS if self.x.device.type == "cpu" else PART_TOKENS
+        step = max(1, min(most, self.working_memory // 16 // (8 * self.x.shape[1])))
+        return [slice(start, start + step) for start in range(0, share.tokens.numel(), step)]
 
     def down_inputs(self, first: int, last: int) -> DownInputs:
         """What goes into the down layers of experts first..last, from their routed and their extra rows."""
-        chunks = list(self.chunks)
-        if self.extra is not None:
-            most = self._outputs.shape[0]
-            chunks += [Chunk(0, self.x.shape[0], rows, [], None) for rows in self.extra.cut(most)]
-        counts = torch.tensor([chunk.rows.counts[first:last] for chunk in chunks]).sum(0)
+        kinds = [share.rows for share in self.shares] + ([self.extra] if self.extra else [])
+        counts = torch.tensor([rows.counts[first:last] for rows in kinds]).sum(0)
         inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2])
-        for chunk in chunks:
-            piece = chunk.rows.piece(first, last)
-            if piece is not None:
-                gate_up = grouped_linear(self.inputs(chunk, piece), self.gate_up[first:last], piece.ends)
-                inputs.add(gated(gate_up, self.activation), piece.ends)
+        for rows in kinds:
+            for piece in rows.pieces(first, last, self.most_rows):
+                token = rows.token[piece.start : piece.stop]
+                inputs.add(gated_rows(self.x, token, self.gate_up[first:last], piece.ends, self.activation), piece.ends)
         return inputs
+
+
+def sampled(tokens: int, parts: tuple[float, ...], device: torch.device) -> list[torch.Tensor]:
+    """Tokens shared out into samples of about these parts, each drawn evenly from all of a text: int64 [t], ascending.
+
+    A token's place in a sequence that fills the unit interval evenly (the golden ratio's multiples) says which share
+    it belongs to, so that neighbours, which are alike, come into different shares.
+    """
+    if len(parts) == 1:
+        return [torch.arange(tokens, device=device)]
+    golden = (5**0.5 - 1) / 2
+    position = torch.arange(tokens, dtype=torch.float64).mul_(golden).frac_()
+    edges = torch.tensor(parts, dtype=torch.float64).cumsum(0)[:-1]
+    share = torch.bucketize(position, edges, right=True)
+    found = [(share == number).nonzero().flatten().to(device) for number in range(len(parts))]
+    return [tokens for tokens in found if tokens.numel()]
 
 
 @dataclass
@@ -219,7 +303,7 @@ class DownInputs:
         counts: int64 [E], n_e.
         sums: float32 [E, I], summed |x|.
         moments: float32 [E, I, I], X^T X, where there are more rows than I to an expert on average.
-        rows: otherwise the rows themselves, sorted by expert, and where each expert's end, one pair a chunk.
+        rows: otherwise the rows themselves, sorted by expert, and where each expert's end, one pair a piece.
     """
 
     counts: torch.Tensor
@@ -262,33 +346,26 @@ class DownInputs:
 
 
 class Weights:
-    """The experts' weights as a forward pass asks for them, a few experts at a time."""
+    """The experts' weights as a pass asks for them, a few experts at a time."""
 
     def __init__(self, block: ExpertBlock) -> None:
         self.block = block
 
-    def gate_up(self, first: int, last: int) -> torch.Tensor:
-        return self.block.gate_up[first:last]
-
-    def down(self, first: int, last: int) -> torch.Tensor:
-        return self.block.down[first:last]
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up [n, 2I, H] and down [n, H, I] of experts first..last."""
+        return self.block.gate_up[first:last], self.block.down[first:last]
 
 
 class SmoothedGateUp(Weights):
-    """Gate and up as a point of the norm's grid leaves them, Q(W s) / s; kept if the budget holds the copy."""
+    """Gate and up as a point of the norm's grid leaves them, Q(W s) / s; down as it is."""
 
-    def __init__(self, block: ExpertBlock, scales: torch.Tensor, kept: torch.Tensor | None) -> None:
+    def __init__(self, block: ExpertBlock, scales: torch.Tensor) -> None:
         super().__init__(block)
         self.scales = scales
-        self._kept = kept
-        self._ready: set[int] = set()
 
-    def gate_up(self, first: int, last: int) -> torch.Tensor:
-        out = None if self._kept is None else self._kept[first:last]
-        if out is not None and first in self._ready:
-            return out
-        self._ready.add(first)
-        return fake_quantize_scaled(self.block.gate_up[first:last], self.scales, self.block.group_size, out)
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, down = super().take(first, last)
+        return fake_quantize_scaled(gate_up, self.scales, self.block.group_size), down
 
 
 class Smoothed(Weights):
@@ -303,12 +380,11 @@ class Smoothed(Weights):
         super().__init__(block)
         self.norm, self.inner = norm, inner
 
-    def gate_up(self, first: int, last: int) -> torch.Tensor:
-        return fake_quantize_scaled(self.block.gate_up[first:last], self.norm, self.block.group_size)
-
-    def down(self, first: int, last: int) -> torch.Tensor:
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        gate_up, down = super().take(first, last)
+        group_size = self.block.group_size
         scales = self.inner[first:last].unsqueeze(1)
-        return fake_quantize_scaled(self.block.down[first:last], scales, self.block.group_size)
+        return fake_quantize_scaled(gate_up, self.norm, group_size), fake_quantize_scaled(down, scales, group_size)
 
 
 def top_up(logits: torch.Tensor, index: torch.Tensor, minimum: int) -> Rows | None:

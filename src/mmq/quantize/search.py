@@ -8,22 +8,23 @@ them at all, since its loss is a quadratic form of the expert's second moments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from llmcompressor.modifiers.transform.awq import AWQMapping, AWQModifier
 
 from mmq.families.table import Architecture
+from mmq.quantize.race import COARSE, Runner, race
 from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
 from mmq.tensors.smoothing import candidate_scales
 
 
 class Error(Protocol):
-    """Losses of candidate scales [..., in]: [...]. With one loss, infinity may stand for any above `limit`."""
+    """Losses of candidate scales [..., in]: [...]."""
 
-    def __call__(self, scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor: ...
+    def __call__(self, scales: torch.Tensor) -> torch.Tensor: ...
 
 
 def awq_mappings(architecture: Architecture) -> list[AWQMapping]:
@@ -43,12 +44,24 @@ def awq_mappings(architecture: Architecture) -> list[AWQMapping]:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A point of the grid in a race: its loss over the tokens it has seen, and after which share it was dropped."""
+
+    ratio: float
+    duo_scaling: bool
+    tokens: int
+    loss: float
+    dropped: int | None
+
+
+@dataclass(frozen=True)
 class Found:
     """The best point of a grid.
 
     Attributes:
         scales: float32 [..., in].
         ratio, duo, error, identity_error: float or bool tensors of the shape before [in], or of one element.
+        points: what was measured of each point, in the order of the race; empty where all were, on all tokens.
     """
 
     scales: torch.Tensor
@@ -56,6 +69,7 @@ class Found:
     duo: torch.Tensor
     error: torch.Tensor
     identity_error: torch.Tensor
+    points: list[Point] = field(default_factory=list)
 
     @property
     def identity(self) -> torch.Tensor:
@@ -67,26 +81,44 @@ class StackedAWQModifier(AWQModifier):
     """AWQModifier whose searches run on stacked experts."""
 
     @torch.no_grad()
-    def search_norm(self, block: ExpertBlock, reference: torch.Tensor) -> Found:
+    def search_norm(self, block: ExpertBlock, reference: list[torch.Tensor], full: bool = False) -> Found:
         """Scales of the norm before router and experts: those of the grid whose quantized gate and up layers change the
         block's output least.
 
         Args:
-            reference: float32 [T, H], the unquantized block's output.
+            reference: float32 [t, H] of each share, the unquantized block's outputs.
+            full: measure every point, not only those that may be the best.
 
         Returns:
-            scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over all outputs.
+            scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over the outputs of
+            the tokens that both the chosen point and the identity have seen.
         """
         # bf16 magnitudes and, inside the sum, their fp32 copy.
         x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
         sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
         w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
-        kept = torch.empty_like(block.gate_up) if block.keeps_copy else None
+        grid = self._get_grid_search_params()
+        scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
 
-        def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
-            return block.loss(SmoothedGateUp(block, scales, kept), reference, limit)
+        def measure(point: int, share: int) -> torch.Tensor:
+            return block.losses(block.shares[share], SmoothedGateUp(block, scales[point]), reference[share])
 
-        return self._search(x_mean, w_mean, error)
+        tokens, hidden = block.x.shape
+        result = race(lines(grid), len(block.shares), tokens, measure, 1 if full else COARSE)
+        best, identity = result.runners[result.best], result.runners[0]
+        error, plain = (Runner(one.losses[: len(other.losses)]) for one, other in ((best, identity), (identity, best)))
+        ratio, duo = grid[result.best]
+        return Found(
+            scales[result.best],
+            torch.tensor(ratio, dtype=torch.float64),
+            torch.tensor(duo),
+            torch.tensor(error.loss / hidden, dtype=torch.float64),
+            torch.tensor(plain.loss / hidden, dtype=torch.float64),
+            [
+                Point(grid[place][0], grid[place][1], one.seen, one.loss / hidden, one.dropped)
+                for place, one in result.runners.items()
+            ],
+        )
 
     @torch.no_grad()
     def search_down(self, block: ExpertBlock) -> Found:
@@ -102,7 +134,13 @@ class StackedAWQModifier(AWQModifier):
         parts = block.each(
             lambda first: self._search_down(block, first, min(first + step, experts)), range(0, experts, step)
         )
-        return Found(*(torch.cat([getattr(part, name.name) for part in parts]) for name in fields(Found)))
+        return Found(
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.ratio for part in parts]),
+            torch.cat([part.duo for part in parts]),
+            torch.cat([part.error for part in parts]),
+            torch.cat([part.identity_error for part in parts]),
+        )
 
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
         inputs = block.down_inputs(first, last)
@@ -112,7 +150,7 @@ class StackedAWQModifier(AWQModifier):
         w_mean = normalized_mean(weight, block.group_size) / weight.shape[1]
         change = torch.empty_like(weight)
 
-        def error(scales: torch.Tensor, limit: float = torch.inf) -> torch.Tensor:
+        def error(scales: torch.Tensor) -> torch.Tensor:
             fake_quantize_scaled(weight, scales.unsqueeze(1), block.group_size, change, change=True)
             return inputs.squared_change(change) / (count * weight.shape[1])
 
@@ -129,19 +167,22 @@ class StackedAWQModifier(AWQModifier):
         """The grid for all leading dimensions at a time; the first of equal points wins, as in the stock search."""
         grid = self._get_grid_search_params()
         scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
-        losses: list[torch.Tensor] = []
-        limit = torch.inf
-        for point in scales:
-            # NaN is no better than anything, and nothing would be better than it.
-            losses.append(error(point, limit).nan_to_num_(nan=torch.inf, posinf=torch.inf))
-            if losses[-1].ndim == 0:
-                limit = min(limit, float(losses[-1]))
+        # NaN is no better than anything, and nothing would be better than it.
+        losses = [error(point).nan_to_num_(nan=torch.inf, posinf=torch.inf) for point in scales]
         found, best = torch.stack(losses).min(0)
         ratio = torch.tensor([ratio for ratio, _ in grid], dtype=found.dtype, device=best.device)
         duo = torch.tensor([duo for _, duo in grid], device=best.device)
         chosen = best.unsqueeze(-1).expand(scales.shape[1:]).unsqueeze(0)
         # Every form of the grid begins with (0, no duo scaling), which is the identity.
         return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
+
+
+def lines(grid: list[tuple[float, bool]]) -> list[list[int]]:
+    """Places in the grid by ratio: one line without duo scaling and one with it."""
+    found = []
+    for duo in sorted({duo for _, duo in grid}):
+        found.append(sorted((place for place, point in enumerate(grid) if point[1] == duo), key=lambda p: grid[p]))
+    return found
 
 
 def _mean_magnitude(x: torch.Tensor, step: int) -> torch.Tensor:

@@ -20,13 +20,14 @@ from jinja2 import Environment, StrictUndefined
 from mmq.errors import CheckpointError, MmqError
 from mmq.families.sizes import Dimensions
 from mmq.prove import evaluate
+from mmq.report.calibration import describe
 from mmq.report.facts import RunFacts, StageFacts, loss_share, read_run
-from mmq.report.text import bytes_text, duration_text
 from mmq.run.workspace import HYBRID, STATE, Workspace
 from mmq.serve.memory import parallel_problems
-from mmq.source.tokens import CACHE_NAME, describe, kept_tokens
+from mmq.source.tokens import CACHE_NAME, kept_tokens
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
+from mmq.text import bytes_text, duration_text
 
 TEMPLATE = "card.md.j2"
 TAGS = ("mmq", "awq", "int4", "fp8", "compressed-tensors", "moe", "vllm")

@@ -20,7 +20,7 @@ from mmq.errors import JournalError
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 
 JOURNAL_NAME = "journal.json"
-FORMAT = 2
+FORMAT = 3
 
 Facts = dict[str, Any]
 
@@ -210,14 +210,24 @@ class Journal:
 
 def _from_format_1(stages: dict[str, Facts]) -> dict[str, Facts]:
     """Format 2 has `runs`, which may be missing, and fields in awq's fingerprint whose values were fixed before."""
+    return _from_format_2(_with_fixed(stages, {"seed": 0}))
+
+
+def _from_format_2(stages: dict[str, Facts]) -> dict[str, Facts]:
+    return _with_fixed(stages, {"awq.search": "full"})
+
+
+def _with_fixed(stages: dict[str, Facts], values: Facts) -> dict[str, Facts]:
+    """Fields in awq's fingerprint whose values were fixed before there was a choice."""
     if "awq" in stages and stages["awq"]["fingerprint"]:
-        stages["awq"]["fingerprint"] |= {"seed": 0}
+        stages["awq"]["fingerprint"] |= values
     return stages
 
 
 # From each format that can be read to the present one; a journal is written in that at its next save.
 _MIGRATIONS: dict[Any, Callable[[dict[str, Facts]], dict[str, Facts]]] = {
     1: _from_format_1,
+    2: _from_format_2,
     FORMAT: lambda stages: stages,
 }
 

@@ -1,11 +1,14 @@
-"""What names a model on the hub, and what keeps it from being had."""
+"""What names a model on the hub, its config.json, and what keeps it from being had."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from mmq.errors import RecipeError, one_line
+from mmq.recipe import Recipe
 
 
 def is_hub_id(name: str) -> bool:
@@ -22,3 +25,28 @@ def source_refused(sentence: str) -> Iterator[None]:
         yield
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise RecipeError(f"model.source: {sentence}: {one_line(error)}") from None
+
+
+def source_config(recipe: Recipe) -> dict[str, Any]:
+    """The source's config.json: of the folder, or of a hub id, from its cache before the hub itself.
+
+    Raises:
+        MmqError: there is none.
+    """
+    from mmq.storage.checkpoint import CONFIG_NAME, read_json
+
+    name = recipe.model.source
+    folder = recipe.path(name)
+    if folder.is_dir():
+        return read_json(folder / CONFIG_NAME)
+    if not is_hub_id(name):
+        raise RecipeError(f"model.source: there is no folder {folder}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with source_refused(f"{name} is neither a folder (looked at {folder}), nor is its {CONFIG_NAME} found on the hub"):
+        try:
+            path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision)
+    return read_json(Path(path))

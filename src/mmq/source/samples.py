@@ -1,8 +1,20 @@
-"""How many samples a recipe asks for."""
+"""Calibration samples: read from JSONL files or the hub, and what a sample may be."""
 
 from __future__ import annotations
 
-from mmq.recipe import FileSamples, Recipe
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mmq.errors import CalibrationError, one_line
+from mmq.recipe import FileSamples, HubSamples, Recipe
+
+Content = dict[str, Any]
+
+
+# How many
 
 
 def most_tokens(recipe: Recipe) -> int:
@@ -16,3 +28,147 @@ def most_tokens(recipe: Recipe) -> int:
             with open(recipe.path(source.path), "rb") as file:
                 samples += sum(1 for line in file if line.strip())
     return samples * settings.sequence_length
+
+
+# Reading
+
+
+def read_files(recipe: Recipe) -> dict[Path, bytes]:
+    """The calibration files, read once, so that what is hashed is what is tokenized."""
+    paths = [recipe.path(source.path) for source in recipe.awq.calibration.files if isinstance(source, FileSamples)]
+    files = {}
+    for path in paths:
+        try:
+            files[path] = path.read_bytes()
+        except FileNotFoundError:
+            raise CalibrationError(f"there is no calibration file {path}") from None
+        except OSError as error:
+            raise CalibrationError(f"the calibration file {path} can't be read: {error}") from None
+    return files
+
+
+def read_samples(recipe: Recipe, files: dict[Path, bytes]) -> Iterator[tuple[int, str, Content]]:
+    """All samples in the recipe's order: the index of their source, where they stand, what they hold."""
+    for index, source in enumerate(recipe.awq.calibration.files):
+        if isinstance(source, HubSamples):
+            found = _hub_samples(recipe, source)
+        else:
+            path = recipe.path(source.path)
+            found = _file_samples(path, files[path], source)
+        for where, content in found:
+            yield index, where, content
+
+
+def _file_samples(path: Path, data: bytes, source: FileSamples) -> Iterator[tuple[str, Content]]:
+    try:
+        # Only a newline ends a line: JSON strings may hold Unicode's other line ends.
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"the calibration file {path} can't be read: {error}") from None
+    found = 0
+    for number, line in enumerate(lines, start=1):
+        if found == source.samples:
+            break
+        if not line.strip():
+            continue
+        try:
+            sample = json.loads(line)
+            json.dumps(sample, ensure_ascii=False).encode()  # raises for half a character, which no text holds
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{path}:{number} is not JSON: {error}") from None
+        if not isinstance(sample, dict):
+            raise CalibrationError(f"{path}:{number} is not a JSON object")
+        found += 1
+        yield f"{path}:{number}", sample
+    if not found:
+        raise CalibrationError(f"the calibration file {path} is empty")
+    if source.samples and found < source.samples:
+        raise CalibrationError(f"the calibration file {path} has {found} samples, the recipe asks for {source.samples}")
+
+
+def _hub_samples(recipe: Recipe, source: HubSamples) -> Iterator[tuple[str, Content]]:
+    """Streamed: the hub is read only as far as the samples and the shuffle's buffer reach."""
+    import datasets
+
+    # What it would log comes as an exception as well.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    folder = recipe.path(source.hub)
+    name = str(folder) if folder.is_dir() else source.hub
+    try:
+        stream = datasets.load_dataset(name, source.name, split=source.split, revision=source.revision, streaming=True)
+        seed = recipe.seed if source.seed is None else source.seed
+        matching = (sample for sample in stream.shuffle(seed=seed) if _matches(source, sample))
+        samples = list(islice(matching, source.samples))
+    except CalibrationError:
+        raise
+    except Exception as error:  # its readers raise whatever their libraries chose
+        raise CalibrationError(f"the dataset {source.hub} can't be read: {one_line(error)}") from None
+    if len(samples) < source.samples:
+        wanted = f" with {_condition(source)}" if source.filter else ""
+        raise CalibrationError(
+            f"the dataset {source.hub} has {len(samples)} samples{wanted}, the recipe asks for {source.samples}"
+        )
+    for number, sample in enumerate(samples, start=1):
+        yield f"{source.hub} sample {number}", _hub_content(source, sample)
+
+
+def _matches(source: HubSamples, sample: Content) -> bool:
+    """Whether every column of `filter` has its value. True is not 1 here."""
+    return all(
+        _column(source, sample, column) == value and isinstance(sample[column], bool) == isinstance(value, bool)
+        for column, value in (source.filter or {}).items()
+    )
+
+
+def _condition(source: HubSamples) -> str:
+    return " and ".join(f"{column} = {value!r}" for column, value in (source.filter or {}).items())
+
+
+def _hub_content(source: HubSamples, sample: Content) -> Content:
+    """A row as a sample: the chosen column under the name that its type asks for.
+
+    A table gives every message all fields that any message has, null where it has none; templates ask for them.
+    """
+    content = {key: _without_nulls(sample.get(key)) for key in ("messages", "tools", "text", "language")}
+    if source.column:
+        value = _without_nulls(_column(source, sample, source.column))
+        content |= {"messages": None, "tools": None, "text": None}
+        content["messages" if isinstance(value, list) else "text"] = value
+    return content
+
+
+def _column(source: HubSamples, sample: Content, column: str) -> Any:
+    if column not in sample:
+        raise CalibrationError(
+            f"the dataset {source.hub} has no column {column}; its columns are {', '.join(map(str, sample))}"
+        )
+    return sample[column]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+# Forms
+
+
+def is_chat(content: Content) -> bool:
+    messages = content.get("messages")
+    return isinstance(messages, list) and bool(messages)
+
+
+def language_of(content: Content) -> str | None:
+    language = content.get("language")
+    return language if isinstance(language, str) and language else None
+
+
+def check_form(where: str, content: Content) -> None:
+    """A sample is a chat or a text."""
+    text = content.get("text")
+    if is_chat(content):
+        if not all(isinstance(message, dict) and message.get("role") for message in content["messages"]):
+            raise CalibrationError(f"{where}: every message must be an object with a role")
+    elif not (isinstance(text, str) and text.strip()):
+        raise CalibrationError(f'{where} has no text: a sample is {{"text": ...}} or {{"messages": [...]}}')

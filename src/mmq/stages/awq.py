@@ -37,8 +37,9 @@ from mmq.run.output_shards import layer_unit, layers_and_rest, quantized_specs, 
 from mmq.run.workspace import AWQ, BF16, STATE, Workspace
 from mmq.serve.quantization_config import output_config
 from mmq.source.block_fp8 import Fp8Source
+from mmq.source.calibration import load_tokens
 from mmq.source.samples import most_tokens
-from mmq.source.tokens import CACHE_NAME, Tokens, load_tokens, save_tokens
+from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
@@ -77,6 +78,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.calibration": _tokens(workspace).fingerprint(),
         "awq.n_grid": awq.n_grid,
         "awq.duo_scaling": awq.duo_scaling,
+        "awq.search": awq.search,
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,

@@ -20,6 +20,7 @@ from mmq.run.journal import StageJournal
 from mmq.run.versions import versions
 from mmq.run.workspace import Workspace
 from mmq.storage.atomic import make_folder, remove_temporaries
+from mmq.text import bytes_text
 
 # Python, torch and the libraries, before any tensor.
 BASE_MEMORY = 800 * 2**20
@@ -132,7 +133,7 @@ def check_disk(folder: Path, needed: int) -> None:
     """Raises DiskSpaceError where the stage would fill the disk."""
     free = free_disk(folder)
     if free < needed:
-        raise DiskSpaceError(f"{folder} needs {needed / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB free")
+        raise DiskSpaceError(f"{folder} needs {bytes_text(needed)}, its disk has {bytes_text(free)} free")
 
 
 def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], None], workers: int) -> None:

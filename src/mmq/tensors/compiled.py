@@ -44,12 +44,21 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     return sums
 
 
-def squared_error(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+def combine(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor, first: int
 ) -> torch.Tensor:
-    """`experts.squared_error`."""
-    found = _squared_error(_bits(outputs), place.numpy(), weights.numpy(), reference.numpy())
-    return torch.tensor(found, dtype=torch.float64)
+    """`experts.combine`, bit for bit."""
+    _combine(_bits(outputs), place.numpy(), weights.numpy(), start.numpy(), first)
+    return start
+
+
+def token_losses(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int
+) -> torch.Tensor:
+    """`experts.token_losses`."""
+    sums = torch.empty(place.shape[0])
+    _token_losses(_bits(outputs), place.numpy(), weights.numpy(), reference.numpy(), first, sums.numpy())
+    return sums
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -150,25 +159,42 @@ def _normalize(weight: np.ndarray, sums: np.ndarray) -> None:
                     sums[expert, group, i] += np.float64(_wide(_rounded(share)))
 
 
+# Products and sums in one rounding, as torch's addcmul has them.
+@numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+def _combine(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, start: np.ndarray, first: int) -> None:
+    rows, hidden = outputs.shape
+    for token in range(place.shape[0]):
+        for j in range(place.shape[1]):
+            row, weight = place[token, j] - first, weights[token, j]
+            if 0 <= row < rows:
+                for i in range(hidden):
+                    start[token, i] += weight * _wide(outputs[row, i])
+
+
 # Sums in another order let a row be summed by vectors.
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
-def _squared_error(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, reference: np.ndarray) -> float:
-    tokens, top_k = place.shape
-    hidden = outputs.shape[1]
+def _token_losses(
+    outputs: np.ndarray,
+    place: np.ndarray,
+    weights: np.ndarray,
+    reference: np.ndarray,
+    first: int,
+    sums: np.ndarray,
+) -> None:
+    rows, hidden = outputs.shape
     difference = np.empty(hidden, np.float32)
-    total = np.float64(0)
-    for token in range(tokens):
+    for token in range(place.shape[0]):
         for i in range(hidden):
             difference[i] = -reference[token, i]
-        for j in range(top_k):
-            row, weight = place[token, j], weights[token, j]
-            for i in range(hidden):
-                difference[i] += weight * _wide(outputs[row, i])
+        for j in range(place.shape[1]):
+            row, weight = place[token, j] - first, weights[token, j]
+            if 0 <= row < rows:
+                for i in range(hidden):
+                    difference[i] += weight * _wide(outputs[row, i])
         squares = np.float32(0)
         for i in range(hidden):
             squares += difference[i] * difference[i]
-        total += squares
-    return float(total)
+        sums[token] = squares
 
 
 @numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
@@ -185,9 +211,7 @@ def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> 
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _round_columns(
-    aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray
-) -> None:
+def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray) -> None:
     experts, rows, columns = aim.shape
     row_aim = np.empty(columns, np.float32)
     for expert in range(experts):

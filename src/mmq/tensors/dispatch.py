@@ -1,14 +1,105 @@
-"""Which of two ways of computing the same is taken."""
+"""Which of three ways of computing the same is taken: torch's, numba's on a CPU or Triton's on a GPU.
+
+What each operation computes is said, and computed by torch, in `int4`, `experts` and `fp8`; these ask here, and import
+`compiled` or a module of `fused` where that is the faster way and works. Nothing above this room knows of it.
+"""
 
 from __future__ import annotations
 
+import logging
+from enum import Enum
+from functools import cache
+
 import torch
+
+log = logging.getLogger(__name__)
 
 # Numbers at one time from which on the second that a function takes to compile is well spent.
 COMPILED_FROM = 2**18
 
 
+class Way(Enum):
+    TORCH = "torch"
+    NUMBA = "numba"
+    TRITON = "triton"
+
+
+def way(tensor: torch.Tensor) -> Way:
+    """How an operation on such a tensor is best computed, if it has more forms than torch's.
+
+    A module that is not taken is not imported either: numba takes a second, and Triton need not be there.
+    """
+    if tensor.numel() == 0:
+        return Way.TORCH
+    if worth_compiling(tensor):
+        return Way.NUMBA
+    return Way.TRITON if tensor.dtype in _FOR_TRITON and triton_works(tensor.device) else Way.TORCH
+
+
+def way_of_products(rows: torch.Tensor) -> Way:
+    """How rows are multiplied with their experts' matrices: by Triton's kernel where there is one, which loads sixteen
+    bytes at a time; otherwise by torch, in one product or in one an expert."""
+    aligned = rows.shape[1] % 8 == 0 and rows.data_ptr() % 16 == 0
+    return Way.TRITON if aligned and way(rows) is Way.TRITON else Way.TORCH
+
+
+_FOR_TRITON = (torch.bfloat16, torch.float8_e4m3fn)
+
+
 def worth_compiling(tensor: torch.Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """Whether a function of `compiled` is the faster way. Where it is not, the module need not be imported, which
-    takes a second as well."""
+    """Whether a function of `compiled` is the faster way."""
     return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.numel() >= COMPILED_FROM
+
+
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton compiles for a device, found out by a small kernel."""
+    return device.type == "cuda" and _compiles(_index(device))
+
+
+def grouped_mm_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch multiplies all experts' rows in one kernel: on a CPU, and on the cards that it has a kernel for. On
+    others its `grouped_mm` asks the device for the rows' ends, and takes a product an expert."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    return dtype == torch.bfloat16 and _multiplies(_index(device))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@cache
+def _compiles(index: int) -> bool:
+    # Triton's kernels of bf16 want Ampere or later.
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    try:
+        from mmq.tensors.fused.probe import double
+
+        numbers = torch.arange(100, device=f"cuda:{index}", dtype=torch.bfloat16)
+        works = torch.equal(double(numbers), numbers * 2)
+    # Whatever keeps it from compiling: no Triton, no C compiler, a card that it does not know.
+    except Exception as error:
+        log.warning("Triton's kernels don't compile here, torch's operations take longer: %s", error)
+        return False
+    if not works:
+        log.warning("a kernel of Triton's computed something wrong here; torch's operations take longer")
+    return works
+
+
+@cache
+def _multiplies(index: int) -> bool:
+    """Cards of compute capability 10 are said to fail with some versions of torch: a small product tells."""
+    if torch.cuda.get_device_capability(index)[0] not in (9, 10):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in ((48, 64), (3, 32, 64)))
+    ends = torch.tensor([16, 16, 48], dtype=torch.int32)
+    expected = torch.cat([rows[:16] @ weight[0].T, rows[16:] @ weight[2].T])
+    try:
+        rows, weight, ends = (tensor.to(f"cuda:{index}") for tensor in (rows, weight, ends))
+        found = torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends).cpu()
+    except RuntimeError as error:
+        log.warning("torch's grouped products fail on this card: %s", error)
+        return False
+    return torch.allclose(found.float(), expected.float(), rtol=2**-6, atol=2**-4)

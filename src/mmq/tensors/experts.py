@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, grouped_mm_works, way, way_of_products
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,32 +58,14 @@ class Rows:
         """Rows of each expert."""
         return [end - start for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
-    def cut(self, size: int) -> Iterator[Rows]:
-        """The same rows, at most `size` at a time, for those that are in no token's output."""
-        for start in range(0, self.token.shape[0], size):
-            token = self.token[start : start + size]
-            yield Rows(token, [min(max(end - start, 0), token.shape[0]) for end in self.ends], self.place)
-
-    def within(self, first: int, last: int) -> Rows:
-        """The rows of experts first..last alone, for those that are in no token's output."""
-        start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
-        ends = [min(max(end, start), stop) - start for end in self.ends]
-        return Rows(self.token[start:stop], ends, self.place)
-
-    def piece(self, first: int, last: int) -> Piece | None:
-        """The rows of experts first..last, if they have any."""
-        start, stop = self.ends[first - 1] if first else 0, self.ends[last - 1]
-        if start == stop:
-            return None
-        local = [end - start for end in self.ends[first:last]]
-        return Piece(first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device))
-
-    def pieces(self, step: int) -> Iterator[Piece]:
-        """All rows, `step` experts at a time."""
-        for first in range(0, len(self.ends), step):
-            piece = self.piece(first, min(first + step, len(self.ends)))
-            if piece is not None:
-                yield piece
+    def pieces(self, first: int, last: int, most: int) -> Iterator[Piece]:
+        """The rows of experts first..last, at most so many at a time."""
+        begin, end = self.ends[first - 1] if first else 0, self.ends[last - 1]
+        for start in range(begin, end, most):
+            stop = min(start + most, end)
+            local = [min(max(own - start, 0), stop - start) for own in self.ends[first:last]]
+            ends = torch.tensor(local, dtype=torch.int32, device=self.token.device)
+            yield Piece(first, last, start, stop, ends)
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -96,14 +79,50 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
-    if _has_grouped_mm(rows):
+    if rows.shape[0] and way_of_products(rows) is not Way.TRITON and grouped_mm_works(rows.device, rows.dtype):
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    result = rows.new_empty(rows.shape[0], weight.shape[1])
+    return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
+
+
+def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`grouped_linear` into `out` [R, out], which may be a part of a larger tensor's rows."""
+    if rows.shape[0] == 0:
+        return out
+    if way_of_products(rows) is Way.TRITON:
+        from mmq.tensors.fused import grouped
+
+        grouped.grouped_rows(rows, weight, ends, out)
+        return out
+    if grouped_mm_works(rows.device, rows.dtype):
+        return out.copy_(torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        torch.mm(rows[start:end], weight[expert].T, out=result[start:end])
+        torch.mm(rows[start:end], weight[expert].T, out=out[start:end])
         start = end
-    return result
+    return out
+
+
+def gated_rows(
+    x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """act(gate) * up of the tokens' experts: what goes into their down layers.
+
+    Args:
+        x: [T, H].
+        token: int64 [R], the tokens that rows are of, sorted by expert; None where x holds the rows themselves.
+        gate_up: [E, 2I, H], gate rows above up rows.
+        ends: int32 [E], where each expert's rows end; the last is R.
+
+    Returns:
+        [R, I] in the dtype of x.
+    """
+    if token is None:
+        return gated(grouped_linear(x, gate_up, ends), activation)
+    if token.shape[0] and way_of_products(x) is Way.TRITON and _is_silu(activation):
+        from mmq.tensors.fused import grouped
+
+        return grouped.gated_rows(x, token, gate_up, ends)
+    return gated(grouped_linear(x.index_select(0, token), gate_up, ends), activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -112,29 +131,68 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate).mul_(up)
 
 
-def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """start + the sum over a token's experts of weight * output.
+@cache
+def _is_silu(activation: Activation) -> bool:
+    """Libraries name and wrap it differently; what it computes tells."""
+    numbers = torch.linspace(-8, 8, 33)
+    return torch.equal(activation(numbers.clone()), torch.nn.functional.silu(numbers))
+
+
+def combine(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, start: torch.Tensor, first: int = 0
+) -> torch.Tensor:
+    """start + the sum over a token's experts of weight * output, as far as the outputs are among those given.
 
     Args:
-        outputs: [R, H], sorted by expert.
-        place: int64 [T, k], the tokens' rows in it.
+        outputs: [n, H], rows first..first+n of all that are sorted by expert.
+        place: int64 [T, k], the tokens' rows.
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
+    if place.shape[0] == 0:
+        return start
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.combine(outputs, place, weights, start, first)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            fused.combine(outputs, place, weights, start, first)
+            return start
     for j in range(weights.shape[1]):
-        start.addcmul_(outputs.index_select(0, place[:, j]), weights[:, j : j + 1])
+        local = place[:, j] - first
+        inside = (local >= 0) & (local < outputs.shape[0])
+        chosen = outputs.index_select(0, local.clamp(0, outputs.shape[0] - 1))
+        start.addcmul_(torch.where(inside.unsqueeze(1), chosen, 0), weights[:, j : j + 1])
     return start
 
 
-def squared_error(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor
+def token_losses(
+    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int = 0
 ) -> torch.Tensor:
-    """Sum of squared differences between what `combine` makes of a block's outputs and float32 [T, H]: float64 []."""
-    if worth_compiling(outputs):
-        from mmq.tensors import compiled
+    """Each token's sum of squared differences between what `combine` makes of a block's outputs and a reference.
 
-        return compiled.squared_error(outputs, place, weights, reference)
-    return sum_of_squares(combine(outputs, place, weights, reference.neg()))
+    Args:
+        outputs, place, weights, first: as `combine` takes them.
+        reference: float32 [T, H].
+
+    Returns:
+        float32 [T]. A token is summed whole, so neither threads nor how tokens are shared out decide anything.
+    """
+    if place.shape[0] == 0:
+        return reference.new_zeros(0)
+    match way(outputs):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.token_losses(outputs, place, weights, reference, first)
+        case Way.TRITON:
+            from mmq.tensors.fused import combine as fused
+
+            return fused.token_losses(outputs, place, weights, reference, first)
+    return combine(outputs, place, weights, reference.neg(), first).square_().sum(1)
 
 
 def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -144,7 +202,7 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         rows: [R, n], sorted by expert; overwritten.
         ends: int32 [E], where each expert's rows end.
     """
-    if worth_compiling(rows):
+    if way(rows) is Way.NUMBA:
         from mmq.tensors import compiled
 
         return compiled.squares_by_expert(rows, ends)
@@ -167,9 +225,3 @@ def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:
     else:
         wide = rows.float()
         out.addmm_(wide.T, wide)
-
-
-def _has_grouped_mm(rows: torch.Tensor) -> bool:
-    if rows.device.type == "cuda":
-        return rows.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows.device) >= (8, 0)
-    return rows.device.type == "cpu"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from mmq.tensors.dispatch import Way, way
+
 BLOCK = 128
 # float8_e4m3fn has no infinities; 0x7f and 0xff are NaN.
 _MAGNITUDE, _NAN = 0x7F, 0x7F
@@ -31,6 +33,8 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
     torch's own cast from fp8 takes a value at a time on CPUs; shifting the bits into bf16's places takes vectors.
     """
+    if way(weight) is Way.TRITON:
+        return dequantize_blocks(weight.unsqueeze(0), scale.unsqueeze(0))[0]
     rows, columns = weight.shape
     per_column = scale.repeat_interleave(BLOCK, dim=1)[:, :columns]
     if weight.device.type != "cpu" or bool(scale.abs().max() >= _LARGEST_FOLDED_SCALE):
@@ -48,6 +52,27 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         moved = bits[:height].copy_(strip).bitwise_left_shift_(4).bitwise_and_(-0x7810)
         values[:height].copy_(moved.view(torch.bfloat16)).mul_(per_column[block])
         result[start : start + height].copy_(values[:height])
+    return result
+
+
+def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """`dequantize_block` of stacked matrices, each with its own blocks.
+
+    Args:
+        weight: float8_e4m3fn [n, out, in].
+        scale: float32 [n, ceil(out/128), ceil(in/128)].
+
+    Returns:
+        bfloat16 [n, out, in], on the weight's device.
+    """
+    result = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device)
+    if way(weight) is Way.TRITON:
+        from mmq.tensors.fused import dequantize
+
+        dequantize.dequantize_blocks(weight, scale, result, BLOCK)
+        return result
+    for matrix, own, target in zip(weight, scale, result, strict=True):
+        target.copy_(dequantize_block(matrix, own))
     return result
 
 

@@ -12,7 +12,7 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, way
 
 # On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
 CPU_TILE = 2**18
@@ -106,6 +106,12 @@ def fits(scale: torch.Tensor) -> bool:
     return bool(torch.isfinite(scale * Q_MIN).all())
 
 
+def working_bytes(weight: torch.Tensor) -> int:
+    """What `fake_quantize_scaled` takes for each weight, its result included."""
+    # An fp32 copy that is worked on, and room for what one of its steps makes.
+    return weight.element_size() + 6
+
+
 def fake_quantize_scaled(
     weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor | None = None, change: bool = False
 ) -> torch.Tensor:
@@ -121,11 +127,17 @@ def fake_quantize_scaled(
     """
     if out is None:
         out = torch.empty_like(weight)
-    if worth_compiling(weight):
-        from mmq.tensors import compiled
+    match way(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        compiled.fake_quantize_scaled(weight, scales, group_size, out, change)
-        return out
+            compiled.fake_quantize_scaled(weight, scales, group_size, out, change)
+            return out
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import quantize
+
+            quantize.fake_quantize_scaled(weight, scales, group_size, out, change)
+            return out
     work = weight.to(torch.float32, copy=True)
     work.mul_(scales)
     groups = work.unflatten(-1, (-1, group_size))
@@ -141,7 +153,7 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         weight: [n, out, in]; computed in its own dtype, as `AWQModifier._compute_layer_means` does.
     """
-    if worth_compiling(weight):
+    if way(weight) is Way.NUMBA:
         from mmq.tensors import compiled
 
         return compiled.normalized_mean(weight, group_size)
@@ -156,7 +168,8 @@ def _scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     It is never denormal: such a number has too few bits to divide by, and devices that flush it read a zero.
     """
     largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
-    return stored_scale(largest.div_(HALF_RANGE), dtype)
+    # By a tensor: for a plain number CUDA's division multiplies by the reciprocal, which is not what a CPU computes.
+    return stored_scale(largest.div_(largest.new_full((), HALF_RANGE)), dtype)
 
 
 def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,10 +1,11 @@
-"""Numbers as people read them, for the page and its plots."""
+"""Numbers, sizes and times as people read them."""
 
 from __future__ import annotations
 
 Unit = tuple[float, str]
 
 UNITS_OF_BYTES: tuple[Unit, ...] = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+DIGITS_OF_BYTES = {"B": 0, "TB": 2}
 UNITS_OF_COUNTS: tuple[Unit, ...] = ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 UNITS_OF_TIME: tuple[Unit, ...] = ((3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
@@ -15,9 +16,14 @@ def unit_for(largest: float, units: tuple[Unit, ...]) -> Unit:
 
 
 def bytes_text(count: float) -> str:
-    """1536 -> '1.5 kB'."""
+    """1536 -> '1.5 kB', 1.5e12 -> '1.50 TB'."""
     size, name = unit_for(count, UNITS_OF_BYTES)
-    return f"{count:.0f} B" if name == "B" else f"{count / size:.1f} {name}"
+    return f"{count / size:.{DIGITS_OF_BYTES.get(name, 1)}f} {name}"
+
+
+def gib_text(size: int) -> str:
+    """Bytes -> '28.4 GiB', as GPUs are told by; small sizes in MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.1f} MiB"
 
 
 def duration_text(seconds: float) -> str:
@@ -47,3 +53,9 @@ def plain_number(value: float, digits: int = 4) -> str:
         return f"{float(f'{value:.{digits}g}'):,.10g}"
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def short_count(count: int) -> str:
+    """228700000000 -> '228.7B', 2234384 -> '2.2M', 512 -> '512'."""
+    size, name = unit_for(count, UNITS_OF_COUNTS)
+    return f"{count / size:.1f}{name}" if name else str(count)

@@ -1,0 +1,140 @@
+"""Verify without a tensor's bytes: names, dtypes and shapes, config.json, the small files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from mmq.families.table import Architecture
+from mmq.prove.findings import Report
+from mmq.storage.checkpoint import Checkpoint
+
+
+def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, spec in source.specs.items():
+        stem, _, parameter = name.rpartition(".")
+        component = arch.component(name)
+        if component == "experts":
+            if parameter == "weight":
+                rows, columns = spec.shape
+                expected[f"{stem}.weight_packed"] = ("I32", (rows, columns // 8))
+                # The group size is checked through the scale's shape and the config.
+                expected[f"{stem}.weight_scale"] = ("BF16", (rows, -1))
+                expected[f"{stem}.weight_shape"] = ("I64", (2,))
+        elif component == "attention":
+            if parameter == "weight":
+                expected[name] = ("F8_E4M3", spec.shape)
+                expected[f"{stem}.weight_scale"] = ("F32", tuple(-(-size // 128) for size in spec.shape))
+        elif component == "router" or arch.split(name)[1] == arch.router_bias:
+            expected[name] = ("F32", spec.shape)
+        else:
+            # Norms, embeddings and head are bf16 in the table; tensors that it does not know keep their dtype.
+            known = name in (arch.embedding, arch.head, arch.final_norm) or name.endswith("norm.weight")
+            expected[name] = ("BF16" if known else spec.dtype, spec.shape)
+    if kv_scales:
+        parent = arch.attention[0].rpartition(".")[0]
+        for layer in {arch.split(name)[0] for name in source.specs} - {None}:
+            assert layer is not None
+            for scale in ("k_scale", "v_scale"):
+                expected[f"{arch.layer_prefix(layer)}{parent}.{scale}"] = ("F32", (1,))
+    return expected
+
+
+def check_names(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, kv_scales: bool) -> None:
+    """Every source tensor has its counterpart of the right dtype and shape, and nothing else is there."""
+    expected = expected_tensors(arch, source, kv_scales)
+    groups = mapping(mapping(result.config.get("quantization_config")).get("config_groups"))
+    group_size = mapping(mapping(groups.get("group_0")).get("weights")).get("group_size")
+    group_size = group_size if type(group_size) is int else 0
+    for name, (dtype, shape) in expected.items():
+        spec = result.specs.get(name)
+        if spec is None:
+            report.problems.append(f"{name} is missing")
+            continue
+        if -1 in shape:
+            columns = source.specs[name.removesuffix("_scale")].shape[1]
+            shape = (shape[0], columns // group_size if group_size > 0 else 0)
+        report.require(spec.dtype == dtype, f"{name} is {spec.dtype} instead of {dtype}")
+        report.require(spec.shape == shape, f"{name} has the shape {list(spec.shape)} instead of {list(shape)}")
+    report.count("dtypes and shapes", len(expected))
+    for name in result.specs.keys() - expected.keys():
+        orphan = "an orphan scale" if "scale" in name.rpartition(".")[2] else "not accounted for by the source"
+        report.problems.append(f"{name} is {orphan}")
+    report.count("source tensors accounted for", len(source.specs))
+
+
+def check_config(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
+    """config.json and the small files are the source's but for quantization and rotary settings; each group's targets
+    match the modules they must and no other, under the hub's prefix and under transformers'."""
+    config = result.config
+    for key in (source.config.keys() | config.keys()) - {"quantization_config", "rope_parameters"}:
+        report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
+    for path in source.carried_files():
+        copy = result.folder / path.name
+        same = copy.is_file() and copy.read_bytes() == path.read_bytes()
+        report.require(same, f"{path.name} is not the source's")
+        report.count("small files equal to the source's")
+    quantization = mapping(config.get("quantization_config"))
+    groups = mapping(quantization.get("config_groups"))
+    report.require(quantization.get("quant_method") == "compressed-tensors", "config.json: quant_method is wrong")
+    modules = {name.rpartition(".")[0] for name in result.specs}
+    kinds = {
+        "experts": {module for module in modules if arch.split_expert(arch.split(module)[1] + ".weight")},
+        "attention": {module for module in modules if arch.split(module)[1] in arch.attention},
+    }
+    wanted: dict[tuple[Any, Any, Any], str] = {
+        ("pack-quantized", "int", 4): "experts",
+        ("float-quantized", "float", 8): "attention",
+    }
+    covered = set()
+    for name, group in groups.items():
+        group = mapping(group)
+        weights = mapping(group.get("weights"))
+        kind = wanted.get((group.get("format"), weights.get("type"), weights.get("num_bits")))
+        if kind is None:
+            report.problems.append(f"config.json: {name} is neither int4 experts nor block-fp8 attention")
+            continue
+        covered.add(kind)
+        for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
+            try:
+                matched = {module for module in modules if _matches(rename(module), group.get("targets") or [])}
+            except (re.error, TypeError) as error:
+                report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")
+                continue
+            for module in matched ^ kinds[kind]:
+                verb = "matches" if module in matched else "does not match"
+                report.problems.append(f"config.json: {name} {verb} {rename(module)}")
+        report.count("modules matched by config targets", len(kinds[kind]))
+    report.require(covered == set(kinds), f"config.json describes {sorted(covered)}, not {sorted(kinds)}")
+    head = arch.head.removesuffix(".weight")
+    report.require(head in (quantization.get("ignore") or []), f"config.json: ignore lacks {head}")
+    rope = mapping(config.get("rope_parameters"))
+    if config.get("rotary_dim") and config.get("head_dim"):
+        factor = config["rotary_dim"] / config["head_dim"]
+        report.require(
+            rope.get("partial_rotary_factor") == factor, f"config.json: partial_rotary_factor is not {factor}"
+        )
+    has_scales = any(name.endswith(".k_scale") for name in result.specs)
+    report.require(
+        bool(quantization.get("kv_cache_scheme")) == has_scales, "config.json: kv_cache_scheme and KV scales disagree"
+    )
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """A JSON object, or an empty one where something else stands."""
+    return value if isinstance(value, dict) else {}
+
+
+def _matches(module: str, targets: Iterable[str]) -> bool:
+    """compressed-tensors' rule: `re:` patterns match from the start, other targets are whole names."""
+    return any(
+        re.match(target[3:], module) is not None if target.startswith("re:") else target == module for target in targets
+    )
+
+
+def _transformers_name(arch: Architecture, module: str) -> str:
+    layer, local = arch.split(module)
+    return module if layer is None else arch.layer_prefix(layer) + arch.module_name(local)

@@ -1,0 +1,55 @@
+"""Plots of how far the result is from its source."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mmq.report.style import LINES, PERCENT, Layers, add_legend, layer_axis, marker, new_figure, scale_axis, styled
+from mmq.text import range_text
+
+
+@styled
+def hidden_errors(layers: Layers) -> Figure:
+    """Relative error of the hidden states after each layer on held-out text, a line a variant.
+
+    Args:
+        layers: eval.json's `layers`.
+    """
+    variants = [name for name in layers[-1]["relative_error"] if any(layer["relative_error"][name] for layer in layers)]
+    title = "Error of the hidden states after each layer"
+    if variants:
+        last = layers[-1]["relative_error"][variants[0]]
+        title = f"{variants[0]}: hidden states {last:.1%} off after the last layer"
+    figure, axes = new_figure(title)
+    x = layer_axis(axes, layers)
+    handles = []
+    values = 100 * np.array([[layer["relative_error"][name] for layer in layers] for name in variants], dtype=float)
+    for colour, name, own in zip(LINES, variants, values, strict=False):
+        handles.append((axes.plot(x, own, color=colour, marker=marker(x))[0], name))
+    scale_axis(axes, values)
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.set_ylabel("error relative to the source")
+    add_legend(figure, handles)
+    return figure
+
+
+@styled
+def weight_errors(layers: Layers) -> Figure:
+    """Relative error of the experts' int4 weights, a line a matrix.
+
+    Args:
+        layers: verify.json's `layers`.
+    """
+    linears = list(layers[0]["expert_error"])
+    values = np.array([[layer["expert_error"][name] for layer in layers] for name in linears], dtype=float) * 100
+    found = range_text(f"{np.nanmin(values):.1f}%", f"{np.nanmax(values):.1f}%")
+    figure, axes = new_figure(f"int4 weights of the experts are off by {found}")
+    x = layer_axis(axes, layers)
+    handles = []
+    for colour, name, own in zip(LINES, linears, values, strict=False):
+        handles.append((axes.plot(x, own, color=colour, marker=marker(x))[0], name))
+    axes.yaxis.set_major_formatter(PERCENT)
+    axes.set_ylabel("relative error of the weights")
+    add_legend(figure, handles)
+    return figure

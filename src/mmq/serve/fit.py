@@ -1,0 +1,79 @@
+"""How the result fits on GPUs, and why it would not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmq.families.sizes import Dimensions, Form, Forms
+from mmq.serve.memory import CACHE_BYTES, Gpus, parallel_problems, serving
+from mmq.text import gib_text
+
+# What is worth serving: the finished checkpoint with either cache, and the awq stage's output to compare with.
+SERVED: tuple[tuple[Form, str], ...] = (("hybrid", "bf16"), ("hybrid", "fp8"), ("awq", "bf16"))
+
+
+def fit_on(
+    dims: Dimensions,
+    forms: Forms,
+    gpus: Gpus,
+    utilization: float,
+    reserve: int,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """How the result fits, and why it would not."""
+    rows: list[dict[str, Any]] = []
+    problems = [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, gpus.count)]
+    for form, cache in SERVED:
+        fit = serving(forms[form], dims, gpus, utilization, reserve, CACHE_BYTES[cache])
+        rows.append(
+            {
+                "checkpoint": form,
+                "cache": cache,
+                "weights_per_gpu": fit.weights,
+                "cache_per_gpu": max(0, fit.cache),
+                "bytes_per_token_per_gpu": fit.token,
+                "tokens": fit.tokens,
+            }
+        )
+        if fit.cache <= 0:
+            problem = f"{form}: nothing is left for a KV cache, {gib_text(-fit.cache)} are missing on each GPU"
+            if problem not in problems:
+                problems.append(problem)
+    longest = config.get("max_position_embeddings")
+    if type(longest) is int:
+        short = [f"{row['checkpoint']} with {row['cache']}" for row in rows if 0 < row["tokens"] < longest]
+        if short:
+            problems.append(
+                f"the cache holds less than the model's {longest:,} positions ({', '.join(short)}): vLLM starts only"
+                " with a --max-model-len that fits"
+            )
+    return {
+        "gpus": gpus.count,
+        "gpu_memory": gpus.memory,
+        "utilization": utilization,
+        "reserve": reserve,
+        "rows": rows,
+        "assumptions": _assumptions(rows, dims, gpus, utilization, reserve),
+        "warnings": problems,
+    }
+
+
+def _assumptions(
+    rows: list[dict[str, Any]], dims: Dimensions, gpus: Gpus, utilization: float, reserve: int
+) -> list[str]:
+    hybrid, _, awq = rows
+    freed = awq["weights_per_gpu"] - hybrid["weights_per_gpu"]
+    heads = dims.kv_heads_per_gpu(gpus.count)
+    return [
+        f"left for the cache = {gib_text(gpus.memory)} x {utilization} (gpu_memory_utilization) - weights -"
+        f" {gib_text(reserve)} (reserve)",
+        f"bytes a token and GPU = {dims.layers} layers x 2 x {heads} KV heads x {dims.head_dim} x 2 bytes (bf16) or 1"
+        " (fp8)",
+        "Tensor parallelism splits experts, attention, embeddings and head over the GPUs; norms, router, biases and KV"
+        f" scales are on each. Of {dims.kv_heads} KV heads each GPU holds {heads}.",
+        "The reserve is for activations, CUDA graphs, NCCL and the memory that CUDA does not show. Its default is what"
+        " MiniMax-M2.5's model card implies: 370,000 tokens of fp8 cache on 4 x 48 GB (here 366,482).",
+        "For one checkpoint an fp8 cache holds twice the tokens of a bf16 cache. Against awq/, whose attention is bf16,"
+        f" hybrid/ frees another {gib_text(freed)} on each GPU. The card's 160,000 tokens of bf16 cache (here 172,492"
+        " with awq/) come from a deployment that it doesn't describe.",
+    ]

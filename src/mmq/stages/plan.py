@@ -1,0 +1,108 @@
+"""What a run will write and need, from the recipe and the source's config.json alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mmq.errors import RecipeError
+from mmq.families.registry import architecture_of
+from mmq.families.sizes import (
+    Component,
+    Dimensions,
+    Form,
+    Forms,
+    components,
+    disk_bytes,
+    layer_bytes,
+    outside_bytes,
+    tensors_of,
+)
+from mmq.quantize.memory import awq_memory
+from mmq.quantize.routed_experts import DEFAULT_BUDGET
+from mmq.recipe import Recipe
+from mmq.serve.fit import fit_on
+from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
+from mmq.source.hub import source_config
+from mmq.source.samples import most_tokens
+from mmq.stages.base import BASE_MEMORY, free_disk
+
+FORMS: tuple[Form, ...] = ("source", "bf16", "awq", "hybrid")
+
+
+def make_plan(
+    recipe: Recipe,
+    gpus: Gpus | None = None,
+    utilization: float = DEFAULT_UTILIZATION,
+    reserve: int = DEFAULT_RESERVE,
+) -> dict[str, Any]:
+    """Parameters and bytes before and after, disk, memory, and on `gpus` the KV cache, as JSON.
+
+    Raises:
+        MmqError: the source has no config.json that can be planned with.
+    """
+    config = source_config(recipe)
+    arch = architecture_of(config)
+    dims = Dimensions.of(config, arch)
+    scales = recipe.awq.kv_cache_scheme is not None
+    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales) for form in FORMS}
+    value: dict[str, Any] = {
+        "source": recipe.model.source,
+        "components": _components(forms),
+        "disk": _disk(recipe, dims, forms),
+        "awq_memory": _awq_memory(recipe, dims, forms),
+    }
+    if gpus is not None:
+        value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
+    return value
+
+
+def _components(forms: Forms) -> list[dict[str, Any]]:
+    """One entry a component, and their total."""
+
+    def side(component: Component) -> dict[str, Any]:
+        return {"dtypes": list(component.dtypes), "bytes": component.nbytes}
+
+    before, after = components(forms["source"]), components(forms["hybrid"])
+    entries = [
+        {"component": name, "parameters": own.parameters, "before": side(own), "after": side(after[name])}
+        for name, own in before.items()
+    ]
+    total: dict[str, Any] = {"component": "total", "parameters": sum(own.parameters for own in before.values())}
+    for place, parts in (("before", before), ("after", after)):
+        total[place] = {"dtypes": [], "bytes": sum(part.nbytes for part in parts.values())}
+    return [*entries, total]
+
+
+def _disk(recipe: Recipe, dims: Dimensions, forms: Forms) -> dict[str, Any]:
+    """What the stages write, and what is free where they do."""
+    # The states after a layer and, until its journal entry is written, those after the layer before it.
+    states = 2 * most_tokens(recipe) * dims.hidden * 2
+    written = [] if recipe.awq.source == "fp8" else [("dequant", "bf16", disk_bytes(forms["bf16"]))]
+    written += [
+        ("awq", "awq", disk_bytes(forms["awq"])),
+        ("awq", "state", states),
+        ("restore", "hybrid", disk_bytes(forms["hybrid"])),
+    ]
+    return {
+        "folders": [
+            {"stage": stage, "folder": str(recipe.work_path / folder), "bytes": size} for stage, folder, size in written
+        ],
+        "total": sum(size for _, _, size in written),
+        "free": free_disk(recipe.work_path),
+    }
+
+
+def _awq_memory(recipe: Recipe, dims: Dimensions, forms: Forms) -> list[dict[str, Any]]:
+    """The awq stage's peaks, for each kind of device that the recipe may mean."""
+    device = recipe.awq.device
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise RecipeError(f"awq.device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+    shard = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
+    result = []
+    for kind in ("cpu", "cuda") if device == "auto" else (device.partition(":")[0],):
+        budget = recipe.awq.memory_budget or DEFAULT_BUDGET[kind]
+        hidden_states = most_tokens(recipe) * dims.hidden
+        memory = awq_memory(layer_bytes(forms["bf16"], dims), shard, hidden_states, budget, kind == "cuda")
+        result.append({"device": kind, "host_memory": BASE_MEMORY + memory.host, "device_memory": memory.device})
+    return result

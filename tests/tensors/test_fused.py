@@ -1,0 +1,313 @@
+"""Triton's kernels against torch's plain forms: on a CPU in Triton's interpreter, on a GPU with MMQ_TEST_DEVICE=cuda.
+
+Quantization and dequantization are held equal to the bit, to torch on the same device; sums in another order, and
+products, to a tolerance that stands beside each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import mmq.tensors.dispatch
+from mmq.tensors.dispatch import Way, way
+from mmq.tensors.experts import combine, gated_rows, grouped_linear, grouped_rows, token_losses
+from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, scale_shape
+from mmq.tensors.int4 import fake_quantize_scaled
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device(os.environ.get("MMQ_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton counts as working wherever the tests run, unless one takes it away, and numba never."""
+    if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and Triton was imported without its interpreter")
+    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 2**62)
+    monkeypatch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: True)
+    yield
+
+
+def plain(monkeypatch: pytest.MonkeyPatch, function: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What torch makes of it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: False)
+        return function()
+
+
+def identical(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """To the bit, but for the kind of NaN."""
+    width = {2: torch.int16, 4: torch.int32}[one.element_size()]
+    same = one.view(width) == other.view(width)
+    return one.dtype == other.dtype and bool((same | (one.isnan() & other.isnan())).all())
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """bfloat16."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
+
+
+def odd_weights(experts: int, rows: int, columns: int, group: int) -> torch.Tensor:
+    """bfloat16 [E, rows, columns] of all magnitudes: zeros, denormal numbers, ties, near the largest, NaN, infinity."""
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(experts, rows, columns, generator=generator)
+    weight *= 2.0 ** torch.randint(-140, 128, (experts, rows, 1), generator=generator)
+    flat = weight.view(-1, group)
+    special = [
+        torch.zeros(group),
+        # A scale of 1: every weight lies between two codes.
+        torch.arange(group).remainder(15).sub(7).add(0.5),
+        torch.full((group,), torch.finfo(torch.bfloat16).max),
+        # The least that a bf16 can hold, and what rounds to a scale of zero.
+        torch.full((group,), 2.0**-133),
+        torch.where(torch.arange(group) == 3, torch.nan, 1.0),
+        torch.where(torch.arange(group) == group - 1, -torch.inf, 1.0),
+    ]
+    for line, values in zip(reversed(range(flat.shape[0])), special, strict=False):
+        flat[line] = values
+    return weight.to(DEVICE, torch.bfloat16)
+
+
+# Experts, rows, columns, group: one row, odd rows, groups that no power of two counts, wider than a tile.
+WEIGHTS = [(2, 6, 256, 128), (1, 5, 192, 64), (3, 1, 96, 32), (1, 1, 128, 128), (1, 3, 1152, 128), (2, 9, 544, 32)]
+
+
+@pytest.mark.parametrize("shape", WEIGHTS, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize("change", [False, True])
+def test_weights_are_rounded_as_torch_rounds_them(
+    shape: tuple[int, int, int, int], per_expert: bool, change: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts, _, columns, group = shape
+    for weight in (odd_weights(*shape), normal(*shape[:3])):
+        for spread in (0.0, 1.0, 8.0):
+            scales = torch.randn((experts, 1, columns) if per_expert else (columns,)).mul_(spread).exp_().to(DEVICE)
+            before = weight.clone()
+            fused = fake_quantize_scaled(weight, scales, group, None, change)
+            expected = plain(monkeypatch, lambda w=weight, s=scales: fake_quantize_scaled(w, s, group, None, change))
+            assert identical(fused, expected)
+            assert identical(weight, before)
+
+
+def test_every_weight_is_rounded_as_torch_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # All 65,536 numbers of bf16, each beside others of its magnitude.
+    weight = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, 64, 1024).to(DEVICE)
+    for scale in (1.0, 0.3, 1e30, 1e-30):
+        scales = torch.full((1024,), scale, device=DEVICE)
+        fused = fake_quantize_scaled(weight, scales, 32)
+        assert identical(fused, plain(monkeypatch, lambda s=scales: fake_quantize_scaled(weight, s, 32)))
+
+
+def test_the_result_goes_where_it_is_wanted() -> None:
+    weight, out = normal(2, 4, 128), torch.zeros(3, 4, 128, dtype=torch.bfloat16, device=DEVICE)
+    result = fake_quantize_scaled(weight, torch.ones(1, 1, 128, device=DEVICE), 32, out[1:])
+    assert result.data_ptr() == out[1].data_ptr()
+    assert identical(result, fake_quantize_scaled(weight, torch.ones(128, device=DEVICE), 32)) and not out[0].any()
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_weights_beyond_two_to_the_31_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    far = 2**31 + 128
+    memory = torch.empty(far + 1024, dtype=torch.bfloat16)
+    weight = memory.as_strided((2, 2, 128), (far, 128, 1))
+    near, scales = normal(2, 2, 128), torch.ones(128)
+    expected = plain(monkeypatch, lambda: fake_quantize_scaled(near, scales, 32))
+    weight.copy_(near)
+    assert identical(fake_quantize_scaled(weight, scales, 32, torch.empty_like(near)), expected)
+    # And where the result is far away.
+    fake_quantize_scaled(near, scales, 32, weight)
+    assert identical(weight.contiguous(), expected)
+
+
+def test_no_weights_and_other_dtypes_are_torchs() -> None:
+    assert way(normal(1)) is Way.TRITON
+    assert fake_quantize_scaled(normal(0, 4, 128), torch.ones(128, device=DEVICE), 32).shape == (0, 4, 128)
+    assert fake_quantize_scaled(normal(2, 0, 128), torch.ones(128, device=DEVICE), 32).shape == (2, 0, 128)
+    assert way(normal(0)) is Way.TORCH and way(normal(1).float()) is Way.TORCH
+
+
+# Tokens, experts a token, channels: one of each, odd, more channels than a program takes at a time.
+TOKENS = [(1, 1, 1), (37, 3, 200), (5, 8, 1536), (2, 2, 2051)]
+
+
+@pytest.mark.parametrize("shape", TOKENS, ids=lambda shape: "x".join(map(str, shape)))
+def test_tokens_are_summed_as_torch_sums_them(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, top_k, hidden = shape
+    generator = torch.Generator().manual_seed(tokens)
+    outputs = normal(tokens * top_k, hidden)
+    place = torch.randperm(tokens * top_k, generator=generator).view(tokens, top_k).to(DEVICE)
+    weights = torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+    reference = torch.randn(tokens, hidden, generator=generator).to(DEVICE)
+    exact = (outputs.double()[place] * weights.double().unsqueeze(2)).sum(1) - reference
+
+    before = reference.clone()
+    losses = token_losses(outputs, place, weights, reference)
+    assert losses.dtype == torch.float32 and torch.equal(reference, before)
+    # fp32 sums of k products, then of H squares, which have one sign.
+    torch.testing.assert_close(losses.double(), exact.square().sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        losses, plain(monkeypatch, lambda: token_losses(outputs, place, weights, reference)), rtol=2e-6, atol=0
+    )
+    start = reference.neg()
+    assert combine(outputs, place, weights, start) is start
+    torch.testing.assert_close(start.double(), exact, rtol=0, atol=1e-6 * top_k)
+
+    # The same bits when tokens are shared out in another way.
+    half = -(-tokens // 2)
+    for part in (slice(0, half), slice(half, tokens)):
+        assert torch.equal(token_losses(outputs, place[part], weights[part], reference[part]), losses[part])
+
+    outputs[place[0, 0], 0] = torch.nan
+    assert token_losses(outputs, place, weights, reference).isnan().nonzero().tolist() == [[0]]
+    outputs[place[0, 0], 0] = 3e38
+    weights[0, 0] = 1
+    # A square beyond fp32.
+    assert token_losses(outputs, place, weights, reference).isinf().nonzero().tolist() == [[0]]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_outputs_beyond_two_to_the_31_are_found() -> None:
+    far, hidden = 2**21, 1028
+    outputs = torch.empty(far, hidden, dtype=torch.bfloat16)
+    outputs[-1], outputs[0] = 3, 1
+    place, weights = torch.tensor([[far - 1, 0]]), torch.tensor([[1.0, 2.0]])
+    assert token_losses(outputs, place, weights, torch.full((1, hidden), 4.0)).tolist() == [hidden]
+
+
+def test_no_tokens_have_no_losses() -> None:
+    none = torch.empty(0, 2, dtype=torch.int64, device=DEVICE)
+    reference = torch.empty(0, 16, device=DEVICE)
+    assert token_losses(normal(4, 16), none, none.float(), reference).shape == (0,)
+    assert combine(normal(4, 16), none, none.float(), reference).shape == (0, 16)
+
+
+# Rows of each expert, inner width, outer width: experts without rows, one row, more than a band of tiles, odd widths.
+PRODUCTS = [
+    ([5, 0, 17, 1], 64, 48),
+    ([1], 8, 8),
+    ([0, 0, 3], 96, 40),
+    ([40, 300, 2], 40, 24),
+    ([16] * 5, 32, 64),
+]
+
+
+def rows_of(counts: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """bfloat16 [R, width], and where each expert's end."""
+    return normal(sum(counts), width), torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize(("counts", "inner", "outer"), PRODUCTS)
+def test_products_are_grouped_as_torch_groups_them(
+    counts: list[int], inner: int, outer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, ends = rows_of(counts, inner)
+    weight = normal(len(counts), outer, inner, seed=1)
+    exact = torch.cat([part.double() @ own.double().T for part, own in zip(rows.split(counts), weight, strict=True)])
+    all_rows = torch.full((rows.shape[0] + 2, outer), 7.0, device=DEVICE, dtype=torch.bfloat16)
+    result = grouped_rows(rows, weight, ends, all_rows[1:-1])
+    # Rounded to bf16 once, after an fp32 sum: half a unit in the last place, and of what the sum is made of.
+    scale = torch.cat(
+        [part.abs().double() @ own.abs().double().T for part, own in zip(rows.split(counts), weight, strict=True)]
+    )
+    assert bool(((result.double() - exact).abs() <= exact.abs() * 2**-8 + scale * 2**-20).all())
+    assert result.data_ptr() == all_rows[1].data_ptr()
+    assert bool((all_rows[[0, -1]] == 7).all())
+    assert torch.equal(grouped_linear(rows, weight, ends), result)
+    torch_s = plain(monkeypatch, lambda: grouped_linear(rows, weight, ends))
+    torch.testing.assert_close(result.float(), torch_s.float(), rtol=2**-7, atol=float(scale.max()) * 2**-20)
+
+
+@pytest.mark.parametrize(("counts", "inner", "outer"), PRODUCTS)
+def test_gated_products_are_torchs(counts: list[int], inner: int, outer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ends = rows_of(counts, inner)
+    x = normal(50, inner, seed=2)
+    token = torch.randint(50, (sum(counts),), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    weight = normal(len(counts), 2 * outer, inner, seed=1) * inner**-0.5
+    for activation in (torch.nn.functional.silu, torch.nn.SiLU()):
+        result = gated_rows(x, token, weight, ends, activation)
+        expected = plain(monkeypatch, lambda act=activation: gated_rows(x, token, weight, ends, act))
+        # Four roundings to bf16, of which a sum in another order may turn each.
+        torch.testing.assert_close(result.float(), expected.float(), rtol=2**-6, atol=2**-9)
+        assert result.shape == (sum(counts), outer) and result.dtype == torch.bfloat16
+    gelu = gated_rows(x, token, weight, ends, torch.nn.functional.gelu)
+    assert torch.equal(gelu, plain(monkeypatch, lambda: gated_rows(x, token, weight, ends, torch.nn.functional.gelu)))
+
+
+def test_a_token_reaches_its_own_expert_alone() -> None:
+    # Integers that bf16 holds: no rounding, and every element says whose it is.
+    counts = [20, 0, 33]
+    rows = torch.arange(53, device=DEVICE).to(torch.bfloat16).unsqueeze(1).repeat(1, 8)
+    weight = torch.tensor([1.0, 7.0, 2.0], device=DEVICE).view(3, 1, 1).expand(3, 8, 8).to(torch.bfloat16) / 8
+    ends = torch.tensor(counts, device=DEVICE).cumsum(0).to(torch.int32)
+    result = grouped_linear(rows, weight.contiguous(), ends)
+    factor = torch.tensor([1.0] * 20 + [2.0] * 33, device=DEVICE).unsqueeze(1)
+    assert torch.equal(result.float(), (rows.float() * factor))
+
+
+def test_numbers_that_are_none_stay_in_their_row() -> None:
+    rows, ends = rows_of([20, 20], 32)
+    rows[25, 3] = torch.nan
+    assert grouped_linear(rows, normal(2, 16, 32, seed=1), ends).isnan().any(1).nonzero().tolist() == [[25]]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="memory that is asked for but not touched")
+def test_matrices_and_rows_beyond_two_to_the_31_are_found() -> None:
+    far, inner = 2**31 // 64, 64
+    memory = torch.empty(far + 8, inner, dtype=torch.bfloat16)
+    memory[-3:] = normal(3, inner)
+    weight, ends = normal(1, 8, inner, seed=1), torch.tensor([3], dtype=torch.int32)
+    token = torch.arange(far + 5, far + 8)
+    gate = torch.cat([weight, weight], 1)
+    assert torch.equal(
+        gated_rows(memory, token, gate, ends, torch.nn.functional.silu),
+        gated_rows(memory[-3:].clone(), torch.arange(3), gate, ends, torch.nn.functional.silu),
+    )
+    matrices = memory.view(-1).as_strided((2, 8, inner), (far * inner, inner, 1))
+    matrices[1] = weight[0]
+    rows, ends = normal(4, inner), torch.tensor([0, 4], dtype=torch.int32)
+    assert torch.equal(grouped_linear(rows, matrices, ends), grouped_linear(rows, weight, ends[1:]))
+
+
+def test_no_rows_have_no_products() -> None:
+    ends = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    token = torch.empty(0, dtype=torch.int64, device=DEVICE)
+    assert grouped_linear(normal(0, 16), normal(2, 8, 16), ends).shape == (0, 8)
+    assert gated_rows(normal(4, 16), token, normal(2, 8, 16), ends, torch.nn.functional.silu).shape == (0, 4)
+
+
+def e4m3(*shape: int) -> torch.Tensor:
+    """float8_e4m3fn, all codes in turns, NaN among them."""
+    codes = torch.arange(torch.Size(shape).numel()).mul(7).remainder(256).to(torch.uint8)
+    return codes.view(shape).view(torch.float8_e4m3fn).to(DEVICE)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-4, 3.7e-7, 127.9, 500.0, 2.0**-120, 2.0**-140, 3e38, torch.inf, torch.nan])
+def test_every_fp8_code_is_dequantized_in_fp32_and_rounded_once(scale: float) -> None:
+    weight = e4m3(2, 256)
+    scales = torch.full(scale_shape((2, 256)), scale, device=DEVICE)
+    assert identical(dequantize_block(weight, scales), (weight.float() * scales[0, 0]).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 1, 1), (2, 130, 257), (1, 383, 128), (2, 256, 96), (4, 5, 1000)])
+def test_stacked_fp8_blocks_are_dequantized_as_torch_dequantizes_them(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = e4m3(*shape)
+    scale = torch.rand(shape[0], *scale_shape(shape[1:]), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found = dequantize_blocks(weight, scale)
+    wide = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)[:, : shape[1], : shape[2]]
+    assert identical(found, (weight.float() * wide).to(torch.bfloat16))
+    assert identical(found[-1], dequantize_block(weight[-1], scale[-1]))
+    # torch's way on a CPU does not look for NaN, which callers have.
+    weight.view(torch.uint8).masked_fill_(weight.isnan(), 0)
+    torch_s = plain(monkeypatch, lambda: dequantize_blocks(weight, scale))
+    assert identical(dequantize_blocks(weight, scale), torch_s)
+
+
+def test_no_fp8_weights() -> None:
+    assert dequantize_blocks(e4m3(0, 4, 4), torch.ones(0, 1, 1, device=DEVICE)).shape == (0, 4, 4)
