@@ -20,8 +20,9 @@ through the two gives its time at --tokens: a part of its time does not grow wit
 proportion would flatter mmq. Both are printed.
 
 roofline share: the time that the bare matrix products of mmq's search would take at the rate of one large bf16 product
-measured in the same run, divided by mmq's time. Counted are n_grid + 1 forward passes of the routed rows, the down
-layers' inputs, and n_grid products of [H, I] with their second moments [I, I] or, where fewer, with the inputs.
+measured in the same run, divided by mmq's time. Counted are the forward passes of the routed rows that the norm's
+points took (with --search full, n_grid of them) and one more, the down layers' inputs, and n_grid products of [H, I]
+with their second moments [I, I] or, where fewer, with the inputs.
 
 Peak memory is the most held at one time above what the process held before: of the device's allocator on a GPU, of the
 resident set on a CPU, by Linux's own account of it.
@@ -54,8 +55,10 @@ from transformers.activations import ACT2FN
 
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.device import peak_host, resident_host
+from mmq.quantize.race import parts
 from mmq.quantize.routed_experts import ExpertBlock, Weights
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
+from mmq.recipe import parse_size
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -225,6 +228,8 @@ class Bench:
     sizes: Sizes
     device: torch.device
     seed: int
+    search: str = "paired"
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         sizes = self.sizes
@@ -254,11 +259,15 @@ class Bench:
     def _search(self, hidden: torch.Tensor) -> tuple[Found, Found]:
         x, index, weight = stock_awq.block_inputs(self.layer, hidden, self.sizes.top_k)
         layer = self.layer
-        block = ExpertBlock(x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE)
+        full = self.search == "full"
+        block = ExpertBlock(
+            x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, budget=self.budget,
+            parts=(1.0,) if full else parts(index.numel() / self.sizes.experts),
+        )  # fmt: skip
         modifier = StackedAWQModifier(
             mappings=awq_mappings(MINIMAX_M2), duo_scaling=self.sizes.duo_scaling, n_grid=self.sizes.n_grid
         )
-        return modifier.search_norm(block, block.output(Weights(block))), modifier.search_down(block)
+        return modifier.search_norm(block, block.outputs(Weights(block)), full), modifier.search_down(block)
 
     def agreement(self, stock: stock_awq.StockResult, tokens: int) -> Agreement:
         """mmq's search on the same tokens, by the stock modifier's losses."""
@@ -282,11 +291,15 @@ class Bench:
         )
 
 
-def product_flops(sizes: Sizes) -> float:
-    """Floating-point operations of the matrix products in mmq's search."""
+def product_flops(sizes: Sizes, passes: float) -> float:
+    """Floating-point operations of the matrix products in mmq's search.
+
+    Args:
+        passes: over all tokens that the norm's search took, parts of one included.
+    """
     rows, hidden, inner = sizes.tokens * sizes.top_k, sizes.hidden, sizes.intermediate
     points = 2 * (sizes.n_grid // 2) if sizes.duo_scaling == "both" else sizes.n_grid
-    forwards = (points + 1) * rows * 6 * hidden * inner
+    forwards = (passes + 1) * rows * 6 * hidden * inner
     many = rows > sizes.experts * inner
     inputs = rows * (4 * hidden * inner + (2 * inner * inner if many else 0))
     down = points * min(rows, sizes.experts * inner) * 2 * hidden * inner
@@ -339,7 +352,9 @@ def growth(bench: Bench, repeat: int) -> dict[str, list[dict[str, float | None]]
     series: dict[str, list[dict[str, float | None]]] = {"experts": [], "tokens": []}
     for part in (4, 2, 1):
         experts, tokens = max(sizes.top_k, sizes.experts // part), max(1, sizes.tokens // part)
-        fewer = Bench(replace(sizes, experts=experts), device, bench.seed) if part > 1 else bench
+        fewer = bench
+        if part > 1:
+            fewer = Bench(replace(sizes, experts=experts), device, bench.seed, bench.search, bench.budget)
         pair = [fewer.mmq(sizes.tokens), bench.mmq(tokens)]
         measure(pair, device, repeat)
         series["experts"].append({"experts": experts, "seconds": pair[0].measured.best})
@@ -357,7 +372,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     stock_tokens = min(options.stock_tokens or sizes.tokens, sizes.tokens)
     partly = stock_tokens < sizes.tokens
-    bench = Bench(sizes, device, options.seed)
+    bench = Bench(
+        sizes,
+        device,
+        options.seed,
+        options.search,
+        parse_size(options.memory_budget) if options.memory_budget else None,
+    )
     rate = matmul_rate(device)
     contenders = {MMQ: bench.mmq(sizes.tokens)}
     halves = {}
@@ -368,7 +389,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 halves[name] = bench.stock(stock_tokens // 2, all_experts)
     measure([*contenders.values(), *halves.values()], device, options.repeat)
     mmq = contenders[MMQ].measured
-    bare = product_flops(sizes) / rate
+    points = mmq.result[0].points if mmq.result else []
+    passes = sum(point.tokens for point in points) / sizes.tokens
+    bare = product_flops(sizes, passes) / rate
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -378,6 +401,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": {MMQ: mmq.peak_bytes or None},
         "errors": {MMQ: mmq.error} if mmq.error else {},
         "mmq_seconds": mmq.seconds,
+        "search": options.search,
+        "passes": passes,
         "matmul_tflops": rate / 1e12,
         "bare_products_seconds": bare,
         "roofline_share": bare / mmq.best if mmq.best else None,
@@ -440,7 +465,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     if report["roofline_share"]:
         console.print(
             f"roofline share {report['roofline_share']:.0%}: mmq's products alone would take "
-            f"{report['bare_products_seconds']:.2f} s at {report['matmul_tflops']:.2f} TFLOP/s of a large bf16 product"
+            f"{report['bare_products_seconds']:.2f} s at {report['matmul_tflops']:.2f} TFLOP/s of a large bf16 "
+            f"product; {report['search']} search, {report['passes']:.1f} passes over all tokens"
         )
     if (agreement := report["agreement"]) is not None:
         tokens, norm_excess, down_excess = (agreement[key] for key in ("tokens", "norm_excess", "down_excess"))
@@ -477,6 +503,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--repeat", type=int, help="runs of each contender, of which the best counts; default: 3, with m2.5 1"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--search", choices=["paired", "full"], default="paired")
+    parser.add_argument("--memory-budget", default=None, help="as in a recipe, e.g. 8GiB; default: the device's")
     parser.add_argument("--skip-stock", action="store_true", help="time mmq alone")
     parser.add_argument("--scaling", action="store_true", help="time mmq at three numbers of experts and of tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")

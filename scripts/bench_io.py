@@ -1,8 +1,8 @@
 """How near dequant and restore come to the disk: python scripts/bench_io.py [--gigabytes 2] [--folder DIR] [--json]
 
-Makes an fp8 checkpoint of one layer with real-sized experts, then times, in turns and with the page cache dropped
-before each, (a) plain file copies that read and write the same numbers of bytes on as many threads, each file fsynced
-as the stages' are, and (b) the stage. Prints the share of the plain copies' throughput that the stage reaches.
+Makes an fp8 checkpoint of one layer with random experts of the real size, then times, in turns and with the page cache
+dropped before each, (a) plain file copies that read and write the same numbers of bytes on as many threads, each file
+fsynced as the stages' are, and (b) the stage. Prints the share of the plain copies' throughput that the stage reaches.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
@@ -23,19 +24,17 @@ os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 import torch
 
 from mmq.recipe import Recipe
-from mmq.run.lock import lock
-from mmq.run.output_shards import layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, Workspace
-from mmq.source.block_fp8 import SCALE_SUFFIX
-from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import Plan, execute
 from mmq.stages.pipeline import STAGES
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
-from mmq.storage.shards import DTYPES, TensorSpec, save_tensors, write_shard
-from mmq.tensors.fp8 import scale_shape
+from mmq.storage.shards import DTYPES, TensorSpec, write_shard
+from mmq.workdir.lock import lock
+from mmq.workdir.output_shards import layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, Workspace
+from real_layers import Shape, write_layers
 
-HIDDEN, INNER, SHARD = 3072, 1536, 512 * 2**20
+SHARD = 512 * 2**20
 CHUNK = 2**24
 
 
@@ -133,45 +132,9 @@ def plain_copies(plan: Plan, folder: Path, workers: int) -> None:
 
 def write_source(folder: Path, gigabytes: float) -> None:
     """An fp8 checkpoint of one layer with as many experts as the size asks for, in shards of half a gigabyte."""
-    experts = max(8, round(gigabytes * 1e9 / (3 * HIDDEN * INNER)))
-    sizes = Sizes(1, HIDDEN, INNER, experts, 8, 48, 8, 128, 1024)
-    folder.mkdir(parents=True)
-    noise = torch.randint(0, 0x7E, (6144 * HIDDEN,), dtype=torch.uint8)
-    shapes: dict[str, tuple[int, int]] = {}
-    attention = {"q_proj": (6144, HIDDEN), "k_proj": (1024, HIDDEN), "v_proj": (1024, HIDDEN), "o_proj": (HIDDEN, 6144)}
-    for linear, shape in attention.items():
-        shapes[f"model.layers.0.self_attn.{linear}.weight"] = shape
-    for expert in range(experts):
-        for linear, shape in {"w1": (INNER, HIDDEN), "w2": (HIDDEN, INNER), "w3": (INNER, HIDDEN)}.items():
-            shapes[f"model.layers.0.block_sparse_moe.experts.{expert}.{linear}.weight"] = shape
-    tensors = {}
-    for name, (rows, columns) in shapes.items():
-        tensors[name] = noise[: rows * columns].view(rows, columns).view(torch.float8_e4m3fn)
-        tensors[name + SCALE_SUFFIX] = torch.full(scale_shape((rows, columns)), 1e-3)
-    ones = {
-        "input_layernorm": HIDDEN,
-        "post_attention_layernorm": HIDDEN,
-        "self_attn.q_norm": 6144,
-        "self_attn.k_norm": 1024,
-    }
-    for norm, size in ones.items():
-        tensors[f"model.layers.0.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
-    tensors["model.layers.0.block_sparse_moe.gate.weight"] = torch.zeros(experts, HIDDEN)
-    tensors["model.layers.0.block_sparse_moe.e_score_correction_bias"] = torch.zeros(experts)
-    tensors["model.norm.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
-    for table in ("model.embed_tokens.weight", "lm_head.weight"):
-        tensors[table] = torch.ones(1024, HIDDEN, dtype=torch.bfloat16)
-    weight_map = {}
-    part: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        part[name] = tensor
-        if sum(t.nbytes for t in part.values()) >= SHARD or name == list(tensors)[-1]:
-            shard = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-            save_tensors(folder / shard, part)
-            weight_map |= dict.fromkeys(part, shard)
-            part = {}
-    write_json(folder / INDEX_NAME, {"metadata": {}, "weight_map": weight_map})
-    write_json(folder / CONFIG_NAME, model_config(sizes))
+    expert = 3 * Shape.hidden * Shape.intermediate
+    shape = replace(Shape(), experts=max(Shape.top_k, round(gigabytes * 1e9 / expert)))
+    write_layers(folder, 1, torch.device("cpu"), shape, shard_bytes=SHARD)
 
 
 def pretend_awq(workspace: Workspace) -> None:

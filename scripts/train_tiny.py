@@ -5,8 +5,8 @@
     python scripts/train_tiny.py FOLDER --seed 1 --text DIR    # another one, of other text
 
 The text is the running Python's standard library (sources and pydoc's topics) and the repository's calibration data,
-never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes on one thread.
-The folder holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
+never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes. The folder
+holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
 
 The router is balanced as the family's is: no auxiliary loss, but a bias that moves against an expert's load
 (arXiv 2408.15664).

@@ -20,16 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("LLM_COMPRESSOR_LOG_DISABLED", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Where the stages and the tensors of tests are: MMQ_TEST_DEVICE=cuda has them on a GPU.
+DEVICE_NAME = os.environ.get("MMQ_TEST_DEVICE", "cpu")
 # Read when Triton is first imported, by whatever library. With it, tests that ask for it run kernels on a CPU;
 # mmq itself takes them on a GPU alone.
-if os.environ.get("MMQ_TEST_DEVICE", "cpu") == "cpu":
+if DEVICE_NAME == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import torch  # noqa: E402
+
 from mmq.recipe import load  # noqa: E402
-from mmq.run.workspace import Workspace  # noqa: E402
 from mmq.source.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
 from mmq.stages.pipeline import run_stages  # noqa: E402
+from mmq.workdir.workspace import Workspace  # noqa: E402
 
+DEVICE = torch.device(DEVICE_NAME)
+cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="says something of CPUs alone")
 TINY = Sizes()
 SAMPLES = 12
 
@@ -77,8 +83,9 @@ def write_recipe(folder: Path, **awq: Any) -> Path:
         "work_dir": "run",
         "awq": {
             "calibration": {"files": [{"path": "samples.jsonl", "samples": SAMPLES}], "sequence_length": 96},
+            "source": "bf16",
             "min_tokens": 64,
-            "device": "cpu",
+            "device": DEVICE_NAME,
         }
         | awq,
         "workers": 2,

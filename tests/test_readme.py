@@ -16,12 +16,18 @@ from typer.testing import CliRunner
 from conftest import ROOT
 from mmq.cli.app import app
 
-COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    for line in block.splitlines()
-    if line.strip()
-]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """The lines of a text's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+# What the wheel alone is to do is done in tests/test_wheel.py.
+(WHEEL,) = re.findall(r"^## From a wheel$.*?(?=^## )", TEXT, re.DOTALL | re.MULTILINE)
+COMMANDS = commands(TEXT.replace(WHEEL, ""))
 REAL_RECIPE = "configs/minimax-m2.5.yaml"
 
 
@@ -56,13 +62,12 @@ def test_the_readmes_mmq_commands_run_in_order(pristine: Path, tmp_path: Path, m
     recipe["awq"]["calibration"]["sequence_length"] = 48
     shutil.copytree(pristine / "source", tmp_path / "source")
     shutil.copytree(pristine / "source", tmp_path / "MiniMaxAI/MiniMax-M2.1")
-    shutil.copytree(ROOT / "calibration_data", tmp_path / "calibration_data")
     (tmp_path / "configs").mkdir()
     (tmp_path / REAL_RECIPE).write_text(yaml.safe_dump(recipe), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    commands = [command for command in COMMANDS if command.startswith("mmq ")]
-    assert len(commands) >= 8
-    for command in commands:
+    mine = [command for command in COMMANDS if command.startswith("mmq ")]
+    assert len(mine) >= 8
+    for command in mine:
         result = CliRunner().invoke(app, shlex.split(command)[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}\n{result.exception}"
     for work_dir in ("runs/minimax-m2.5", "runs/minimax-m2.1"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -54,23 +53,45 @@ def test_the_project_ships_recipes() -> None:
     assert {path.name for path in CONFIGS} >= {"minimax-m2.5.yaml", "tiny.yaml"}
 
 
-@pytest.fixture
-def template(tmp_path: Path) -> Path:
-    """The packaged template as a file."""
-    path = tmp_path / "recipe.yaml"
-    path.write_text(files("mmq").joinpath("recipe_template.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-    return path
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_recipes_are_known_by_name(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, they are the same, but their relative paths start at the current folder."""
+    monkeypatch.chdir(tmp_path)
+    named, filed = load(Path(f"builtin:{path.stem}")), load(path)
+    assert named == filed.model_copy(update={"root": tmp_path})
+    assert named.work_path.is_relative_to(tmp_path)
 
 
-def test_the_template_has_the_same_settings_as_the_real_recipe(template: Path) -> None:
-    ours, theirs = load(template).model_dump(), load(MINIMAX).model_dump()
-    assert ours.pop("model")["source"] == "SOURCE"
-    assert theirs.pop("model")["source"] == "MiniMaxAI/MiniMax-M2.5"
-    assert ours == theirs
+def test_shipped_samples_are_known_by_name(recipe: Path) -> None:
+    for path in (ROOT / "calibration_data").glob("*.jsonl"):
+        loaded = load(with_value(recipe, "awq.calibration.files.0.path", f"builtin:{path.stem}"))
+        (source,) = loaded.awq.calibration.files
+        assert isinstance(source, FileSamples)
+        assert loaded.path(source.path).read_bytes() == path.read_bytes()
 
 
-def test_the_template_spells_out_the_defaults(template: Path) -> None:
-    content = yaml.safe_load(template.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("awq.calibration.files.0.path", "builtin:cod", "builtin:code"),
+        ("awq.calibration.files.0.path", "builtin:", "builtin:code"),
+        ("awq.calibration.files.0.path", "builtin:../samples/code", "builtin:code"),
+        ("work_dir", "builtin:tiny", "work_dir"),
+        ("model.source", "builtin:tiny", "model.source"),
+    ],
+)
+def test_names_of_what_is_not_shipped_are_refused(recipe: Path, key: str, value: str, told: str) -> None:
+    message = refusal(with_value(recipe, key, value))
+    assert told in message
+    assert value in message
+
+
+def test_a_recipe_that_is_not_shipped_is_refused() -> None:
+    assert "builtin:tiny" in refusal(Path("builtin:large"))
+
+
+def test_the_recipe_that_init_begins_with_spells_out_the_defaults() -> None:
+    content = yaml.safe_load(MINIMAX.read_text(encoding="utf-8"))
     smallest = {
         "model": content["model"],
         "work_dir": content["work_dir"],
@@ -82,7 +103,7 @@ def test_the_template_spells_out_the_defaults(template: Path) -> None:
 def test_the_real_recipe_has_the_model_cards_settings() -> None:
     awq = load(MINIMAX).awq
     wanted = {"code": 40, "multilingual": 40, "reasoning": 24, "diverse": 24}
-    found = {Path(f.path).stem: f.samples for f in awq.calibration.files if isinstance(f, FileSamples)}
+    found = {f.path.removeprefix("builtin:"): f.samples for f in awq.calibration.files if isinstance(f, FileSamples)}
     assert found == wanted
     assert sum(wanted.values()) == 128
     assert awq.calibration.sequence_length == 1024

@@ -64,6 +64,10 @@ class DiskSpaceError(MmqError):
     """The disk is full, or would be before the stage ends."""
 
 
+class DeviceMemoryError(MmqError):
+    """The GPU's memory doesn't hold what the stage needs at its least."""
+
+
 class PushError(MmqError):
     """The hub does not take the checkpoint, or can't be reached."""
 

@@ -2,6 +2,7 @@
 
 Relative paths are taken from the recipe's project root: the nearest folder above the recipe (or its own) that holds
 `.git` or `pyproject.toml`; where there is none, the recipe's folder, or that folder's parent if it is named `configs`.
+What mmq ships is named `builtin:NAME`; relative paths of a shipped recipe start at the current folder.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from mmq import shipped
 from mmq.errors import RecipeError, one_line, shown
 
 SIZE_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -62,8 +64,17 @@ class Dequant(Section):
 class FileSamples(Section):
     """Calibration samples from a JSONL file."""
 
-    path: str = Field(description='JSONL, each line {"text": ...} or {"messages": [...]}')
+    path: str = Field(
+        description='JSONL, each line {"text": ...} or {"messages": [...]}, or builtin:NAME for what mmq ships'
+    )
     samples: Count | None = Field(None, description="how many lines to take from the top; all by default")
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if shipped.is_builtin(value) and value not in (known := shipped.builtin_samples()):
+            raise ValueError(f"mmq ships no such samples; there are {', '.join(known)}")
+        return value
 
 
 class HubSamples(Section):
@@ -121,7 +132,7 @@ class Awq(Section):
 
     calibration: Calibration
     source: Literal["bf16", "fp8"] = Field(
-        "bf16", description="read the dequantized folder, or the fp8 checkpoint itself, with the same result"
+        "fp8", description="read the fp8 checkpoint itself, or the dequant stage's folder, with the same result"
     )
     n_grid: Annotated[int, Field(strict=True, ge=3, le=1000)] = Field(20, description="points of the scale search")
     duo_scaling: Literal[True, False, "both"] = Field(
@@ -184,14 +195,20 @@ class Recipe(Section):
     def _names(self) -> Recipe:
         if not self.work_dir.strip():
             raise ValueError("work_dir is empty")
+        for key, value in (("work_dir", self.work_dir), ("model.source", self.model.source)):
+            if shipped.is_builtin(value):
+                raise ValueError(f"{key} is {shown(value)}, but mmq ships samples and recipes only")
         return self
 
     def path(self, value: str) -> Path:
-        """A path of the recipe, resolved.
+        """A path of the recipe, or the file of samples that mmq ships, resolved.
 
         Raises:
-            RecipeError: the system knows no such path, as with a NUL in it or the home of a user who isn't there.
+            RecipeError: the system knows no such path, as with a NUL in it or the home of a user who isn't there; or
+                mmq ships no such samples.
         """
+        if shipped.is_builtin(value):
+            return shipped.samples_path(value)
         try:
             return (self.root / Path(value).expanduser()).resolve()
         except (ValueError, RuntimeError, OSError) as error:
@@ -239,16 +256,17 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or builtin:NAME for one that mmq ships.
         overrides: `key.sub=value` strings, each value read as YAML; they replace what the file says.
 
     Raises:
         RecipeError: the file is missing or not valid; the message names the file and the key.
     """
+    file = shipped.recipe_path(str(path)) if shipped.is_builtin(str(path)) else path
     try:
-        if path.is_file() and path.stat().st_size > LARGEST:
+        if file.is_file() and file.stat().st_size > LARGEST:
             raise ValueError(f"it is larger than {LARGEST} bytes")
-        content = _parse(path.read_text(encoding="utf-8"))
+        content = _parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"there is no recipe {path}") from None
     except (ValueError, OSError) as error:
@@ -268,6 +286,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def project_root(recipe: Path) -> Path:
     """The folder that a recipe's relative paths start from; see the module's text."""
+    if shipped.is_builtin(str(recipe)):
+        return Path.cwd()
     folder = recipe.resolve().parent
     for candidate in (folder, *folder.parents):
         if (candidate / ".git").exists() or (candidate / "pyproject.toml").exists():

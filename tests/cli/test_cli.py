@@ -17,9 +17,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import mmq as package
-from conftest import digests
+from conftest import ROOT, digests
 from mmq.cli.app import app
 from mmq.recipe import load
+from mmq.workdir.versions import versions
 
 COMMANDS = [
     "plan",
@@ -32,12 +33,13 @@ COMMANDS = [
     "run",
     "verify",
     "status",
+    "clean",
     "push",
     "synth",
     "recipe",
 ]
 STAGES = {"dequant": "bf16", "awq": "awq", "restore": "hybrid"}
-EVENTS = {"start", "unit", "note", "finish", "result"}
+EVENTS = {"start", "progress", "unit", "note", "finish", "result"}
 Mmq = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -85,6 +87,31 @@ def test_help_comes_without_torch() -> None:
 
 def test_version() -> None:
     assert succeed("--version") == f"mmq {package.__version__}\n"
+    (found,) = events(succeed("--version", "--json"))
+    assert found | {"event": "result"} == {"event": "result"} | versions()
+    assert succeed("--json", "--version") == succeed("--version", "--json")
+    assert "--version" in cli("--json").stderr
+
+
+def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside vLLM mmq lives without its dependencies."""
+    monkeypatch.setattr("mmq.workdir.versions.PACKAGES", ("torch", "no-such-package"))
+    (found,) = events(succeed("--version", "--json"))
+    assert found["no-such-package"] is None
+    assert found["torch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [("mmq re", {"restore", "report", "recipe"}), ("mmq recipe s", {"show"}), ("mmq run --gp", {"--gpus"})],
+)
+def test_shells_complete_commands_and_options(words: str, wanted: set[str]) -> None:
+    complete = {"_MMQ_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    code = "import sys; sys.argv[0] = 'mmq'; from mmq.cli.app import main; main()"
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | complete, capture_output=True, text=True, check=False
+    )
+    assert set(found.stdout.split()) == wanted
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -147,18 +174,21 @@ def test_json_of_a_whole_run(project: Path, mmq: Mmq) -> None:
     assert process.stderr == ""
     found = events(process.stdout)
     assert {event["event"] for event in found} <= EVENTS
-    for stage in STAGES:
+    for stage in [*STAGES, "verify"]:
         mine = [event for event in found if event.get("stage") == stage and event["event"] != "note"]
         assert mine[0]["event"] == "start"
         assert mine[-1]["event"] == "finish"
         units = [event for event in mine if event["event"] == "unit"]
         assert len(units) == mine[0]["units"] == len({event["unit"] for event in units})
-        done = [event["bytes_done"] for event in units]
-        assert done == sorted(done)
-        assert done[-1] == mine[0]["bytes"]
-    (result,) = (event for event in found if event["event"] == "result")
+        assert [event["done"] for event in units] == list(range(1, len(units) + 1))
+        percent = [event["percent"] for event in mine]
+        assert percent == sorted(percent)
+        assert (percent[0], percent[-1]) == (0, 100)
+        assert {event["unit"] for event in mine if event["event"] == "progress"} == {event["unit"] for event in units}
+    result, made = (event for event in found if event["event"] == "result")
     assert result["ok"] is True
     assert result["problems"] == []
+    assert (made["summary"]["verified"], made["summary"]["folder"]) == (True, str(project / "run" / "hybrid"))
 
 
 def test_quiet_prints_nothing(project: Path, mmq: Mmq) -> None:
@@ -200,6 +230,45 @@ def test_recipe_init_takes_any_path(tmp_path: Path, source: str) -> None:
     """YAML has its own ideas of #, : and quotes."""
     succeed("recipe", "init", tmp_path / "recipe.yaml", "--source", source)
     assert load(tmp_path / "recipe.yaml").model.source == source
+
+
+def test_recipe_init_changes_two_lines_of_the_shipped_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    shipped = (ROOT / "configs/minimax-m2.5.yaml").read_text(encoding="utf-8").splitlines()
+    succeed("recipe", "init", path)
+    assert path.read_text(encoding="utf-8").splitlines() == shipped
+    succeed("recipe", "init", path, "--force", "--source", "/models/My Model", "--work-dir", "/scratch/x")
+    written = path.read_text(encoding="utf-8").splitlines()
+    changed = [(old.split("#")[0], new.split("#")[0]) for old, new in zip(shipped, written, strict=True) if old != new]
+    assert [old.split(":")[0].strip() for old, _ in changed] == ["source", "work_dir"]
+    assert load(path).work_dir == "/scratch/x"
+    succeed("recipe", "init", path, "--force", "--source", "/models/My Model")
+    assert load(path).work_dir == "runs/my-model"
+
+
+def test_recipe_list_names_what_recipes_may_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (result,) = events(succeed("recipe", "list", "--json"))
+    names = {entry["name"]: entry["kind"] for entry in result["builtin"]}
+    assert names == dict.fromkeys((f"builtin:{path.stem}" for path in (ROOT / "configs").glob("*.yaml")), "recipe") | (
+        dict.fromkeys((f"builtin:{path.stem}" for path in (ROOT / "calibration_data").glob("*.jsonl")), "samples")
+    )
+    shown = succeed("recipe", "list")
+    assert all(name in shown for name in names)
+
+
+def test_recipe_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "configs/tiny.yaml").read_text(encoding="utf-8")
+    assert succeed("recipe", "show", "tiny") == succeed("recipe", "show", "builtin:tiny") == text
+    # A file of that name is meant where there is one.
+    (tmp_path / "tiny").write_text(succeed("recipe", "show", "tiny", "--set", "awq.n_grid=7"), encoding="utf-8")
+    loaded = load(tmp_path / "tiny")
+    assert (loaded.awq.n_grid, loaded.awq.group_size) == (7, 128)
+    assert succeed("recipe", "show", "tiny") == (tmp_path / "tiny").read_text(encoding="utf-8")
+    (shown,) = events(succeed("recipe", "show", "tiny", "--json"))
+    assert shown["recipe"] == loaded.model_dump(mode="json")
+    assert "huge" in refused("recipe", "show", "huge")
 
 
 def test_recipe_init_overwrites_only_by_force(tmp_path: Path) -> None:

@@ -15,18 +15,18 @@ from typer.testing import CliRunner
 
 from conftest import edit_json, write_recipe
 from families.test_sizes import M2_5, headers, synthetic
-from mmq.cli.plan import parse_gpus, plan
+from mmq.cli.plan import plan
 from mmq.families import sizes
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, tensors_of
 from mmq.quantize.memory import AwqMemory, awq_memory
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.serve.memory import Gpus, weights_per_gpu
 from mmq.source.samples import most_tokens
 from mmq.source.synth import Sizes, model_config
 from mmq.stages.base import BASE_MEMORY
 from mmq.stages.pipeline import STAGES
+from mmq.workdir.workspace import Workspace
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)
@@ -84,7 +84,8 @@ def test_the_awq_stage_plans_the_same_memory(device: str, project: Path) -> None
 
 
 def test_awq_memory_by_hand() -> None:
-    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 420)
+    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 126)
+    assert awq_memory(100, 10, 500, 100, True) == AwqMemory(7110, 100 + 20 + 9000 + 12)
     assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
 
 
@@ -157,7 +158,7 @@ def test_utilization_and_reserve_count(real: Path) -> None:
     [("4x48GiB", 4, 48 * GIB), ("1x80gb", 1, 80 * 10**9), (" 2 X 1.5 GiB ", 2, 3 * GIB // 2)],
 )
 def test_gpus_are_read(text: str, count: int, memory: int) -> None:
-    assert parse_gpus(text) == Gpus(count, memory)
+    assert Gpus.parse(text) == Gpus(count, memory)
 
 
 @pytest.mark.parametrize(

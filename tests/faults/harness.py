@@ -79,6 +79,7 @@ class Tiny:
             "work_dir": "wanted",
             "awq": {
                 "calibration": {"files": [{"path": "samples.jsonl", "samples": 2}], "sequence_length": 16},
+                "source": "bf16",
                 "min_tokens": 0,
                 "n_grid": 3,
                 "group_size": 32,

@@ -438,7 +438,8 @@ def test_the_set_of_calls_is_whole(matrix: Matrix, tmp_path: Path) -> None:
             continue
         assert not [path for path in paths if path.startswith(str(source))], line
         ours = [path for path in paths if f"{path}/".startswith(f"{run}/")]
-        if ours:
+        # Progress, over the lock file's end: how often depends on time, and its failing is no fault of a run.
+        if ours and not (found[1] == "pwrite64" and ours[-1] == str(run / "lock")):
             seen[call, ours[-1]] += 1
     assert {str(path) for path in source.glob("*.safetensors")} <= opened
     assert seen == Counter((call.kind, call.path) for call in outcome.calls)

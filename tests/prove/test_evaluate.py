@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import mmq.prove.evaluate
 from cli.test_cli import events, refused, succeed
-from conftest import edit_json
+from conftest import DEVICE, edit_json
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.prove.evaluate import (
     HYBRID_FP8_KV,
@@ -34,11 +34,10 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.calibration import load_tokens
-from mmq.source.synth import write_samples
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
     dequantized,
@@ -60,11 +59,9 @@ Report = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def ready(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The finished project with held-out samples where `mmq eval` looks for them. Don't write."""
+    """The finished project, to be evaluated on the samples that mmq ships. Don't write."""
     folder = tmp_path_factory.mktemp("ready")
     shutil.copytree(finished, folder, dirs_exist_ok=True)
-    (folder / "calibration_data").mkdir()
-    write_samples(folder / "calibration_data/eval.jsonl", 2 * SAMPLES, seed=1)
     return folder
 
 
@@ -168,7 +165,6 @@ def test_in_fp32_the_streamed_model_is_the_plain_one(
 ) -> None:
     """The same functions without bf16's rounding: reading, layers, head, sums."""
     config, weights = models
-    cpu = torch.device("cpu")
     transformers = transformers_config(MINIMAX_M2, config)
     readers = {
         SOURCE.name: SourceWeights(Workspace.of(load(ready / "recipe.yaml")).source),
@@ -181,14 +177,15 @@ def test_in_fp32_the_streamed_model_is_the_plain_one(
             name: w.bfloat16().float() if "_proj" in name or ".experts." in name else w
             for name, w in weights[variant].items()
         }
-        hidden = plain["model.embed_tokens.weight"][tokens.ids]
+        hidden = plain["model.embed_tokens.weight"][tokens.ids].to(DEVICE)
         for layer in range(config["num_hidden_layers"]):
-            found = read_layer(reader, MINIMAX_M2, layer, cpu)
+            found = read_layer(reader, MINIMAX_M2, layer, DEVICE)
             rest = {name: tensor.float() for name, tensor in found.rest.items() if "_scale" not in name}
             content = LayerContent(found.gate_up.float(), found.down.float(), rest)
-            decoder = DecoderLayer(MINIMAX_M2, transformers, layer, rest, cpu)
+            decoder = DecoderLayer(MINIMAX_M2, transformers, layer, rest, DEVICE)
             hidden = run_layer(decoder, content, hidden, tokens.lengths, 128)
         expected = torch.cat([hidden_states(ids, plain, config)[-1] for ids in samples])
+        hidden = hidden.cpu()
         assert relative_error(hidden, expected) < 1e-5
         states[variant] = hidden
         heads[variant] = Head(MINIMAX_M2, transformers, plain["model.norm.weight"], plain["lm_head.weight"])
@@ -230,17 +227,17 @@ def test_keys_and_values_are_rounded_with_the_stored_scales(
     # In fp32, so that nothing but the rounding to e4m3 is between the two.
     local = {n.removeprefix(prefix): w for n, w in hybrid.items() if n.startswith(prefix) and ".experts." not in n}
     transformers = transformers_config(MINIMAX_M2, config)
-    decoder = DecoderLayer(MINIMAX_M2, transformers, 0, local, torch.device("cpu"))
+    decoder = DecoderLayer(MINIMAX_M2, transformers, 0, local, DEVICE)
     scheme = json.loads((ready / "run/hybrid/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
     quantize_kv_cache(decoder, scheme, scales)
     captured: list[torch.Tensor] = []
     attention: Any = decoder.module.self_attn
     attention.kv_cache.register_forward_hook(lambda _module, _given, result: captured.extend(result))
-    decoder.attend(hidden, [len(ids)])
+    decoder.attend(hidden.to(DEVICE), [len(ids)])
     for given, seen, scale in zip(keys_and_values(x, hybrid, prefix, config), captured, scales.values(), strict=True):
         rounded = (given / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
         # A value in the middle of two codes may go either way.
-        assert float((seen[0] - rounded).norm() / rounded.norm()) < 0.002
+        assert float((seen[0].cpu() - rounded).norm() / rounded.norm()) < 0.002
         assert 0.01 < float((given - rounded).norm() / given.norm()) < 0.05
 
 
@@ -340,7 +337,7 @@ def test_bad_input_is_refused(copy: Path, project: Path, tmp_path: Path) -> None
     recipe = copy / "recipe.yaml"
     missing = tmp_path / "missing.jsonl"
     assert f"there is no calibration file {missing}" in refused("eval", recipe, "--data", missing)
-    assert "has 20 samples" in refused("eval", recipe, "--samples", 21)
+    assert "has 24 samples" in refused("eval", recipe, "--samples", 25)
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a"}\n', encoding="utf-8")
     assert "nothing to predict" in refused("eval", recipe, "--data", short)

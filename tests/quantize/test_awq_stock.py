@@ -15,6 +15,7 @@ from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Con
 
 import mmq.tensors.dispatch
 import stock_awq
+from conftest import DEVICE, cpu_only
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import transformers_config
 from mmq.quantize.routed_experts import ExpertBlock, Weights
@@ -22,7 +23,6 @@ from mmq.quantize.search import Error, Found, StackedAWQModifier, awq_mappings
 from mmq.tensors.int4 import weight_args
 from mmq.tensors.smoothing import candidate_scales
 
-CPU = torch.device("cpu")
 TOKENS, TOP_K, N_GRID = 256, 2, 20
 SILU = ACT2FN["silu"]
 # A group's extreme weight, if negative, lies on the edge between two codes, so that an ulp decides; see random_layer.
@@ -56,18 +56,18 @@ class Recording(StackedAWQModifier):
             return points[-1]
 
         found = super()._search(x_mean, w_mean, recorded)
-        object.__setattr__(self, "losses", torch.stack(points).double())
+        object.__setattr__(self, "losses", torch.stack(points).double().cpu())
         return found
 
 
 def make_layer(shape: Shape, dtype: torch.dtype, **options: float) -> stock_awq.Layer:
     return stock_awq.random_layer(
-        shape.experts, shape.hidden, shape.intermediate, dtype, CPU, unreached=shape.unreached, **options
+        shape.experts, shape.hidden, shape.intermediate, dtype, DEVICE, unreached=shape.unreached, **options
     )
 
 
 def make_hidden(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    return stock_awq.random_hidden(TOKENS, shape.hidden, dtype, CPU)
+    return stock_awq.random_hidden(TOKENS, shape.hidden, dtype, DEVICE)
 
 
 def make_block(layer: stock_awq.Layer, hidden: torch.Tensor, budget: int | None = None) -> ExpertBlock:
@@ -145,7 +145,7 @@ def test_expert_without_tokens_keeps_its_weights() -> None:
     block = make_block(make_layer(shape, torch.float32), make_hidden(shape, torch.float32))
     assert int(block.counts[UNREACHED]) == 0
     down, _ = search_down(block, True)
-    assert torch.equal(down.scales[UNREACHED], torch.ones(shape.intermediate))
+    assert torch.equal(down.scales[UNREACHED].cpu(), torch.ones(shape.intermediate))
     assert bool(down.identity[UNREACHED])
     assert torch.isfinite(down.scales).all() and torch.isfinite(down.error).all()
 
@@ -172,7 +172,7 @@ def expert_middle(x: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
 
 def plain_output(layer: stock_awq.Layer, block: ExpertBlock, gate_up: list[torch.Tensor]) -> torch.Tensor:
     """The block's output [T, H] in fp32, one expert after the other."""
-    result = torch.zeros(block.x.shape, dtype=torch.float32)
+    result = torch.zeros_like(block.x, dtype=torch.float32)
     for expert, weight in enumerate(gate_up):
         token, choice = (block.index == expert).nonzero(as_tuple=True)
         middle = expert_middle(block.x[token].float(), weight)
@@ -200,7 +200,7 @@ def grid_scales(x: torch.Tensor, weights: torch.Tensor, grid: list[tuple[float, 
 
 @every_shape
 @every_grid
-@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=cpu_only)], ids=["torch", "compiled"])
 def test_bf16_choices_are_good(
     shape: Shape, duo_scaling: bool | str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,18 +13,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import digests, write_recipe
+from conftest import DEVICE, cpu_only, digests, write_recipe
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.routed_experts import ExpertBlock, top_up
 from mmq.quantize.routed_experts import Weights as StackedWeights
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages import awq
 from mmq.stages.pipeline import run_stages
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
     dequantized,
@@ -69,18 +69,18 @@ def test_the_streamed_layer_is_the_plain_one(source: tuple[dict[str, Any], Weigh
             for name, tensor in weights.items()
             if name.startswith(prefix) and ".experts." not in name
         }
-        decoder = DecoderLayer(MINIMAX_M2, transformers_config(MINIMAX_M2, config), layer, local, torch.device("cpu"))
+        decoder = DecoderLayer(MINIMAX_M2, transformers_config(MINIMAX_M2, config), layer, local, DEVICE)
         # Two copies of different lengths and one more: sequences don't see each other.
         lengths = [192, 64, 192]
-        hidden = torch.cat([states[layer], states[layer][:64], states[layer]])
+        hidden = torch.cat([states[layer], states[layer][:64], states[layer]]).to(DEVICE)
         residual = decoder.attend(hidden, lengths)
         x = decoder.block_input(residual)
         _, share, index = decoder.route(x)
-        gate_up, down = stacked(weights, prefix, config["num_local_experts"])
+        gate_up, down = (w.to(DEVICE) for w in stacked(weights, prefix, config["num_local_experts"]))
         block = ExpertBlock(x, index, share, gate_up, down, decoder.activation, 128)
         output = residual + block.output(StackedWeights(block))
         expected = torch.cat([states[layer + 1], states[layer + 1][:64], states[layer + 1]])
-        assert torch.allclose(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert torch.allclose(output.cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_the_rotary_fix_matters(source: tuple[dict[str, Any], Weights]) -> None:
@@ -162,7 +162,7 @@ def test_layers_are_calibrated_on_what_comes_before_them(
     first = tokens.ids[: tokens.lengths[0]]
     ours = dequantized(read_folder(project / "run/awq")[1])
     states = {name: hidden_states(first, w, config)[1] for name, w in (("quantized", ours), ("source", weights))}
-    found = captured[1][: tokens.lengths[0]].float()
+    found = captured[1][: tokens.lengths[0]].float().cpu()
     errors = {name: float((found - state).norm() / state.norm()) for name, state in states.items()}
     wanted, other = ("quantized", "source") if quantized else ("source", "quantized")
     assert errors[wanted] < 0.02
@@ -178,7 +178,7 @@ def test_the_fp8_source_gives_the_bytes_of_the_bf16_path(finished: Path, project
 
 def test_reading_a_layer_ahead_changes_nothing(finished: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU that holds two layers."""
-    monkeypatch.setattr(awq, "_two_layers_fit", lambda *_: True)
+    monkeypatch.setattr(awq._Stage, "_fit_memory", lambda _: True)
     run_stages(Workspace.of(load(write_recipe(project, source="fp8"))), ["awq"])
     assert digests(project / "run/awq") == digests(finished / "run/awq")
 
@@ -248,13 +248,14 @@ import sys
 from mmq.stages.pipeline import run_stages
 from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
-from mmq.run.workspace import Workspace
+from mmq.workdir.workspace import Workspace
 from pathlib import Path
 run_stages(Workspace.of(load(Path(sys.argv[1]))), sys.argv[2].split(","))
 print(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024)
 """
 
 
+@cpu_only
 def test_memory_is_bounded_by_a_layer_and_not_by_the_model(tmp_path: Path) -> None:
     """Nine more layers must not take as much memory as half of them, in any stage."""
     peaks = {}

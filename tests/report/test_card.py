@@ -29,12 +29,12 @@ from mmq.report.card import (
     inherited,
     model_card,
     render,
-    serve_command,
     write_card,
 )
 from mmq.report.facts import read_run
-from mmq.run.workspace import Workspace
+from mmq.serve.memory import serve_command
 from mmq.stages.pipeline import run_stages
+from mmq.workdir.workspace import Workspace
 
 SOURCE_CARD = """---
 license: other

@@ -23,8 +23,8 @@ from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.prove.verify import verify_checkpoint
 from mmq.recipe import load
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import Workspace
 
 REPO = "me/tiny-hybrid"
 TOKEN = "hf_test"
@@ -251,7 +251,7 @@ def test_the_work_dir_is_held_during_an_upload(verified: Path, hub: Hub) -> None
     seen: list[subprocess.CompletedProcess[str]] = []
 
     def other_process() -> None:
-        command = [sys.executable, "-c", "import sys; from pathlib import Path; from mmq.run.lock import lock\n"
+        command = [sys.executable, "-c", "import sys; from pathlib import Path; from mmq.workdir.lock import lock\n"
                    "with lock(Path(sys.argv[1])): pass", str(verified.parent / "run")]  # fmt: skip
         seen.append(subprocess.run(command, capture_output=True, text=True, timeout=120, check=False))
 

@@ -28,9 +28,9 @@ from mmq.report.layer_plots import expert_tokens
 from mmq.report.page import render, write_report
 from mmq.report.plots import PLOTS, Drawn
 from mmq.report.style import DPI
-from mmq.run.workspace import Workspace
 from mmq.storage.checkpoint import Checkpoint
 from mmq.text import bytes_text, duration_text
+from mmq.workdir.workspace import Workspace
 
 MARKUP = "<script>alert('1')</script>&\"'"
 LAYERS, EXPERTS = 62, 256

@@ -13,13 +13,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from cli.test_cli import events, succeed
+import pytest
+
+from cli.test_cli import events, refused, succeed
 from conftest import digests, edit_json
 from mmq.cli.app import app
 from mmq.recipe import load
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
 from mmq.stages.pipeline import plans
+from mmq.workdir.lock import lock
+from mmq.workdir.progress import Reporter
+from mmq.workdir.workspace import Workspace
 from stages.test_resume import FORK
 
 
@@ -95,8 +98,10 @@ def test_an_evaluation_at_work(finished_copy: Path) -> None:
     with halted(*arguments, renames=5):
         found = status(recipe)
         assert (found["running"]["stage"], found["running"]["unit"]) == ("eval", "layer-00001")
+        # The source's half of the second of three layers and a head.
         assert found["stages"][-1] == {
-            "stage": "eval", "state": "at work", "done": 1, "units": 3, "percent": 33.3, "last": "layer-00000",
+            "stage": "eval", "state": "at work", "done": 1, "units": 3, "percent": 50.0, "last": "layer-00000",
+            "removed": [],
         }  # fmt: skip
         assert found["next"] == f"mmq verify {recipe}"
 
@@ -124,7 +129,7 @@ def test_another_hosts_process_cannot_be_seen(finished_copy: Path) -> None:
     found = status(recipe)
     assert found["running"] | {"eta_seconds": None} == {
         "process": 7, "host": "elsewhere", "since": "2026-01-02 03:04:05", "seen": False, "stage": "restore",
-        "unit": None, "eta_seconds": None,
+        "unit": None, "part": "", "at": "", "eta_seconds": None,
     }  # fmt: skip
     assert found["stages"][-1]["state"] == "begun"
     assert f"{text}; whether it lives can't be seen from here" in succeed("status", recipe)
@@ -144,7 +149,7 @@ def test_the_time_left_follows_the_pace_of_the_last_run(project: Path, finished:
 
     edit_json(run / "journal.json", one_layer)
     (plan,) = plans(Workspace.of(load(recipe)), ["awq"])
-    first, *others = (unit.read + unit.written for unit in plan.units)
+    first, *others = (unit.weight for unit in plan.units)
     with lock(run):
         found = status(recipe)
     wanted = 100 * sum(others) / first
@@ -174,3 +179,41 @@ def test_a_result_that_changed_is_to_be_verified_again(finished_copy: Path) -> N
 def test_the_next_command_repeats_the_overrides(project: Path) -> None:
     shown = succeed("status", project / "recipe.yaml", "--set", "work_dir=else where")
     assert f"next: mmq dequant {project / 'recipe.yaml'} --set 'work_dir=else where'" in shown
+
+
+def test_runs_are_found_without_a_recipe(finished_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished and verified one with its recipe, one that is at work, one whose journal can't be read."""
+    monkeypatch.chdir(finished_copy)
+    recipe, other, broken = (finished_copy / name for name in ("recipe.yaml", "deep/er/other", "broken"))
+    succeed("verify", recipe, "--quiet")
+    shutil.copytree(finished_copy / "run", other)
+    (other / "verify.json").unlink()
+    broken.mkdir()
+    (broken / "journal.json").write_text("{", encoding="utf-8")
+    edit_json(other / "journal.json", lambda journal: journal["stages"]["restore"].update(complete=False))
+    (finished_copy / "no-recipe.yaml").write_text("- 1\n", encoding="utf-8")
+    reporter = Reporter()
+    with lock(other, reporter):
+        reporter.start("restore", {"a": 1, "b": 3})
+        reporter.step("a", "copying", 1, 2)
+        (found,) = events(succeed("status", "--json"))
+        shown = succeed("status")
+    mine, running, unreadable = (
+        next(run for run in found["runs"] if run["work_dir"] == name) for name in ("run", "deep/er/other", "broken")
+    )
+    assert len(found["runs"]) == 3
+    assert (mine["recipe"], mine["stage"], mine["state"], mine["verified"]) == (
+        "recipe.yaml", "restore", "complete", True,
+    )  # fmt: skip
+    assert (running["recipe"], running["stage"], running["state"]) == (None, "restore", "at work")
+    assert (running["percent"], running["verified"]) == (12.5, None)
+    assert "can't be read" in unreadable["fault"]
+    assert all(name in shown for name in ("recipe.yaml", "verified", "at work", "12.5 %"))
+    assert "next: mmq status recipe.yaml" in shown
+    assert "none was named" in refused("status", "--set", "awq.n_grid=3")
+
+
+def test_where_there_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert events(succeed("status", "--json")) == [{"event": "result", "runs": []}]
+    assert "mmq recipe init" in succeed("status")

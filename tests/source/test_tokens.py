@@ -16,7 +16,7 @@ from cli.test_cli import refused, succeed
 from conftest import SAMPLES, digests, edit_json
 from mmq.errors import MmqError
 from mmq.quantize.layer import LayerQuantizer
-from mmq.run.lock import lock
+from mmq.workdir.lock import lock
 from source.conftest import WINDOW, Row, described, kept, no_library, tokens_of, write_sources
 
 

@@ -15,9 +15,9 @@ import yaml
 from cli.test_cli import refused, succeed
 from conftest import TINY, digests, write_recipe
 from mmq.recipe import load
-from mmq.run.workspace import Workspace
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages.pipeline import run_stages, stages_of
+from mmq.workdir.workspace import Workspace
 
 FOLDERS = ("bf16", "awq", "hybrid")
 # torch shares tensors of 32768 elements or more out to threads: more tokens than that times the experts, or the

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from cli.test_cli import refused, succeed
-from conftest import digests, write_recipe
+from conftest import DEVICE, digests, write_recipe
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.recipe import KvCacheScheme, load
-from mmq.run.workspace import Workspace
 from mmq.source.synth import Sizes, model_config, write_checkpoint
 from mmq.stages import awq
 from mmq.tensors.int4 import fake_quantize_scaled, fits, quantize_stack
+from mmq.workdir.workspace import Workspace
 from reference import dequantized, read_folder
 from stages.test_resume import stopped
 from storage.test_storage import edit_tensors
@@ -317,14 +317,14 @@ def test_infinite_keys_are_found_where_attention_hides_them() -> None:
             MINIMAX_M2.router: torch.zeros(8, 128),
             "block_sparse_moe.e_score_correction_bias": torch.zeros(8),
         },
-        torch.device("cpu"),
+        DEVICE,
     )
     hidden = torch.randn(20, 128, generator=generator).bfloat16()
     hidden[:, 0], hidden[:, 1] = 0, 1
     hidden[12, 0] = 30
     observer = KvObserver(layer, KvCacheScheme().model_dump())
     lengths = [5, 10, 5]
-    residual = layer.attend(hidden, lengths)
+    residual = layer.attend(hidden.to(DEVICE), lengths)
     assert torch.isfinite(residual).all()
     assert observer.broken(lengths) == [1]
 

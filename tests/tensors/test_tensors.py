@@ -11,7 +11,14 @@ from compressed_tensors.quantization.utils import calculate_qparams
 
 from mmq.quantize.routed_experts import DownInputs
 from mmq.source.synth import quantize_block
-from mmq.tensors.experts import Rows, combine, grouped_linear, second_moments
+from mmq.tensors.experts import (
+    Rows,
+    combine,
+    grouped_linear,
+    magnitude_sums,
+    second_moments,
+    squares_by_expert,
+)
 from mmq.tensors.fp8 import dequantize_block, has_nan, is_finite, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_stack, weight_args
 from mmq.tensors.smoothing import candidate_scales, smooth_norm
@@ -209,12 +216,18 @@ def test_rows_sort_tokens_by_expert_and_combine_adds_them_back() -> None:
     assert torch.allclose(combine(outputs, rows.place, weights, start.clone()), expected, atol=1e-5)
 
 
-def test_second_moments_add_up() -> None:
-    x = torch.randn(30, 12).to(torch.bfloat16)
-    total = torch.ones(12, 12)
-    second_moments(x[:10], total)
-    second_moments(x[10:], total)
-    assert torch.allclose(total, 1 + x.double().T.matmul(x.double()).float(), rtol=1e-5, atol=1e-5)
+def test_sums_over_an_experts_rows_add_up() -> None:
+    rows, counts = torch.randn(30, 12).to(torch.bfloat16), [5, 0, 24, 1]
+    ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    wide = [part.double() for part in rows.split(counts)]
+    moments, magnitudes = torch.ones(4, 12, 12), torch.ones(4, 12)
+    second_moments(rows, ends, moments)
+    magnitude_sums(rows, ends, magnitudes)
+    squares = squares_by_expert(rows, ends)
+    for expert, own in enumerate(wide):
+        torch.testing.assert_close(moments[expert], (1 + own.T @ own).float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(magnitudes[expert], (1 + own.abs().sum(0)).float(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(squares[expert], own.square().sum(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("many", [True, False])

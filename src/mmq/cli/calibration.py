@@ -13,8 +13,8 @@ from mmq.recipe import load
 from mmq.source.hub import is_hub_id, source_refused
 
 if TYPE_CHECKING:
-    from mmq.run.workspace import Workspace
     from mmq.source.tokens import Tokens
+    from mmq.workdir.workspace import Workspace
 
 SHOWN_LANGUAGES = 4
 
@@ -25,9 +25,9 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
         loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.report.calibration import describe
-        from mmq.run.workspace import STATE, Workspace
         from mmq.source.calibration import load_tokens
         from mmq.source.tokens import CACHE_NAME, kept_path
+        from mmq.workdir.workspace import STATE, Workspace
 
         output = make_output(mode(json, False))
         workspace = Workspace.of(loaded, output)
@@ -44,8 +44,8 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
 
 def _keep(workspace: Workspace, tokens: Tokens, cache: Path) -> Tokens:
     """Keep new tokens, unless a run holds the work_dir: that one keeps its own."""
-    from mmq.run.lock import lock
     from mmq.source.tokens import save_tokens
+    from mmq.workdir.lock import lock
 
     if tokens.cached:
         return tokens

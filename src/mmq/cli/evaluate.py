@@ -9,13 +9,14 @@ import typer
 
 from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.session import session
+from mmq.shipped import is_builtin
 
 
 def evaluate(
     recipe: RecipePath,
     data: Annotated[
         Path | None,
-        typer.Option(help="Held-out JSONL, as for calibration. [default: calibration_data/eval.jsonl of the project]"),
+        typer.Option(help="Held-out JSONL, as for calibration. [default: builtin:eval, which mmq ships]"),
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Lines from the top. [default: all]")] = None,
     sequence_length: Annotated[
@@ -32,10 +33,12 @@ def evaluate(
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
         from mmq.prove.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
-        # A path on the command line starts from the current folder, the default one from the project's.
-        path = str(data.expanduser().resolve()) if data else DEFAULT_DATA
+        # A path on the command line starts from the current folder, one in a recipe from the project's.
+        path = DEFAULT_DATA if data is None else str(data)
+        if not is_builtin(path):
+            path = str(Path(path).expanduser().resolve())
         settings = EvalSettings(path, samples, sequence_length)
         with run.output.live():
             report = evaluate_checkpoint(Workspace.of(run.recipe, run.output), settings, restart)

@@ -25,6 +25,10 @@ LogFile = Annotated[
         help="Append to this file what happens (10 MB, five older ones kept), and go on when the terminal closes.",
     ),
 ]
+GpusOption = Annotated[
+    str | None,
+    typer.Option("--gpus", metavar="NxSIZE", help="Say how the result fits on N GPUs of SIZE each, e.g. 4x48GiB."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 

@@ -1,4 +1,4 @@
-"""The only place that writes to the terminal: a Reporter for people, one for machines, one for silence, and one that
+"""The only place that writes to the terminal: a listener for people, one for machines, one for silence, and one that
 sends a log file what another is told."""
 
 from __future__ import annotations
@@ -7,27 +7,21 @@ import json
 import logging
 import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import IO, Any, cast
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
 from mmq.cli.streams import Stream
 from mmq.errors import printable
-from mmq.run.progress import Silent
-from mmq.text import bytes_text
+from mmq.text import bytes_text, duration_text
+from mmq.workdir.progress import Listener, Progress
 
 Rows = list[dict[str, Any]]
 
@@ -42,8 +36,8 @@ class Mode(Enum):
     QUIET = "quiet"
 
 
-class Output(Silent):
-    """A Reporter, and the sink for results: tables for people, one JSON object a line for machines."""
+class Output(Listener):
+    """A run's listener, and the sink for results: tables for people, one JSON object a line for machines."""
 
     def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
         """A command's result: `value` for machines, `rows` as a table for people."""
@@ -63,47 +57,44 @@ class HumanOutput(Output):
     def __init__(self, stream: Stream) -> None:
         # File names may hold what rich would read as markup.
         self.console = Console(file=cast(IO[str], stream), markup=False, emoji=False, highlight=False)
-        self._progress = Progress(
+        self._progress = RichProgress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[at]}", markup=False),
+            TextColumn("{task.percentage:.1f} %"),
+            TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[doing]}", markup=False),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
         )
         self._task: Any = None
-        self._units = [0, 0]
 
     @contextmanager
     def live(self) -> Iterator[None]:
         with self._progress:
             yield
 
-    def start(self, stage: str, total_units: int, total_bytes: int) -> None:
-        self._units = [0, total_units]
-        self._task = self._progress.add_task(stage, total=total_bytes, at="")
-        self.console.print(_start_line(stage, total_units, total_bytes), style="bold")
+    def start(self, progress: Progress, nbytes: int) -> None:
+        self._task = self._progress.add_task(progress.stage, total=100, left="", doing="")
+        self.step(progress)
+        self.console.print(_start_line(progress, nbytes), style="bold")
 
-    def advance(self, nbytes: int) -> None:
-        self._progress.advance(self._task, nbytes)
+    def step(self, progress: Progress) -> None:
+        left = "" if progress.eta_seconds is None else f"{duration_text(progress.eta_seconds)} left"
+        self._progress.update(self._task, completed=progress.percent, left=left, doing=printable(progress.doing))
 
-    def item(self, label: str) -> None:
-        self._progress.update(self._task, at=printable(label))
-
-    def unit(self, name: str, **facts: Any) -> None:
-        self._units[0] += 1
-        self.console.print(printable(f"  {_unit_line(name, self._units, facts)}"), soft_wrap=True)
+    def unit(self, progress: Progress, facts: Mapping[str, Any]) -> None:
+        self.step(progress)
+        self.console.print(printable(f"  {_unit_line(progress, facts)}"), soft_wrap=True)
 
     def note(self, message: str, **facts: Any) -> None:
         self.console.print(printable(message), soft_wrap=True)
 
-    def finish(self, stage: str) -> None:
+    def finish(self, progress: Progress) -> None:
         if self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
-        self.console.print(f"{stage} is complete", style="green")
+        self.console.print(f"{progress.stage} is complete", style="green")
 
     def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
         if rows is None:
@@ -128,35 +119,25 @@ class JsonOutput(Output):
         self._stream = stream
         self._mutex = threading.Lock()
         self._stage = ""
-        self._begin = 0.0
-        self._done = 0
-        self._total = 0
 
-    def start(self, stage: str, total_units: int, total_bytes: int) -> None:
-        self._stage, self._begin, self._done, self._total = stage, time.monotonic(), 0, total_bytes
-        self._event("start", units=total_units, bytes=total_bytes)
+    def start(self, progress: Progress, nbytes: int) -> None:
+        self._stage = progress.stage
+        self._print({"event": "start"} | progress.as_json() | {"bytes": nbytes})
 
-    def advance(self, nbytes: int) -> None:
-        with self._mutex:
-            self._done += nbytes
+    def step(self, progress: Progress) -> None:
+        self._print({"event": "progress"} | progress.as_json())
 
-    def unit(self, name: str, **facts: Any) -> None:
-        seconds = max(time.monotonic() - self._begin, 1e-9)
-        rate = self._done / seconds
-        eta = round((self._total - self._done) / rate, 1) if rate else None
-        self._event("unit", unit=name, bytes_done=self._done, bytes_per_second=round(rate), eta_seconds=eta, **facts)
+    def unit(self, progress: Progress, facts: Mapping[str, Any]) -> None:
+        self._print({"event": "unit"} | progress.as_json() | dict(facts))
 
     def note(self, message: str, **facts: Any) -> None:
-        self._event("note", message=message, **facts)
+        self._print({"event": "note", "stage": self._stage, "message": message} | facts)
 
-    def finish(self, stage: str) -> None:
-        self._event("finish", seconds=round(time.monotonic() - self._begin, 3))
+    def finish(self, progress: Progress) -> None:
+        self._print({"event": "finish"} | progress.as_json())
 
     def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
         self._print({"event": "result"} | value)
-
-    def _event(self, event: str, **facts: Any) -> None:
-        self._print({"event": event, "stage": self._stage} | facts)
 
     def _print(self, value: dict[str, Any]) -> None:
         with self._mutex:
@@ -173,37 +154,32 @@ class Logged(Output):
     def __init__(self, shown: Output) -> None:
         self._shown = shown
         self._stage = ""
-        self._units = [0, 0]
 
     @contextmanager
     def live(self) -> Iterator[None]:
         with self._shown.live():
             yield
 
-    def start(self, stage: str, total_units: int, total_bytes: int) -> None:
-        self._stage, self._units = stage, [0, total_units]
-        log.info("%s", _start_line(stage, total_units, total_bytes))
-        self._shown.start(stage, total_units, total_bytes)
+    def start(self, progress: Progress, nbytes: int) -> None:
+        self._stage = progress.stage
+        log.info("%s", _start_line(progress, nbytes))
+        self._shown.start(progress, nbytes)
 
-    def advance(self, nbytes: int) -> None:
-        self._shown.advance(nbytes)
+    def step(self, progress: Progress) -> None:
+        self._shown.step(progress)
 
-    def item(self, label: str) -> None:
-        self._shown.item(label)
-
-    def unit(self, name: str, **facts: Any) -> None:
-        self._units[0] += 1
-        log.info("%s: %s", self._stage, _unit_line(name, self._units, facts))
-        self._shown.unit(name, **facts)
+    def unit(self, progress: Progress, facts: Mapping[str, Any]) -> None:
+        log.info("%s: %s", self._stage, _unit_line(progress, facts))
+        self._shown.unit(progress, facts)
 
     def note(self, message: str, **facts: Any) -> None:
         log.info("%s", f"{self._stage}: {message}" if self._stage else message)
         self._shown.note(message, **facts)
 
-    def finish(self, stage: str) -> None:
+    def finish(self, progress: Progress) -> None:
         self._stage = ""
-        log.info("%s is complete", stage)
-        self._shown.finish(stage)
+        log.info("%s is complete", progress.stage)
+        self._shown.finish(progress)
 
     def result(self, value: dict[str, Any], title: str = "", rows: Rows | None = None) -> None:
         self._shown.result(value, title, rows)
@@ -220,10 +196,10 @@ def make_output(mode: Mode, needed: bool = True) -> Output:
     return HumanOutput(stream) if mode is Mode.HUMAN else JsonOutput(stream)
 
 
-def _start_line(stage: str, total_units: int, total_bytes: int) -> str:
-    return f"{stage}: {total_units} to do, {bytes_text(total_bytes)} to read and write"
+def _start_line(progress: Progress, nbytes: int) -> str:
+    return f"{progress.stage}: {progress.units - progress.done} to do, {bytes_text(nbytes)} to read and write"
 
 
-def _unit_line(name: str, units: list[int], facts: dict[str, Any]) -> str:
+def _unit_line(progress: Progress, facts: Mapping[str, Any]) -> str:
     text = ", ".join(f"{key} {value}" for key, value in facts.items())
-    return f"{name} ({units[0]}/{units[1]}) {text}".rstrip()
+    return f"{progress.unit} ({progress.done}/{progress.units}) {text}".rstrip()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Any
 
 import typer
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
+from mmq.cli.options import GpusOption, Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, make_output
 from mmq.errors import RecipeError
 from mmq.families.sizes import DTYPE_LABELS, GIB
@@ -17,12 +16,6 @@ from mmq.recipe import load, parse_size
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
 from mmq.text import bytes_text, gib_text
 
-GPUS = re.compile(r"(\d{1,6})\s*x\s*(\d+(?:\.\d+)?\s*[kmg]i?b)", re.IGNORECASE)
-
-GpusOption = Annotated[
-    str | None,
-    typer.Option("--gpus", metavar="NxSIZE", help="Say how the result fits on N GPUs of SIZE each, e.g. 4x48GiB."),
-]
 Utilization = Annotated[float, typer.Option("--utilization", help="vLLM's gpu_memory_utilization.")]
 Reserve = Annotated[
     str,
@@ -47,7 +40,7 @@ def plan(
     with handled():
         loaded = load(recipe, set_)
         quiet_libraries()
-        machines = parse_gpus(gpus) if gpus is not None else None
+        machines = Gpus.parse(gpus) if gpus is not None else None
         if not 0 < utilization <= 1:
             raise RecipeError(f"--utilization is {utilization}; it must be above 0 and at most 1")
         reserved = parse_reserve(reserve)
@@ -59,18 +52,6 @@ def plan(
             output.result(value)
         else:
             _show(output, value)
-
-
-def parse_gpus(text: str) -> Gpus:
-    """'4x48GiB' -> 4 GPUs of 48 GiB. Raises RecipeError."""
-    match = GPUS.fullmatch(text.strip())
-    try:
-        found = Gpus(int(match[1]), parse_size(match[2])) if match else None
-    except (ValueError, OverflowError):
-        found = None
-    if found is None or found.count < 1 or found.memory < 1:
-        raise RecipeError(f"--gpus is {text!r}; it must be a number and the memory of each, such as 4x48GiB")
-    return found
 
 
 def parse_reserve(text: str) -> int:

@@ -50,7 +50,7 @@ def push(
     with session("push", recipe, set_, shown, log_file if upload else None, [*options, "--upload"]) as run:
         from mmq.report.push import MESSAGE, Target, pack
         from mmq.report.push import upload as send
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         output = run.output
         workspace = Workspace.of(run.recipe, output, offline=True)

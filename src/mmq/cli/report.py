@@ -10,8 +10,9 @@ from mmq.cli.output import Output, make_output
 from mmq.recipe import load
 
 if TYPE_CHECKING:
+    from mmq.report.facts import RunFacts
     from mmq.report.page import Written
-    from mmq.run.workspace import Workspace
+    from mmq.workdir.workspace import Workspace
 
 
 def report(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quiet = False) -> None:
@@ -20,15 +21,15 @@ def report(recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quie
         output = make_output(mode(json, quiet))
         loaded = load(recipe, set_)
         quiet_libraries()
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
-        written = write_and_note(Workspace.of(loaded, output, offline=True), output)
+        _, written = write_and_note(Workspace.of(loaded, output, offline=True), output)
         if json:
             plots = [str(path) for path in written.plots]
             output.result({"report": str(written.page), "plots": plots, "missing": written.missing})
 
 
-def write_and_note(workspace: Workspace, output: Output) -> Written:
+def write_and_note(workspace: Workspace, output: Output) -> tuple[RunFacts, Written]:
     """Write all that describes a run, and say where it lies. Raises MmqError."""
     from mmq.report.card import write_card
     from mmq.report.facts import read_run
@@ -41,4 +42,4 @@ def write_and_note(workspace: Workspace, output: Output) -> Written:
         output.note(f"model card: {card}")
     for sentence in written.missing:
         output.note(sentence)
-    return written
+    return facts, written

@@ -78,7 +78,7 @@ def session(
 
 def _log_path(log_file: Path, recipe: Recipe) -> Path:
     """The file, absolute. Raises RecipeError where it would lie among a checkpoint's files."""
-    from mmq.run.workspace import AWQ, BF16, HYBRID, STATE
+    from mmq.workdir.workspace import AWQ, BF16, HYBRID, STATE
 
     path = log_file.expanduser().resolve()
     source = recipe.path(recipe.model.source)

@@ -6,25 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmq.cli.options import DryRun, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
+from mmq.cli.options import DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
 from mmq.text import bytes_text
 
 if TYPE_CHECKING:
-    from mmq.run.workspace import Workspace
+    from mmq.workdir.workspace import Workspace
 
 
 HELP = {
     "dequant": "Stage 1: dequantize the fp8 checkpoint to bf16.",
     "awq": "Stage 2: AWQ the experts to int4 and calibrate the KV cache's scales, layer by layer.",
     "restore": "Stage 3: put the original fp8 attention back.",
-    "run": "All stages in order, then verify and a report. Resumes where it was stopped.",
 }
 
 
 def stage_command(name: str) -> Callable[..., None]:
-    """The command of one stage, or of all of them for `run`."""
+    """The command of one stage."""
 
     def command(
         recipe: RecipePath,
@@ -40,6 +39,20 @@ def stage_command(name: str) -> Callable[..., None]:
     return command
 
 
+def run(
+    recipe: RecipePath,
+    gpus: GpusOption = None,
+    set_: Set = None,
+    dry_run: DryRun = False,
+    restart: Restart = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
+) -> None:
+    """All stages in order, then verify and a report. Resumes where it was stopped."""
+    _run("run", recipe, set_, dry_run, restart, mode(json, quiet), log_file, gpus)
+
+
 def _run(
     command: str,
     path: Path,
@@ -48,13 +61,17 @@ def _run(
     restart: bool,
     shown: Mode,
     log_file: Path | None,
+    gpus: str | None = None,
 ) -> None:
+    options = ["--gpus", gpus] if gpus else []
     # A plan touches nothing, a log file neither.
-    with session(command, path, overrides, shown, None if dry_run else log_file) as run:
-        from mmq.run.workspace import Workspace
+    with session(command, path, overrides, shown, None if dry_run else log_file, options) as run:
+        from mmq.serve.memory import Gpus
         from mmq.stages.pipeline import run_stages, stages_of
+        from mmq.workdir.workspace import Workspace
 
         whole = command == "run"
+        machines = Gpus.parse(gpus) if gpus else None
         names = stages_of(run.recipe) if whole else [command]
         workspace = Workspace.of(run.recipe, run.output, offline=dry_run)
         if dry_run:
@@ -67,8 +84,16 @@ def _run(
                 from mmq.cli.verify import verify_and_report
 
                 verify_and_report(workspace, run.output)
-                write_and_note(workspace, run.output)
-        if not whole:
+                facts, _ = write_and_note(workspace, run.output)
+        if whole:
+            from mmq.report.summary import summarize
+
+            summary = summarize(workspace, facts, machines)
+            run.output.result({"summary": summary.as_json()}, "What was made", summary.rows())
+            for warning in summary.warnings:
+                run.output.note(f"warning: {warning}")
+            run.output.hint(summary.serve)
+        else:
             run.hint({"dequant": "awq", "awq": "restore", "restore": "verify"}[command])
 
 

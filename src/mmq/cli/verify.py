@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
 from mmq.cli.output import Output, Rows, make_output
 from mmq.cli.session import session
-from mmq.errors import VerifyError
+from mmq.errors import RecipeError
 from mmq.recipe import load
 from mmq.text import duration_text
 
 if TYPE_CHECKING:
-    from mmq.run.workspace import Workspace
-
-SHOWN_PROBLEMS = 20
+    from mmq.workdir.workspace import Workspace
 
 
 def verify(
@@ -24,7 +25,7 @@ def verify(
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
     with session("verify", recipe, set_, mode(json, quiet), log_file) as run:
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         with run.output.live():
             verify_and_report(Workspace.of(run.recipe, run.output), run.output)
@@ -36,29 +37,36 @@ def verify_and_report(workspace: Workspace, output: Output) -> None:
 
     report = verify_checkpoint(workspace)
     output.result(report.as_json(), "Verification", report.rows())
-    if report.problems:
-        shown = "\n".join(f"  - {problem}" for problem in report.problems[:SHOWN_PROBLEMS])
-        more = len(report.problems) - SHOWN_PROBLEMS
-        raise VerifyError(
-            f"{report.folder} is not what it must be:\n{shown}" + (f"\n  and {more} more" if more > 0 else "")
-        )
+    report.require_ok()
     output.note(f"verified: {report.folder} (details in {report.path})")
 
 
-def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
-    """Show how far each stage is, which process is at work, and what the next command is."""
+def status(
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="[RECIPE]", help="The recipe; without one, all runs below this folder.")
+    ] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Show how far each stage is, which process is at work, and what the next command is; or which runs there are."""
     with handled():
         output = make_output(mode(json, False))
+        if recipe is None:
+            _list_runs(output, set_)
+            return
         loaded = load(recipe, set_)
         quiet_libraries()
         from mmq.report.status import status as read_status
-        from mmq.run.workspace import Workspace
+        from mmq.workdir.workspace import Workspace
 
         found = read_status(Workspace.of(loaded, output, offline=True))
         again = recipe_arguments(recipe, set_)
         if found["next"]:
             found["next"] = shlex.join(["mmq", found["next"], *again])
         output.result(found, found["work_dir"], _rows(found["stages"]))
+        removed = [f"{folder}/" for stage in found["stages"] for folder in stage["removed"]]
+        if removed and not json:
+            output.note(f"removed by mmq clean: {', '.join(removed)}")
         if found["running"] and not json:
             output.note(_at_work(found["running"]))
         evaluated = any(stage["stage"] == "eval" and stage["state"] == "complete" for stage in found["stages"])
@@ -66,8 +74,33 @@ def status(recipe: RecipePath, set_: Set = None, json: Json = False) -> None:
         output.hint(found["next"] or f"nothing, the result is verified{further}")
 
 
+def _list_runs(output: Output, set_: list[str] | None) -> None:
+    """The runs at the current folder and below."""
+    quiet_libraries()
+    from mmq.report.status import find_runs
+
+    if set_:
+        raise RecipeError("--set changes a recipe, and none was named")
+    found = find_runs(Path())
+    output.result({"runs": found}, "Runs below this folder", [_run_row(run) for run in found])
+    first = next((run["recipe"] for run in found if run["recipe"]), None)
+    output.hint(shlex.join(["mmq", "status", first or "RECIPE"]) if found else "mmq recipe init mine.yaml")
+
+
+def _run_row(run: dict[str, Any]) -> dict[str, str]:
+    row = {"work_dir": run["work_dir"], "recipe": run["recipe"] or "-"}
+    if "fault" in run:
+        return row | {"stage": "-", "state": run["fault"], "done": "-", "left": "-", "result": "-"}
+    percent = "" if run["percent"] is None else f", {run['percent']} %"
+    verified = {True: "verified", False: "not right", None: "-"}[run["verified"]]
+    left = "-" if run["eta_seconds"] is None else duration_text(run["eta_seconds"])
+    done = f"{run['done']}{percent}"
+    return row | {"stage": run["stage"] or "-", "state": run["state"], "done": done, "left": left, "result": verified}
+
+
 def _rows(stages: Rows) -> Rows:
-    return [stage | {"percent": f"{stage['percent']} %", "last": stage["last"] or "-"} for stage in stages]
+    shown = [stage | {"percent": f"{stage['percent']} %", "last": stage["last"] or "-"} for stage in stages]
+    return [{key: value for key, value in stage.items() if key != "removed"} for stage in shown]
 
 
 def _at_work(running: dict[str, Any]) -> str:
@@ -75,6 +108,7 @@ def _at_work(running: dict[str, Any]) -> str:
     who = f"process {running['process']} on {running['host']} since {running['since']}"
     if not running["seen"]:
         return f"at work, or stopped without a trace: {who}; whether it lives can't be seen from here"
-    what = f", {running['stage']}: {running['unit'] or 'ending'}" if running["stage"] else ""
+    doing = ", ".join(filter(None, (running["unit"] or "ending", running["part"], running["at"])))
+    what = f", {running['stage']}: {doing}" if running["stage"] else ""
     eta = running["eta_seconds"]
     return f"at work: {who}{what}" + ("" if eta is None else f", {duration_text(eta)} left of this stage")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import resource
 from functools import cache
@@ -12,6 +13,12 @@ from pathlib import Path
 import torch
 
 from mmq.errors import RecipeError
+
+# Blocks that grow instead of pieces that don't fit: layers of one size come and go beside chunks of many. Read by torch
+# at its first allocation.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# Products that come out the same every time: cuBLAS's own workspaces, not whichever is free.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def named_device(name: str) -> torch.device:
@@ -28,7 +35,18 @@ def present_device(name: str) -> torch.device:
     device = named_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f"awq.device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda":
+        # Parts of a sum in bf16 would cost more precision than they save time.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        device = torch.device("cuda", device.index or torch.cuda.current_device())
+        torch.cuda.set_device(device)
     return device
+
+
+def free_device(device: torch.device) -> int:
+    """Bytes that a GPU has left, those that torch holds without using them included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def release_memory() -> None:
@@ -85,3 +103,8 @@ def reset_peak_device(device: torch.device) -> None:
 def peak_device(device: torch.device) -> int:
     """Largest memory allocated on a GPU, in bytes; 0 on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def peak_reserved(device: torch.device) -> int:
+    """Largest memory of a GPU that torch held, used or not, in bytes; 0 on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0

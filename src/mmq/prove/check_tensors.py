@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,11 @@ from mmq.machine.threads import each
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
 from mmq.storage.checkpoint import Checkpoint, TensorReader
+from mmq.workdir.output_shards import layer_unit
+from mmq.workdir.progress import Reporter
 
+NAME = "verify"
+OUTSIDE = "outside"
 # norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32.
 ROUTER_TOLERANCE = 1e-6
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
@@ -23,29 +26,39 @@ FARTHEST = 0.6
 NEGLIGIBLE = 1e-30
 
 
-def check_tensors(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, workers: int) -> None:
+def check_tensors(
+    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, workers: int, reporter: Reporter
+) -> None:
     """All that needs the tensors' bytes, layer by layer on threads."""
-    layers = sorted({layer for name in source.specs if (layer := arch.split(name)[0]) is not None})
+    sizes: dict[int | None, int] = {None: 0}
+    for checkpoint in (source, result):
+        for name, spec in checkpoint.specs.items():
+            layer = arch.split(name)[0]
+            sizes[layer] = sizes.get(layer, 0) + spec.nbytes
+    layers = [*sorted(layer for layer in sizes if layer is not None), None]
+    units = {layer: OUTSIDE if layer is None else layer_unit(layer) for layer in layers}
+    reporter.start(NAME, {units[layer]: sizes[layer] for layer in layers}, (), sum(sizes.values()))
 
-    def guarded(job: Callable[[Report], None]) -> Report:
+    def guarded(layer: int | None) -> Report:
+        reporter.step(units[layer], "comparing", 0, 1)
         part = Report(report.folder, report.path)
         try:
-            job(part)
+            if layer is None:
+                _check_outside(part, arch, source, result)
+            else:
+                _check_layer(part, arch, source, result, layer)
         except MmqError as error:
             part.problems.append(str(error))
+        reporter.unit(units[layer])
         return part
 
-    jobs: list[Callable[[Report], None]] = [
-        lambda part, layer=layer: _check_layer(part, arch, source, result, layer)  # type: ignore[misc]
-        for layer in layers
-    ]
-    jobs.append(lambda part: _check_outside(part, arch, source, result))
-    for part in each(guarded, jobs, workers):
+    for part in each(guarded, layers, workers):
         report.problems += part.problems
         report.layers += part.layers
         report.attention |= part.attention
         for check, number in part.checks.items():
             report.count(check, number)
+    reporter.finish(NAME)
 
 
 def _check_layer(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, layer: int) -> None:

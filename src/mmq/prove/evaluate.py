@@ -24,12 +24,6 @@ from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_l
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.run.journal import StageJournal
-from mmq.run.layer_files import LayerFiles
-from mmq.run.lock import lock
-from mmq.run.output_shards import layer_unit
-from mmq.run.versions import versions
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
 from mmq.stages.base import begin_run, check_disk
@@ -37,10 +31,16 @@ from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, writ
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import is_finite
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.lock import lock
+from mmq.workdir.output_shards import layer_unit
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import HYBRID, Workspace
 
 name = "eval"
 REPORT_NAME = "eval.json"
-DEFAULT_DATA = "calibration_data/eval.jsonl"
+DEFAULT_DATA = "builtin:eval"
 HEAD = "head"
 # The fingerprint's field that says of which result the evaluation is.
 RESULT_FIELD = "hybrid (restore's output)"
@@ -94,7 +94,7 @@ def evaluate_checkpoint(workspace: Workspace, settings: EvalSettings, restart: b
         JournalError: restore has not ended, or an evaluation was begun with other inputs.
         CalibrationError: the data can't be used.
     """
-    with lock(workspace.work_dir):
+    with lock(workspace.work_dir, workspace.reporter):
         return _Evaluation(workspace, settings).run(restart)
 
 
@@ -168,7 +168,8 @@ class _Evaluation:
         states = 2 * len(self.variants) * self.tokens.ids.numel() * width
         # The last layer's go only after the next one's are in place.
         check_disk(self.files.folder, 2 * states)
-        reporter.start(name, len(pending) + 1, sum(map(self._bytes_of, pending)))
+        weights = dict.fromkeys(units_of(self.source), 1)
+        reporter.start(name, weights, self.journal.units, sum(map(self._bytes_of, pending)))
         if len(pending) < len(self.layers):
             reporter.note(f"{name} resumes: {len(self.layers) - len(pending)} of {len(self.layers)} layers are done")
         hidden = self._hidden_states()
@@ -180,8 +181,8 @@ class _Evaluation:
         """All variants through one layer; their states [T, H] after it are on disk when this returns."""
         begin = time.perf_counter()
         after: dict[str, torch.Tensor] = {}
-        for key in self.weights:
-            self.workspace.reporter.item(f"layer {layer} of {key}")
+        for place, key in enumerate(self.weights):
+            self.workspace.reporter.step(layer_unit(layer), f"computing {key}", place, len(self.weights))
             after |= self._run_variants(key, layer, hidden)
             release_memory()
         after = {variant.name: after[variant.name] for variant in self.variants}
@@ -190,7 +191,6 @@ class _Evaluation:
         seconds = round(time.perf_counter() - begin, 3)
         record = {"layer": layer, "relative_error": errors, "seconds": seconds}
         self._save(layer, after, record)
-        self.workspace.reporter.advance(self._bytes_of(layer))
         shown = {variant: f"{error:.2%}" for variant, error in errors.items() if variant != SOURCE.name}
         self.workspace.reporter.unit(layer_unit(layer), **shown, seconds=seconds)
         return after
@@ -227,7 +227,7 @@ class _Evaluation:
 
     def _finish_head(self, hidden: dict[str, torch.Tensor]) -> None:
         """Final norm, head and metrics, and the report."""
-        self.workspace.reporter.item(HEAD)
+        self.workspace.reporter.step(HEAD, "computing", 0, 1)
         begin = time.perf_counter()
         heads = self._heads()
         metrics = measure(hidden, heads, SOURCE.name, self.tokens)

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmq.errors import VerifyError
+
+SHOWN_PROBLEMS = 20
+
 
 @dataclass
 class Report:
@@ -33,6 +37,16 @@ class Report:
     def require(self, condition: bool, problem: str) -> None:
         if not condition:
             self.problems.append(problem)
+
+    def require_ok(self) -> None:
+        """Raises VerifyError where something is off."""
+        if not self.problems:
+            return
+        shown = "\n".join(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS])
+        more = len(self.problems) - SHOWN_PROBLEMS
+        raise VerifyError(
+            f"{self.folder} is not what it must be:\n{shown}" + (f"\n  and {more} more" if more > 0 else "")
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -12,9 +12,9 @@ from mmq.errors import CheckpointError, JournalError
 from mmq.prove.check_config import check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
+from mmq.workdir.workspace import HYBRID, Workspace
 
 REPORT_NAME = "verify.json"
 
@@ -42,7 +42,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
         check_config(report, arch, source, result)
         if not report.problems:
-            check_tensors(report, arch, source, result, workspace.recipe.worker_count)
+            check_tensors(report, arch, source, result, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

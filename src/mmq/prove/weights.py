@@ -12,11 +12,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from mmq.errors import CheckpointError
 from mmq.families.table import Architecture
 from mmq.quantize.layer import LayerContent
-from mmq.run.output_shards import scale_name
 from mmq.source.block_fp8 import Fp8Source
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.tensors.fp8 import dequantize_block
 from mmq.tensors.int4 import QuantizedStack
+from mmq.workdir.output_shards import scale_name
 
 
 class LayerWeights(Protocol):

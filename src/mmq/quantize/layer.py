@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
-from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
 from mmq.tensors.experts import sum_of_squares
@@ -40,6 +40,10 @@ class LayerContent:
     gate_up: torch.Tensor
     down: torch.Tensor
     rest: dict[str, torch.Tensor]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.gate_up, self.down, *self.rest.values()]
 
     @classmethod
     def stacked(
@@ -70,7 +74,7 @@ class LayerResult:
     """A quantized layer.
 
     Attributes:
-        tensors: what the layer's shard holds, by names in the layer, on the host.
+        tensors: what the layer's shard holds, by names in the layer, where they were computed.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
     """
@@ -88,6 +92,15 @@ class NotFiniteError(CalibrationError):
         self.samples = samples
 
 
+# Parts of a layer's time before one was measured, in order.
+PARTS = {
+    "nearest": {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1},
+    "compensated": {"attention": 0.05, "searching": 0.4, "rounding": 0.4, "quantizing": 0.05, "propagating": 0.1},
+}
+# How much of the search is done after the norm's, and after down's.
+SEARCHED = 0.7, 0.9
+
+
 class LayerQuantizer:
     """Quantizes the layers of one model, each given the hidden states that the one before it left.
 
@@ -95,10 +108,12 @@ class LayerQuantizer:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
-        say: told what is being done.
+        say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
+            part.
 
     Attributes:
         samples: tokens of each sample that is still in the run, by its number counted from 1.
+        budget: bytes of working memory; see `ExpertBlock.working_memory`.
     """
 
     def __init__(
@@ -108,12 +123,14 @@ class LayerQuantizer:
         settings: Awq,
         lengths: list[int],
         device: torch.device,
-        say: Callable[[str], None] = lambda _: None,
+        say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
+        self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
             mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
@@ -155,7 +172,7 @@ class LayerQuantizer:
 
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
-        clock = _Clock(self.device, lambda part: self.say(f"layer {layer}: {part}"))
+        clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
             observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
@@ -172,22 +189,23 @@ class LayerQuantizer:
             full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                settings.memory_budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
+                self.budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
             )  # fmt: skip
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
-            found = self.modifier.search_norm(block, reference, full=full), self.modifier.search_down(block)
+            found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
             norm, applied = smooth_norm(own_norm, found[0].scales)
             inner, rounded = found[1].scales, None
             if settings.rounding == "nearest":
+                clock.step(SEARCHED[1], "comparing with round-to-nearest")
                 better, statistics = self._better(block, reference, *found)
                 if not better:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner))
+                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
@@ -217,7 +235,16 @@ class LayerQuantizer:
             "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
             "seconds": clock.seconds,
         }
-        return LayerResult({name: tensor.cpu() for name, tensor in tensors.items()}, hidden, statistics)
+        self._shares = dict(clock.seconds)
+        return LayerResult(tensors, hidden, statistics)
+
+    def _search(self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Found, Found]:
+        """The norm's and the inner scales that are best for rounding to nearest."""
+        full = self.settings.search == "full"
+        to_norm, to_down = SEARCHED
+        norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
+        return norm, down
 
     def _better(
         self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
@@ -274,8 +301,7 @@ class LayerQuantizer:
             (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
-            found = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            packed, scale = (tensor.cpu() for tensor in found)
+            packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
             tensors |= self._by_name(layer, first, packed, scale, linears)
         return tensors
 
@@ -299,12 +325,12 @@ class LayerQuantizer:
         """Packed experts [n, out, ...] from `first` on, whose rows are those of one or two linear layers, by names in
         the layer."""
         tensors: dict[str, torch.Tensor] = {}
-        rows, columns = packed.shape[1] // len(linears), packed.shape[2] * 8
+        rows, columns, whole = packed.shape[1] // len(linears), packed.shape[2] * 8, fits(scale)
         for number in range(packed.shape[0]):
             for place, linear in enumerate(linears):
                 base = f"{self.arch.expert.format(expert=first + number)}{linear}.weight"
                 own = slice(place * rows, (place + 1) * rows)
-                if not fits(scale[number, own]):
+                if not whole and not fits(scale[number, own]):
                     raise CheckpointError(
                         f"{self.arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
                     )
@@ -353,15 +379,31 @@ def _added(residual: torch.Tensor, block: ExpertBlock, outputs: list[torch.Tenso
 
 
 class _Clock:
-    """Seconds of each part, the device's work included."""
+    """Seconds of each part, the device's work included; and how far the layer is.
 
-    def __init__(self, device: torch.device, say: Callable[[str], None]) -> None:
+    Args:
+        shares: of the parts in the layer's time, in order, as they are expected.
+        say: told the part, the share of the layer that is done, and where in the part.
+    """
+
+    def __init__(
+        self, device: torch.device, shares: Mapping[str, float], say: Callable[[str, float, str], None]
+    ) -> None:
         self._device, self._say = device, say
+        total = sum(shares.values()) or 1.0
+        self._shares = {name: share / total for name, share in shares.items()}
+        self._part, self._before = "", 0.0
         self.seconds: dict[str, float] = {}
+
+    def step(self, share: float, at: str = "") -> None:
+        """So much of the present part is done. May be called from threads that compute."""
+        self._say(self._part, self._before + self._shares[self._part] * share, at)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        self._say(name)
+        names = list(self._shares)
+        self._part, self._before = name, sum(self._shares[part] for part in names[: names.index(name)])
+        self.step(0)
         begin = time.perf_counter()
         yield
         if self._device.type == "cuda":

@@ -26,7 +26,7 @@ import torch
 
 SURE = 3.0
 # Parts of the tokens, and the least number of rows to an expert that a part is worth quantizing its weights for.
-PARTS, LEAST_ROWS = (1 / 8, 3 / 8, 1 / 2), 32
+PARTS, LEAST_ROWS = (1 / 8, 1 / 8, 1 / 4, 1 / 2), 32
 # Points of a line from one that is measured first to the next.
 COARSE = 3
 

@@ -7,6 +7,7 @@ sample takes no part in the moments: on those, smoothing and none, compensated a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from mmq.tensors.rounding import factorize, round_compensated, searched_scale, s
 # added to it. docs/quality.md has what other values give.
 SHRINKAGE, DAMPING = 0.5, 0.1
 HELD_BACK = 8  # one sample in as many
+ROUNDED = 0.9  # the share of the time that rounding takes, before judging
 
 
 def held_back(lengths: list[int]) -> torch.Tensor:
@@ -103,7 +105,8 @@ class Compensation:
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
-            second_moments(block.x.index_select(0, tokens), self.pooled)
+            ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
+            second_moments(block.x.index_select(0, tokens), ends, self.pooled.unsqueeze(0))
         self.pooled /= max(1, len(fitted))
         per_expert = self.least(hidden, inner)
         room = block.working_memory // 2
@@ -128,16 +131,22 @@ class Compensation:
         hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
         return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
 
-    def fit(self, smoothings: list[Smoothing]) -> list[Rounded]:
-        """Round all experts under each smoothing."""
+    def fit(self, smoothings: list[Smoothing], say: Callable[[float, str], None] = lambda *_: None) -> list[Rounded]:
+        """Round all experts under each smoothing.
+
+        Args:
+            say: told the share of the experts that are done, and which come next; also from threads that compute.
+        """
         results = [Rounded(self.block, smoothing) for smoothing in smoothings]
         steps = range(0, self.block.gate_up.shape[0], self.step)
         cores = max(1, torch.get_num_threads() // self.workers)
-        each(partial(self._fit_step, results), steps, self.workers, cores)
+        each(partial(self._fit_step, results, say), steps, self.workers, cores)
         return results
 
-    def _fit_step(self, results: list[Rounded], first: int) -> None:
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], first: int) -> None:
         block = self.block
+        experts = block.gate_up.shape[0]
+        say(first / experts, f"rounding expert {first + 1} of {experts}")
         last = min(first + self.step, block.gate_up.shape[0])
         inputs, middles, counts, seen = self._moments(first, last)
         inner = block.down.shape[2]
@@ -172,8 +181,8 @@ class Compensation:
         counts = torch.tensor(self.rows.counts[first:last], device=inputs.device)
         total = counts
         for piece in self.rows.pieces(first, last, self._slice):
-            _add_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece, inputs)
-            _add_moments(self._middle(self.rows.token, piece), piece, middles)
+            second_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece.ends, inputs)
+            second_moments(self._middle(self.rows.token, piece), piece.ends, middles)
         squares = middles.diagonal(dim1=1, dim2=2).clone()
         if block.extra is not None:
             total = total + torch.tensor(block.extra.counts[first:last], device=inputs.device)
@@ -190,14 +199,6 @@ class Compensation:
         block = self.block
         own = token[piece.start : piece.stop]
         return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
-
-
-def _add_moments(rows: torch.Tensor, piece: Piece, moments: torch.Tensor) -> None:
-    """Add each expert's X^T X of rows [R, n], sorted by expert, to float32 [E, n, n]."""
-    begin = 0
-    for expert, end in enumerate(piece.ends.tolist()):
-        second_moments(rows[begin:end], moments[expert])
-        begin = end
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,13 @@ class Verdict:
     statistics: dict[str, Any]
 
 
-def judge(block: ExpertBlock, reference: list[torch.Tensor], lengths: list[int], found: Smoothing) -> Verdict:
+def judge(
+    block: ExpertBlock,
+    reference: list[torch.Tensor],
+    lengths: list[int],
+    found: Smoothing,
+    say: Callable[[float, str], None] = lambda *_: None,
+) -> Verdict:
     """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
 
     Args:
@@ -232,7 +239,8 @@ def judge(block: ExpertBlock, reference: list[torch.Tensor], lengths: list[int],
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smooths = bool((found.norm != 1).any() | (found.inner != 1).any())
     smoothings = [plain, found] if smooths else [plain]
-    rounded = Compensation(block, fitted).fit(smoothings)
+    rounded = Compensation(block, fitted).fit(smoothings, lambda share, at: say(ROUNDED * share, at))
+    say(ROUNDED, "judging by samples held back")
     jury = ExpertBlock(
         block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
         block.group_size, None, block.working_memory // 2,

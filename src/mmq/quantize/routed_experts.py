@@ -22,6 +22,8 @@ from mmq.tensors.experts import (
     gated_rows,
     grouped_linear,
     grouped_rows,
+    magnitude_sums,
+    quadratic_form,
     second_moments,
     squares_by_expert,
     token_losses,
@@ -34,7 +36,9 @@ CPU_STEP_ELEMENTS = 2**21
 # Tokens whose experts' outputs are summed at one time; on a CPU by each thread.
 CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 # Working memory where the recipe sets none: on a GPU enough that grouped products run at their full rate.
-DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 16 * 2**30}
+DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 8 * 2**30}
+# What a GPU whose memory turns out to be short is asked for at least.
+LEAST_BUDGET = 2**28
 
 
 def default_budget(device: torch.device) -> int:
@@ -128,9 +132,11 @@ class ExpertBlock:
             self.workers = 1
         # A row's input, gate and up, their product, and its output.
         per_row = (2 * hidden + 3 * inner) * width
-        self.most_rows = max(1, self.working_memory // 4 // per_row)
+        # Some of the kernels count with 31 bits.
+        self.most_rows = max(1, min(self.working_memory // 4 // per_row, 2**30 // max(hidden, 2 * inner)))
         self.shares = [self._share(tokens) for tokens in sampled(self.x.shape[0], self.parts, self.x.device)]
-        held = max((batch.rows for share in self.shares for step in share.batches for batch in step), default=0)
+        together = (batch for share in self.shares for (batch, *_) in share.batches if len(batch.pieces) > 1)
+        held = max((batch.rows for batch in together), default=0)
         self._outputs = self.x.new_empty(held, hidden)
 
     def _share(self, tokens: torch.Tensor) -> Share:
@@ -192,25 +198,21 @@ class ExpertBlock:
             taken = weights.take(piece.first, piece.last)
             for batch in batches:
                 (piece,) = batch.pieces
-                outputs = self._outputs[: batch.rows]
-                self._linears(share, piece, *taken, outputs)
-                yield batch.start, outputs
+                middle = self._middle(share, piece, taken[0])
+                yield batch.start, grouped_linear(middle, taken[1], piece.ends)
 
     def _step(self, share: Share, weights: Weights, outputs: torch.Tensor, begin: int, piece: Piece) -> None:
         """A piece's rows of a batch's outputs [n, H], which begin at a row of the share."""
-        own = outputs[piece.start - begin : piece.stop - begin]
-        self._linears(share, piece, *weights.take(piece.first, piece.last), own)
+        gate_up, down = weights.take(piece.first, piece.last)
+        middle = self._middle(share, piece, gate_up)
+        grouped_rows(middle, down, piece.ends, outputs[piece.start - begin : piece.stop - begin])
 
-    def _linears(
-        self, share: Share, piece: Piece, gate_up: torch.Tensor, down: torch.Tensor, outputs: torch.Tensor
-    ) -> None:
-        """The experts' own outputs of a piece's rows, into [n, H]."""
+    def _middle(self, share: Share, piece: Piece, gate_up: torch.Tensor) -> torch.Tensor:
+        """What goes into the down layers for a piece's rows: [n, I]."""
         own = slice(piece.start, piece.stop)
         if share.inputs is not None:
-            middle = gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
-        else:
-            middle = gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
-        grouped_rows(middle, down, piece.ends, outputs)
+            return gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
+        return gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
 
     def outputs(self, weights: Weights) -> list[torch.Tensor]:
         """The block's output for the tokens of each share: float32 [t, H]."""
@@ -321,14 +323,11 @@ class DownInputs:
 
     def add(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
         """Take rows [R, I], sorted by expert, and where each expert's end."""
-        begin = 0
-        for expert, end in enumerate(ends.tolist()):
-            self.sums[expert] += rows[begin:end].abs().sum(0, dtype=torch.float32)
-            if self.moments is not None:
-                second_moments(rows[begin:end], self.moments[expert])
-            begin = end
+        magnitude_sums(rows, ends, self.sums)
         if self.moments is None:
             self.rows.append((rows, ends))
+        else:
+            second_moments(rows, ends, self.moments)
 
     def squared_change(self, change: torch.Tensor) -> torch.Tensor:
         """Squared change of each expert's output, float32 [E], when its weight changes by D, `change` [E, H, I].
@@ -336,9 +335,7 @@ class DownInputs:
         It is trace(D G D^T) with G = X^T X, or the sum of squares of X D^T, whichever takes fewer products.
         """
         if self.moments is not None:
-            moments = self.moments.to(change.dtype)
-            # Row by row: a sum over all of a matrix is cut up among threads, in another order for each number of them.
-            return torch.bmm(change, moments).mul_(change).sum(2, dtype=torch.float32).sum(1)
+            return quadratic_form(change, self.moments)
         total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
         for rows, ends in self.rows:
             total += squares_by_expert(grouped_linear(rows, change, ends), ends)

@@ -8,6 +8,7 @@ them at all, since its loss is a quadratic form of the expert's second moments.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -77,30 +78,39 @@ class Found:
         return (self.ratio == 0) & ~self.duo
 
 
+# Told the share of a search that is done, and where it is.
+Told = Callable[[float, str], None]
+
+
+def _untold(_share: float, _at: str) -> None: ...
+
+
 class StackedAWQModifier(AWQModifier):
     """AWQModifier whose searches run on stacked experts."""
 
     @torch.no_grad()
-    def search_norm(self, block: ExpertBlock, reference: list[torch.Tensor], full: bool = False) -> Found:
+    def search_norm(
+        self, block: ExpertBlock, reference: list[torch.Tensor], full: bool = False, told: Told = _untold
+    ) -> Found:
         """Scales of the norm before router and experts: those of the grid whose quantized gate and up layers change the
         block's output least.
 
         Args:
             reference: float32 [t, H] of each share, the unquantized block's outputs.
             full: measure every point, not only those that may be the best.
+            told: how far the search is.
 
         Returns:
             scales [H]; ratio, duo and errors of one element. Errors are mean squared differences over the outputs of
             the tokens that both the chosen point and the identity have seen.
         """
-        # bf16 magnitudes and, inside the sum, their fp32 copy.
-        x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
-        sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
-        w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
-        grid = self._get_grid_search_params()
-        scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
+        grid, scales = grid_of_norm(self, block)
+        seen: list[int] = []
 
         def measure(point: int, share: int) -> torch.Tensor:
+            seen.append(point)
+            at = f"norm, point {len(set(seen))} of at most {len(grid)}, tokens {share + 1}/{len(block.shares)}"
+            told((len(seen) - 1) / (len(grid) * len(block.shares)), at)
             return block.losses(block.shares[share], SmoothedGateUp(block, scales[point]), reference[share])
 
         tokens, hidden = block.x.shape
@@ -121,19 +131,26 @@ class StackedAWQModifier(AWQModifier):
         )
 
     @torch.no_grad()
-    def search_down(self, block: ExpertBlock) -> Found:
+    def search_down(self, block: ExpertBlock, told: Told = _untold) -> Found:
         """Scales of each up layer's output: those of the grid whose quantized down layer changes its output least.
 
         With X the expert's inputs and D = Q(W s)/s - W the change of its weight, the squared difference is that of
         X D^T, or trace(D G D^T) with G = X^T X; each worker keeps the inputs of `block.step` experts at a time.
 
+        Args:
+            told: how far the search is; called from the block's workers.
+
         Returns:
             scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
         """
         step, experts = block.step, block.gate_up.shape[0]
-        parts = block.each(
-            lambda first: self._search_down(block, first, min(first + step, experts)), range(0, experts, step)
-        )
+
+        def search(first: int) -> Found:
+            last = min(first + step, experts)
+            told(first / experts, f"down, experts {first + 1} to {last} of {experts}")
+            return self._search_down(block, first, last)
+
+        parts = block.each(search, range(0, experts, step))
         return Found(
             torch.cat([part.scales for part in parts]),
             torch.cat([part.ratio for part in parts]),
@@ -175,6 +192,16 @@ class StackedAWQModifier(AWQModifier):
         chosen = best.unsqueeze(-1).expand(scales.shape[1:]).unsqueeze(0)
         # Every form of the grid begins with (0, no duo scaling), which is the identity.
         return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
+
+
+def grid_of_norm(modifier: AWQModifier, block: ExpertBlock) -> tuple[list[tuple[float, bool]], torch.Tensor]:
+    """The norm's points, ratio and whether to scale by both activations and weights, and their scales [points, H]."""
+    # bf16 magnitudes and, inside the sum, their fp32 copy.
+    x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
+    sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
+    w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
+    grid = modifier._get_grid_search_params()
+    return grid, candidate_scales(x_mean, w_mean.to(torch.float32), grid)
 
 
 def lines(grid: list[tuple[float, bool]]) -> list[list[int]]:

@@ -22,12 +22,12 @@ from mmq.families.sizes import Dimensions
 from mmq.prove import evaluate
 from mmq.report.calibration import describe
 from mmq.report.facts import RunFacts, StageFacts, loss_share, read_run
-from mmq.run.workspace import HYBRID, STATE, Workspace
-from mmq.serve.memory import parallel_problems
+from mmq.serve.memory import parallel_problems, serve_command
 from mmq.source.tokens import CACHE_NAME, kept_tokens
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
 from mmq.text import bytes_text, duration_text
+from mmq.workdir.workspace import HYBRID, STATE, Workspace
 
 TEMPLATE = "card.md.j2"
 TAGS = ("mmq", "awq", "int4", "fp8", "compressed-tensors", "moe", "vllm")
@@ -134,11 +134,6 @@ def inherited(card: dict[str, Any]) -> dict[str, str | list[str]]:
         if fitting and (key == "language" or not isinstance(value, list)):
             found[key] = fitting if isinstance(value, list) else fitting[0]
     return found
-
-
-def serve_command(model: str, gpus: int) -> str:
-    """The command of docs/serving.md."""
-    return f"vllm serve {model} --tensor-parallel-size {gpus} --gpu-memory-utilization 0.9"
 
 
 def model_card(facts: RunFacts, setting: Setting) -> str:

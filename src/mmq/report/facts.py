@@ -18,13 +18,13 @@ from mmq.families import sizes
 from mmq.families.sizes import Dimensions, tensors_of
 from mmq.families.table import Architecture
 from mmq.prove import evaluate, verify
-from mmq.run.layer_files import LayerFiles
-from mmq.run.versions import versions
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import TensorSpec
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import HYBRID, Workspace
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,11 @@ def loss_share(layer: dict[str, Any]) -> float | None:
     or there was none to reduce."""
     before, after = layer["loss_round_to_nearest"], layer["loss_chosen"]
     return after / before if before and after is not None else None
+
+
+def loss_shares(layers: Iterable[dict[str, Any]]) -> dict[int, float]:
+    """`loss_share` by layer, of those that have one."""
+    return {layer["layer"]: share for layer in layers if (share := loss_share(layer)) is not None}
 
 
 def _stages(workspace: Workspace, missing: list[str]) -> list[StageFacts]:

@@ -19,10 +19,10 @@ from huggingface_hub.utils import validate_repo_id
 from mmq.errors import JournalError, MmqError, PushError, one_line
 from mmq.prove.verify import finished_files, read_report
 from mmq.report.card import render
-from mmq.run.lock import lock
-from mmq.run.workspace import HYBRID, Workspace
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import HYBRID, Workspace
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoUrl
@@ -96,7 +96,7 @@ def upload(workspace: Workspace, target: Target, unverified: bool = False) -> tu
             be reached.
         JournalError: restore has not ended, or a shard is not what it wrote.
     """
-    with lock(workspace.work_dir):
+    with lock(workspace.work_dir, workspace.reporter):
         parcel = pack(workspace, target)
         if parcel.doubt and not unverified:
             raise PushError(
@@ -156,11 +156,11 @@ def _check_content(workspace: Workspace) -> None:
     """Read every shard. Raises JournalError where one is not what restore wrote."""
     restore, reporter = workspace.journal.stage("restore"), workspace.reporter
     shards = {path: record for unit in restore.units for path, record in restore.files(unit).items()}
-    reporter.start(name, len(shards), sum(record.size for record in shards.values()))
+    weights = {record.name: record.size for record in shards.values()}
+    reporter.start(name, weights, (), sum(weights.values()))
     for path, record in sorted(shards.items()):
-        reporter.item(f"{record.name}: reading")
+        reporter.step(record.name, "reading", 0, 1)
         restore.check_content(path)
-        reporter.advance(record.size)
         reporter.unit(record.name)
 
 

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from mmq.prove import evaluate
-from mmq.report.facts import RunFacts, StageFacts, loss_share
+from mmq.report.facts import RunFacts, StageFacts, loss_shares
 from mmq.text import bytes_text, count_text, duration_text, plain_number, short_count
 
 SLOWEST = 4
@@ -82,7 +82,7 @@ def _time_tile(facts: RunFacts) -> Tile:
 
 
 def _loss_tile(layers: list[dict[str, Any]]) -> Tile:
-    shares = {layer["layer"]: share for layer in layers if (share := loss_share(layer)) is not None}
+    shares = loss_shares(layers)
     if not shares:
         return Tile("AWQ against plain rounding", "no figure", "no layer's loss before and after is known")
     worst = max(shares, key=lambda layer: shares[layer])

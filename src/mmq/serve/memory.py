@@ -26,14 +26,19 @@ what it measured. int4 of another format, another version of vLLM or other setti
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mmq.errors import RecipeError
 from mmq.families.sizes import BLOCK, GIB, Dimensions, Tensors
+from mmq.recipe import parse_size
 
 CACHE_BYTES = {"bf16": 2, "fp8": 1}
 
 
+GPUS = re.compile(r"(\d{1,6})\s*x\s*(\d+(?:\.\d+)?\s*[kmg]i?b)", re.IGNORECASE)
 DEFAULT_UTILIZATION = 0.9
 
 
@@ -47,6 +52,18 @@ class Gpus:
 
     count: int
     memory: int
+
+    @classmethod
+    def parse(cls, text: str) -> Gpus:
+        """'4x48GiB' -> 4 GPUs of 48 GiB. Raises RecipeError."""
+        match = GPUS.fullmatch(text.strip())
+        try:
+            found = cls(int(match[1]), parse_size(match[2])) if match else None
+        except (ValueError, OverflowError):
+            found = None
+        if found is None or found.count < 1 or found.memory < 1:
+            raise RecipeError(f"--gpus is {text!r}; it must be a number and the memory of each, such as 4x48GiB")
+        return found
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,25 @@ def serving(
     return Serving(weights, cache, kv_bytes_per_token(dims, gpus.count, itemsize))
 
 
+def serve_command(model: str, gpus: int, whole_experts: bool = False, positions: int | None = None) -> str:
+    """vLLM's command for a checkpoint: a folder, or a hub id.
+
+    Args:
+        whole_experts: each GPU holds whole experts instead of a part of each.
+        positions: the longest sequence, where the cache holds less than the model's own.
+    """
+    options = ["--tensor-parallel-size", str(gpus), "--gpu-memory-utilization", str(DEFAULT_UTILIZATION)]
+    options += ["--enable-expert-parallel"] if whole_experts else []
+    options += ["--max-model-len", str(positions)] if positions else []
+    return shlex.join(["vllm", "serve", model, *options])
+
+
+def wants_whole_experts(dims: Dimensions, gpus: int) -> bool:
+    """Whether an expert can't be cut into so many parts, but the experts can be shared out whole."""
+    cut = dims.intermediate % gpus == 0 and dims.intermediate // gpus % BLOCK == 0
+    return not cut and dims.experts % gpus == 0 and dims.intermediate % BLOCK == 0
+
+
 def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
     """Why vLLM would not split the hybrid checkpoint over so many GPUs, a sentence each.
 
@@ -100,10 +136,9 @@ def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
         problems.append(f"the hidden size {dims.hidden} is not a multiple of {BLOCK}")
     if dims.intermediate % gpus or dims.intermediate // gpus % BLOCK:
         part = f"{dims.intermediate / gpus:.1f}".removesuffix(".0")
-        whole = dims.experts % gpus == 0 and dims.intermediate % BLOCK == 0
         way_out = (
             f"; --enable-expert-parallel gives each GPU {dims.experts // gpus} whole experts instead, of the same size"
-            if whole
+            if wants_whole_experts(dims, gpus)
             else ""
         )
         problems.append(

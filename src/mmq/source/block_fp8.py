@@ -10,12 +10,15 @@ import torch
 from mmq.errors import CheckpointError, shown
 from mmq.families.sizes import Dimensions, attention_shapes
 from mmq.families.table import Architecture
+from mmq.machine.transfer import Lane
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.storage.shards import TensorSpec
-from mmq.tensors.fp8 import BLOCK, dequantize_block, is_finite, scale_shape
+from mmq.tensors.fp8 import BLOCK, broken_matrices, dequantize_block, dequantize_blocks, is_finite, scale_shape
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
+# fp8 codes on a GPU at one time, before they are dequantized.
+STACK_BYTES = 2**28
 # Times fp8's largest value, 448, it is still a bf16.
 LARGEST_SAFE_SCALE = torch.finfo(torch.bfloat16).max / torch.finfo(torch.float8_e4m3fn).max
 
@@ -56,8 +59,17 @@ class Fp8Source:
             if name not in dropped
         }
 
-    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
+    def read(
+        self,
+        reader: TensorReader,
+        name: str,
+        device: torch.device | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
+
+        Args:
+            out: bfloat16 of its shape on the device, where an fp8 weight is dequantized to.
 
         Raises:
             CheckpointError: it holds a NaN or an infinity, or its dequantized values would.
@@ -72,11 +84,47 @@ class Fp8Source:
         scale = reader[self.scales[name]].to(weight.device)
         if not is_finite(scale):
             raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
-        result = dequantize_block(weight, scale)
+        result = dequantize_block(weight, scale, out)
         # Only such a scale can lead out of bf16's range, and looking at every weight again would take its time.
         if float(scale.abs().max()) > LARGEST_SAFE_SCALE and not is_finite(result):
             raise CheckpointError(f"{self.checkpoint.folder}: {name} times {self.scales[name]} is beyond bf16's range")
         return result
+
+    def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None:
+        """fp8 matrices of one shape, dequantized into bfloat16 [n, out, in] on the lane's device.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        if lane.device.type == "cpu":
+            for name, own in zip(names, target, strict=True):
+                self.read(reader, name, out=own)
+            return
+        folder = self.checkpoint.folder
+        together = max(1, STACK_BYTES // target[0].numel())
+        scales = torch.stack([reader[self.scales[name]] for name in names])
+        broken = []
+        with lane.running():
+            for first in range(0, len(names), together):
+                some = slice(first, first + together)
+                codes = torch.empty(target[some].shape, dtype=torch.float8_e4m3fn, device=lane.device)
+                for name, own in zip(names[some], codes, strict=True):
+                    lane.to_device(reader[name], own)
+                factors = torch.empty(scales[some].shape, device=lane.device)
+                lane.to_device(scales[some], factors)
+                dequantize_blocks(codes, factors, target[some])
+                broken.append(broken_matrices(codes))
+            found = torch.cat(broken).cpu()
+        for name, scale, bad in zip(names, scales, found.tolist(), strict=True):
+            if bad:
+                raise CheckpointError(f"{folder}: {name} holds NaN or infinite values")
+            if not is_finite(scale):
+                raise CheckpointError(f"{folder}: {self.scales[name]} holds NaN or infinite values")
+        for place in (scales.abs().flatten(1).amax(1) > LARGEST_SAFE_SCALE).nonzero().flatten().tolist():
+            if not is_finite(target[place]):
+                raise CheckpointError(
+                    f"{folder}: {names[place]} times {self.scales[names[place]]} is beyond bf16's range"
+                )
 
     def layer_count(self) -> int:
         return int(self.config[self.architecture.layers_key])

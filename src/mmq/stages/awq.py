@@ -15,26 +15,25 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from mmq.errors import CheckpointError, JournalError
+from mmq.errors import CheckpointError, DeviceMemoryError, JournalError, one_line
 from mmq.machine.device import (
+    free_device,
     named_device,
     open_files,
     peak_device,
     peak_host,
+    peak_reserved,
     present_device,
     release_memory,
     reset_peak_device,
     resident_host,
 )
 from mmq.machine.threads import one_thread
+from mmq.machine.transfer import Lane
 from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
-from mmq.quantize.routed_experts import default_budget
-from mmq.run.journal import StageJournal
-from mmq.run.layer_files import LayerFiles
-from mmq.run.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
-from mmq.run.workspace import AWQ, BF16, STATE, Workspace
+from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
@@ -44,10 +43,20 @@ from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
 from mmq.storage.shards import save_tensors, shard_size, write_shard
+from mmq.text import gib_text
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.output_shards import layer_unit, layers_and_rest, quantized_specs, shard_name
+from mmq.workdir.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"
 OUTSIDE = "outside"
+# Of a GPU's memory, what libraries take for themselves.
+SPARE_MEMORY = 2**30
 STATISTICS = "layers.json"
+# Multiply-adds that take as long as a byte of a file, in order of magnitude: the layers' share of the work beside that
+# of what is only copied.
+OPERATIONS_PER_BYTE = 1000
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -55,14 +64,20 @@ def plan(workspace: Workspace) -> Plan:
     source, recipe = workspace.source, workspace.recipe
     _check_shapes(source, recipe.awq.group_size)
     fp8 = recipe.awq.source == "fp8"
+    tokens = most_tokens(recipe)
+    arithmetic = tokens * operations_per_token(source, recipe.awq.n_grid) // OPERATIONS_PER_BYTE
     units = []
     for layer in layers_and_rest(workspace):
         names = source.outside_names() if layer is None else source.layer_names(layer)
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
         specs = quantized_specs(workspace, layer)
-        units.append(Unit(OUTSIDE if layer is None else layer_unit(layer), read, shard_size(specs)))
+        written = shard_size(specs)
+        if layer is None:
+            units.append(Unit(OUTSIDE, read, written))
+        else:
+            units.append(Unit(layer_unit(layer), read, written, arithmetic))
     widest = widest_layer(source)
-    hidden_states = most_tokens(recipe) * int(source.config[source.architecture.hidden_key])
+    hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
@@ -110,6 +125,8 @@ class _Weights(Protocol):
 
     def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor: ...
 
+    def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None: ...
+
 
 @dataclass
 class _Bf16Folder:
@@ -119,6 +136,10 @@ class _Bf16Folder:
 
     def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
         return reader[name]
+
+    def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None:
+        for name, own in zip(names, target, strict=True):
+            lane.to_device(reader[name], own)
 
 
 class _Stage:
@@ -140,16 +161,30 @@ class _Stage:
             workspace.recipe.awq,
             tokens.lengths,
             self.device,
-            workspace.reporter.item,
+            self._say,
             self._excluded(),
         )
         self.hidden = self._hidden_states(tokens)
         workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
-        self.two_layers_fit = _two_layers_fit(self.device, plan, widest_layer(self.source))
+        self.two_layers_fit = self._fit_memory()
+        self.up, self.down = Lane(self.device), Lane(self.device)
         self.writer = one_thread("mmq-writer")
         self.reader = one_thread("mmq-reader")
         self.pending: Future[None] | None = None
         self.ahead: Future[LayerContent | None] | None = None
+
+    def _fit_memory(self) -> bool:
+        """On a GPU: take what working memory there is, where the recipe names none. Whether the next layer has room
+        beside the one at work; on a CPU one layer is the promise."""
+        if self.device.type != "cuda":
+            return False
+        layer = widest_layer(self.source)
+        largest = max(unit.written for unit in self.plan.units)
+        fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True).device
+        room = free_device(self.device) - fixed
+        if self.workspace.recipe.awq.memory_budget is None:
+            self.quantizer.budget = max(LEAST_BUDGET, min(self.quantizer.budget, room - SPARE_MEMORY))
+        return room >= self.quantizer.budget + layer
 
     def __enter__(self) -> _Stage:
         return self
@@ -162,18 +197,20 @@ class _Stage:
 
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
-        self.workspace.reporter.item(f"layer {layer}: reading")
+        self.workspace.reporter.step(layer_unit(layer), "reading", 0, 1)
         reset_peak_device(self.device)
         begin = time.perf_counter()
         content = self._take_layer(layer)
         reading = round(time.perf_counter() - begin, 3)
         self._read_ahead(layer + 1)
-        result = self.quantizer.quantize(layer, content, self.hidden)
+        result = self._quantize(layer, content)
         result.statistics["seconds"] = {"reading": reading} | result.statistics["seconds"]
+        result.statistics["memory_budget"] = self.quantizer.budget
         result.statistics["peak_host_bytes"] = peak_host()
         result.statistics["host_bytes"] = resident_host()
         result.statistics["open_files"] = open_files()
         result.statistics["peak_device_bytes"] = peak_device(self.device)
+        result.statistics["peak_device_reserved_bytes"] = peak_reserved(self.device)
         self.hidden = result.hidden
         if excluded := result.statistics["excluded_samples"]:
             self.workspace.reporter.note(
@@ -183,7 +220,44 @@ class _Stage:
                 excluded_samples=excluded,
             )
         self.finish_writing()
+        self.down.follow()
         self.pending = self.writer.submit(self._write, layer, result)
+
+    def _quantize(self, layer: int, content: LayerContent) -> LayerResult:
+        """Quantize a layer; where a GPU's memory is short, without the next layer beside it, then in smaller steps.
+
+        Raises:
+            DeviceMemoryError: the smallest ones don't fit either.
+        """
+        while True:
+            try:
+                return self.quantizer.quantize(layer, content, self.hidden)
+            except torch.OutOfMemoryError as error:
+                reason = one_line(error)
+            # The experts may be overwritten in part, so the layer is read again, once there is room.
+            del content
+            if self.two_layers_fit:
+                self.two_layers_fit = False
+                if self.ahead is not None:
+                    self.ahead.result()
+                    self.ahead = None
+            elif self.quantizer.budget > LEAST_BUDGET:
+                self.quantizer.budget = max(LEAST_BUDGET, self.quantizer.budget // 2)
+            else:
+                raise DeviceMemoryError(
+                    f"{self.device} has too little memory for layer {layer} even with awq.memory_budget ="
+                    f" {gib_text(LEAST_BUDGET)}; fewer or shorter calibration samples need less: {reason}"
+                )
+            release_memory()
+            torch.cuda.empty_cache()
+            self.workspace.reporter.note(
+                f"the memory of {self.device} is short: layer {layer} is begun anew with awq.memory_budget ="
+                f" {gib_text(self.quantizer.budget)}",
+                layer=layer,
+                memory_budget=self.quantizer.budget,
+            )
+            content = self._read_layer(layer)
+            self.up.lead(content.tensors)
 
     def finish_writing(self) -> None:
         """Wait for the layer whose files are being written."""
@@ -194,6 +268,7 @@ class _Stage:
     def carry_outside(self) -> None:
         """Embeddings, final norm, head: as the dequantized checkpoint has them."""
         path = self.plan.folder / shard_name(self.workspace, None)
+        self.workspace.reporter.step(OUTSIDE, "copying", 0, 1)
         self._bring_near(self.source.outside_names())
         with (
             self.weights.checkpoint.reader() as reader,
@@ -201,7 +276,6 @@ class _Stage:
         ):
             for spec in shard.specs:
                 shard.add(spec.name, self.weights.read(reader, spec.name))
-        self.workspace.reporter.advance(self.plan.units[-1].read + self.plan.units[-1].written)
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
@@ -214,6 +288,9 @@ class _Stage:
         )
         self.journal.save()
         self.files.remove_hidden()
+
+    def _say(self, layer: int, part: str, share: float, at: str) -> None:
+        self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.
@@ -257,7 +334,9 @@ class _Stage:
             self._bring_near(self.source.layer_names(layer))
         else:
             content, self.ahead = self.ahead.result(), None
-        return content or self._read_layer(layer)
+        content = content or self._read_layer(layer)
+        self.up.lead(content.tensors)
+        return content
 
     def _read_ahead(self, layer: int) -> None:
         """While a layer computes: read the next one onto the device if both fit there, else bring its bytes near."""
@@ -287,25 +366,40 @@ class _Stage:
         checkpoint.read_ahead((name for name in names if checkpoint.shard_of(name) not in whole), self.stopping)
 
     def _read_apart(self, layer: int) -> LayerContent | None:
-        """Read a layer on a stream of its own, so that its copies run beside the computations; None once stopping."""
+        """Read a layer beside the computations; None once stopping, or where it has no room there."""
         self._bring_near(self.source.layer_names(layer))
         if self.stopping.is_set():
             return None
-        if self.device.type != "cuda":
+        try:
             return self._read_layer(layer)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            content = self._read_layer(layer)
-        stream.synchronize()
-        return content
+        except torch.OutOfMemoryError:
+            self.two_layers_fit = False
+            return None
 
     def _read_layer(self, layer: int) -> LayerContent:
         """Map the layer's tensors and stack its experts on the device: gate_up [E, 2I, H] and down [E, H, I]."""
-        arch, names = self.workspace.architecture, self.source.layer_names(layer)
-        with self.weights.checkpoint.reader() as reader:
-            tensors = ((arch.split(name)[1], self.weights.read(reader, name, self.device)) for name in names)
-            content = LayerContent.stacked(arch, self.source.expert_count(), tensors, self.device)
-        self.workspace.reporter.advance(self.plan.units[layer].read)
+        arch, source = self.workspace.architecture, self.source
+        names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
+        hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
+        experts = range(source.expert_count())
+        with self.weights.checkpoint.reader() as reader, self.up.running():
+            content = LayerContent(
+                torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
+                torch.empty(len(experts), hidden, inner, dtype=torch.bfloat16, device=self.device),
+                # Copies: views would keep the shards mapped.
+                {
+                    local: self.weights.read(reader, name, self.device).clone()
+                    for name, local in names
+                    if arch.split_expert(local) is None
+                },
+            )
+            for linear, target in (
+                (arch.gate, content.gate_up[:, :inner]),
+                (arch.up, content.gate_up[:, inner:]),
+                (arch.down, content.down),
+            ):
+                weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
+                self.weights.read_stack(reader, weights, self.up, target)
         return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
@@ -315,9 +409,9 @@ class _Stage:
         prefix = self.workspace.architecture.layer_prefix(layer)
         with write_shard(path, quantized_specs(self.workspace, layer)) as shard:
             for spec in shard.specs:
-                shard.add(spec.name, result.tensors[spec.name.removeprefix(prefix)])
+                shard.add(spec.name, self.down.to_host(result.tensors[spec.name.removeprefix(prefix)]))
         hidden_path, statistics_path = self.files.hidden(layer), self.files.record(layer)
-        hidden = save_tensors(hidden_path, {"hidden_states": result.hidden.cpu()})
+        hidden = save_tensors(hidden_path, {"hidden_states": self.down.to_host(result.hidden)})
         result.statistics["seconds"]["writing"] = round(time.perf_counter() - begin, 3)
         files = {
             f"{AWQ}/{path.name}": shard.record,
@@ -328,9 +422,7 @@ class _Stage:
             self.journal.forget_files(layer_unit(layer - 1), [self.files.in_journal(self.files.hidden(layer - 1))])
         self.journal.finish_unit(layer_unit(layer), files)
         self.files.remove_hidden(but=hidden_path)
-        reporter = self.workspace.reporter
-        reporter.advance(self.plan.units[layer].written)
-        reporter.unit(layer_unit(layer), **_summary(result.statistics))
+        self.workspace.reporter.unit(layer_unit(layer), **_summary(result.statistics))
 
 
 def _weights(workspace: Workspace) -> _Weights:
@@ -352,16 +444,17 @@ def _tokens(workspace: Workspace) -> Tokens:
     return workspace.calibration
 
 
+def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+    """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
+    nearly all of what a layer computes."""
+    arch, config = source.architecture, source.config
+    matrix = int(config[arch.hidden_key]) * int(config[arch.intermediate_key])
+    return n_grid * int(config[arch.top_k_key]) * len(arch.expert_linears) * matrix
+
+
 def widest_layer(source: Fp8Source) -> int:
     """Bytes of the largest dequantized layer."""
     return max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
-
-
-def _two_layers_fit(device: torch.device, plan: Plan, layer: int) -> bool:
-    """Whether the next layer has room beside the one at work. On a CPU one layer is the promise."""
-    if device.type != "cuda":
-        return False
-    return bool(torch.cuda.get_device_properties(device).total_memory >= plan.device_memory + layer)
 
 
 def _check_shapes(source: Fp8Source, group_size: int) -> None:

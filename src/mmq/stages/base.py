@@ -16,11 +16,11 @@ import torch
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.machine.device import named_device, peak_device, peak_host
 from mmq.machine.threads import computing, signals_held
-from mmq.run.journal import StageJournal
-from mmq.run.versions import versions
-from mmq.run.workspace import Workspace
 from mmq.storage.atomic import make_folder, remove_temporaries
 from mmq.text import bytes_text
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.versions import versions
+from mmq.workdir.workspace import Workspace
 
 # Python, torch and the libraries, before any tensor.
 BASE_MEMORY = 800 * 2**20
@@ -28,11 +28,22 @@ BASE_MEMORY = 800 * 2**20
 
 @dataclass(frozen=True)
 class Unit:
-    """What a stage finishes and journals at a time: a shard or a layer."""
+    """What a stage finishes and journals at a time: a shard or a layer.
+
+    Attributes:
+        read, written: bytes.
+        arithmetic: what is computed, in bytes that could be read or written meanwhile; 0 where files set the pace.
+    """
 
     name: str
     read: int
     written: int
+    arithmetic: int = 0
+
+    @property
+    def weight(self) -> int:
+        """Its part of the stage's work."""
+        return self.read + self.written + self.arithmetic
 
 
 @dataclass(frozen=True)
@@ -103,14 +114,20 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
                 shutil.rmtree(folder)
     journal.begin(stage.fingerprint(workspace))
     if journal.complete:
-        workspace.reporter.note(f"{stage.name} is complete: {plan.folder}")
+        removed = " was removed by `mmq clean`" if plan.folder.name in journal.removed else ""
+        workspace.reporter.note(f"{stage.name} is complete: {plan.folder}{removed}")
         return
     make_folder(plan.folder)
     remove_temporaries(plan.folder)
     pending = [unit for unit in plan.units if unit.name not in journal.units]
     check_disk(plan.folder, sum(unit.written for unit in pending))
     begin_run(workspace, journal)
-    workspace.reporter.start(stage.name, len(pending), sum(unit.read + unit.written for unit in pending))
+    workspace.reporter.start(
+        stage.name,
+        {unit.name: unit.weight for unit in plan.units},
+        journal.units,
+        sum(unit.read + unit.written for unit in pending),
+    )
     if len(pending) < len(plan.units):
         workspace.reporter.note(f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done")
     stage.work(workspace, plan, journal)

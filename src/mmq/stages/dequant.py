@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
-from mmq.run.journal import StageJournal
-from mmq.run.workspace import BF16, Workspace
+import torch
+
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import finish_folder
-from mmq.storage.shards import shard_size, write_shard
+from mmq.storage.shards import TensorSpec, shard_size, write_shard
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.workspace import BF16, Workspace
 
 name = "dequant"
 
@@ -38,25 +41,34 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
     }
 
 
+class Kept(threading.local):
+    """Each thread's memory for a dequantized tensor: that of a new one would be fresh pages again, which the system
+    clears one by one."""
+
+    def __init__(self, numbers: int) -> None:
+        self.memory = torch.empty(numbers, dtype=torch.bfloat16)
+
+    def of(self, spec: TensorSpec) -> torch.Tensor:
+        return self.memory[: math.prod(spec.shape)].view(spec.shape)
+
+
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source, reporter = workspace.source, workspace.reporter
+    kept = Kept(max((math.prod(source.specs[name].shape) for name in source.scales), default=0))
 
     def convert(unit: Unit, stop: threading.Event) -> None:
         specs = [source.specs[t] for t in source.checkpoint.shards[unit.name] if t in source.specs]
-        left = unit.read + unit.written
+        done, total = 0, unit.read + unit.written
         # In large pieces, and where the disk fails the error has its sentence; a mapped file's would be a signal.
-        reporter.item(f"{unit.name}: reading")
+        reporter.step(unit.name, "reading", done, total)
         source.checkpoint.read_ahead(source.checkpoint.shards[unit.name], stop)
         with source.checkpoint.reader() as reader, write_shard(plan.folder / unit.name, specs) as shard:
             for spec in shard.specs:
                 check_stop(stop)
-                reporter.item(spec.name)
-                shard.add(spec.name, source.read(reader, spec.name))
-                step = spec.nbytes + source.checkpoint.specs[spec.name].nbytes
-                left -= step
-                reporter.advance(step)
-        # Scales and the header.
-        reporter.advance(left)
+                reporter.step(unit.name, "converting", done, total, spec.name)
+                out = kept.of(spec) if spec.name in source.scales else None
+                shard.add(spec.name, source.read(reader, spec.name, out=out))
+                done += spec.nbytes + source.checkpoint.specs[spec.name].nbytes
         journal.finish_unit(unit.name, {f"{BF16}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 

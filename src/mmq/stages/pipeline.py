@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from mmq.recipe import Recipe
-from mmq.run.lock import lock
-from mmq.run.workspace import Workspace
 from mmq.stages import awq, dequant, restore
 from mmq.stages.base import Plan, Stage, execute, free_disk
+from mmq.workdir.lock import lock
+from mmq.workdir.workspace import Workspace
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (dequant, awq, restore)}
 
@@ -21,7 +21,7 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
     """Run or resume stages under the work_dir's lock. Raises MmqError."""
-    with lock(workspace.work_dir):
+    with lock(workspace.work_dir, workspace.reporter):
         for name in names:
             execute(STAGES[name], workspace, restart)
 

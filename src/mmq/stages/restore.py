@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from mmq.errors import CheckpointError, JournalError
-from mmq.run.journal import StageJournal
-from mmq.run.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
-from mmq.run.workspace import AWQ, HYBRID, Workspace
 from mmq.serve.quantization_config import output_config
 from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
+from mmq.workdir.journal import StageJournal
+from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
+from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
 
@@ -59,7 +59,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
     def restore(unit: Unit, stop: threading.Event) -> None:
         specs = hybrid_specs(workspace, layers[unit.name])
-        reporter.item(f"{unit.name}: reading")
+        done, total = 0, unit.read + unit.written
+        reporter.step(unit.name, "reading", done, total)
         awq_journal.check_content(f"{AWQ}/{unit.name}")
         origins = {spec.name: _original(workspace, spec.name) for spec in specs}
         source.checkpoint.read_ahead(filter(None, origins.values()), stop)
@@ -70,12 +71,10 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         ):
             for spec in shard.specs:
                 check_stop(stop)
-                reporter.item(spec.name)
+                reporter.step(unit.name, "copying", done, total, spec.name)
                 origin = origins[spec.name]
                 shard.add(spec.name, originals[origin] if origin else results[spec.name])
-                reporter.advance(2 * spec.nbytes)
-        # Its header.
-        reporter.advance(unit.written - unit.read)
+                done += 2 * spec.nbytes
         journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 

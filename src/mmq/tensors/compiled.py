@@ -1,4 +1,4 @@
-"""The search's elementwise steps on a CPU, compiled by numba: each in one pass where torch takes four to ten.
+"""Elementwise steps on a CPU, compiled by numba: each in one pass where torch takes four to ten.
 
 The search repeats them for every point of the grid, and with a few hundred tokens to an expert torch's passes take as
 long as the matrix products. All take bfloat16 tensors that lie contiguous in memory, and let other threads run; what is
@@ -22,6 +22,13 @@ _SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).
 # bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
 _HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+# e4m3: a sign, four bits of exponent with a bias of 7 (fp32: 127), three of mantissa, which lie 20 bits lower in fp32.
+_BLOCK = 128
+_E4M3_SIGN, _E4M3_MAGNITUDE, _E4M3_NAN = np.uint32(0x80), np.uint32(0x7F), np.uint8(0x7F)
+_E4M3_SHIFT, _E4M3_SIGN_SHIFT = np.uint32(20), np.uint32(24)
+_E4M3_BIAS = np.uint32((127 - 7) << 23)
+# Codes below have exponent 0, which stands for 1 - 7 without the leading one.
+_E4M3_NORMAL, _E4M3_LEAST_BIAS, _E4M3_LEAST = np.uint32(8), np.uint32((127 - 7 + 1) << 23), np.float32(2.0**-6)
 
 
 def fake_quantize_scaled(
@@ -85,6 +92,21 @@ def round_columns(
 ) -> None:
     """`rounding._round_columns`, bit for bit."""
     _round_columns(aim.numpy(), lower.contiguous().numpy(), scale.numpy(), left.numpy(), codes.numpy())
+
+
+def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """`fp8.dequantize_block`, bit for bit where no scale is NaN."""
+    _dequantize(_codes(weight), scale.contiguous().numpy(), _bits(out))
+
+
+def has_nan(weight: torch.Tensor) -> bool:
+    """`fp8.has_nan`."""
+    return bool(_largest_code(_codes(weight).reshape(-1)) == _E4M3_NAN)
+
+
+def _codes(weight: torch.Tensor) -> np.ndarray:
+    """The bytes of a float8_e4m3fn tensor."""
+    return weight.contiguous().view(torch.uint8).numpy()
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
@@ -169,6 +191,38 @@ def _combine(outputs: np.ndarray, place: np.ndarray, weights: np.ndarray, start:
             if 0 <= row < rows:
                 for i in range(hidden):
                     start[token, i] += weight * _wide(outputs[row, i])
+
+
+# A slice has no more columns than are there, and what is known of it lets a block's columns be taken by vectors.
+@numba.njit(nogil=True, error_model="numpy")
+def _dequantize(codes: np.ndarray, scales: np.ndarray, out: np.ndarray) -> None:
+    for row in range(codes.shape[0]):
+        for block in range(scales.shape[1]):
+            scale = scales[row // _BLOCK, block]
+            begin, end = block * _BLOCK, (block + 1) * _BLOCK
+            some, target = codes[row, begin:end], out[row, begin:end]
+            for i in range(some.shape[0]):
+                code = np.uint32(some[i])
+                magnitude = code & _E4M3_MAGNITUDE
+                # Exponent and mantissa where fp32 has them, and the exponent's bias changed. A subnormal has no leading
+                # one: it is read with one, and that taken off. Nothing on the way is a subnormal of fp32, with which
+                # some processors take a hundred times as long.
+                moved = np.uint32(magnitude << _E4M3_SHIFT)
+                normal = np.uint32(moved + _E4M3_BIAS).view(np.float32)
+                subnormal = np.uint32(moved + _E4M3_LEAST_BIAS).view(np.float32) - _E4M3_LEAST
+                value = normal if magnitude >= _E4M3_NORMAL else subnormal
+                value = np.float32(np.nan) if magnitude == _E4M3_NAN else value
+                sign = np.uint32((code & _E4M3_SIGN) << _E4M3_SIGN_SHIFT)
+                signed = np.uint32(np.float32(value * scale).view(np.uint32) ^ sign).view(np.float32)
+                target[i] = _rounded(signed)
+
+
+@numba.njit(nogil=True)
+def _largest_code(codes: np.ndarray) -> np.uint8:
+    largest = np.uint8(0)
+    for i in range(codes.shape[0]):
+        largest = max(largest, np.uint8(codes[i] & _E4M3_NAN))
+    return largest
 
 
 # Sums in another order let a row be summed by vectors.

@@ -12,7 +12,7 @@ from functools import cache
 
 import torch
 
-from mmq.tensors.dispatch import Way, grouped_mm_works, way, way_of_products
+from mmq.tensors.dispatch import Way, grouped_mm_works, torch_multiplies_faster, way, way_of_products
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -79,7 +79,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     Returns:
         [R, out] in the rows' dtype.
     """
-    if rows.shape[0] and way_of_products(rows) is not Way.TRITON and grouped_mm_works(rows.device, rows.dtype):
+    if rows.shape[0] and torch_multiplies_faster(rows):
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
     return grouped_rows(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[1]))
 
@@ -95,10 +95,8 @@ def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, o
         return out
     if grouped_mm_works(rows.device, rows.dtype):
         return out.copy_(torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        torch.mm(rows[start:end], weight[expert].T, out=out[start:end])
-        start = end
+    for own, matrix, target in zip(_split(rows, ends), weight, _split(out, ends), strict=True):
+        torch.mm(own, matrix.T, out=target)
     return out
 
 
@@ -116,13 +114,13 @@ def gated_rows(
     Returns:
         [R, I] in the dtype of x.
     """
-    if token is None:
-        return gated(grouped_linear(x, gate_up, ends), activation)
-    if token.shape[0] and way_of_products(x) is Way.TRITON and _is_silu(activation):
+    count = x.shape[0] if token is None else token.shape[0]
+    if count and way_of_products(x) is Way.TRITON and _is_silu(activation):
         from mmq.tensors.fused import grouped
 
         return grouped.gated_rows(x, token, gate_up, ends)
-    return gated(grouped_linear(x.index_select(0, token), gate_up, ends), activation)
+    rows = x if token is None else x.index_select(0, token)
+    return gated(grouped_linear(rows, gate_up, ends), activation)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -149,7 +147,7 @@ def combine(
         weights: float32 [T, k], the router's.
         start: float32 [T, H], overwritten.
     """
-    if place.shape[0] == 0:
+    if place.shape[0] == 0 or outputs.shape[0] == 0:
         return start
     match way(outputs):
         case Way.NUMBA:
@@ -199,29 +197,88 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Sum of the squares of each expert's rows: float64 [E].
 
     Args:
-        rows: [R, n], sorted by expert; overwritten.
+        rows: [R, n], sorted by expert.
         ends: int32 [E], where each expert's rows end.
     """
-    if way(rows) is Way.NUMBA:
-        from mmq.tensors import compiled
+    match way(rows):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.squares_by_expert(rows, ends)
-    squares = rows.square_().sum(1, dtype=torch.float32)
-    running = torch.nn.functional.pad(squares.cumsum(0, dtype=torch.float64), (1, 0))[ends.long()]
-    return torch.diff(running, prepend=running.new_zeros(1))
+            return compiled.squares_by_expert(rows, ends)
+        case Way.TRITON:
+            from mmq.tensors.fused import moments
+
+            return moments.squares_by_expert(rows, ends)
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).to(torch.float64).square_()
+    # A sum a segment: a running sum of floats comes in another order every time on a GPU.
+    offsets = torch.nn.functional.pad(ends.long(), (1, 0))
+    return torch.segment_reduce(squares, "sum", offsets=offsets, unsafe=True, initial=0)
+
+
+def magnitude_sums(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """out += each expert's sum of |x|.
+
+    Args:
+        rows: [R, n], sorted by expert.
+        ends: int32 [E], where each expert's rows end.
+        out: float32 [E, n].
+    """
+    if way(rows) is Way.TRITON:
+        from mmq.tensors.fused import moments
+
+        moments.magnitude_sums(rows, ends, out)
+        return
+    for own, total in zip(_split(rows, ends), out, strict=True):
+        total += own.abs().sum(0, dtype=torch.float32)
+
+
+def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> None:
+    """out += X^T X of each expert's rows X.
+
+    Args:
+        rows: [R, n], sorted by expert.
+        ends: int32 [E], where each expert's rows end.
+        out: float32 [E, n, n], symmetric.
+    """
+    if way_of_products(rows) is Way.TRITON:
+        from mmq.tensors.fused import moments
+
+        moments.second_moments(rows, ends, out)
+        return
+    for own, total in zip(_split(rows, ends), out, strict=True):
+        if own.shape[0] == 0:
+            continue
+        if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
+            total += torch.mm(own.T, own, out_dtype=torch.float32)
+        else:
+            wide = own.float()
+            total.addmm_(wide.T, wide)
+
+
+def quadratic_form(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """trace(D G D^T) of each expert's D and G: float32 [E].
+
+    Args:
+        change: [E, out, in], D.
+        moments: float32 [E, in, in], G, rounded to the dtype of D for the product.
+    """
+    product = torch.bmm(change, moments.to(change.dtype))
+    if way(product) is Way.TRITON:
+        from mmq.tensors.fused import moments as fused
+
+        return fused.row_products(product, change).sum(1)
+    # Row by row: a sum over all of a matrix is cut up among threads, in another order for each number of them.
+    return product.mul_(change).sum(2, dtype=torch.float32).sum(1)
+
+
+def _split(rows: torch.Tensor, ends: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Each expert's rows."""
+    start = 0
+    for end in ends.tolist():
+        yield rows[start:end]
+        start = end
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
     """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
     return x.square_().sum(1).sum(dtype=torch.float64)
-
-
-def second_moments(rows: torch.Tensor, out: torch.Tensor) -> None:
-    """out += X^T X for X [n, I], out float32 [I, I]."""
-    if rows.shape[0] == 0:
-        return
-    if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
-        out += torch.mm(rows.T, rows, out_dtype=torch.float32)
-    else:
-        wide = rows.float()
-        out.addmm_(wide.T, wide)

@@ -16,6 +16,8 @@ from mmq.tensors.dispatch import Way, way
 
 # On a CPU, weights rounded at one time: a dozen passes over them stay in the cache.
 CPU_TILE = 2**18
+# On a GPU, so many that copies of them in fp32 are small beside a layer.
+GPU_TILE = 2**27
 
 
 def weight_args(group_size: int) -> QuantizationArgs:
@@ -87,8 +89,13 @@ def quantize_in_place(
     Returns:
         int32 [n, out, in/8], packed, and bfloat16 [n, out, in/group], the scales.
     """
+    if way(weight) is Way.TRITON and group_size & (group_size - 1) == 0:
+        from mmq.tensors.fused import quantize
+
+        return quantize.quantize_in_place(weight, factors, divisors, group_size)
     count, rows, columns = weight.shape
-    step = max(1, CPU_TILE // (count * columns)) if weight.device.type == "cpu" else rows
+    most = CPU_TILE if weight.device.type == "cpu" else GPU_TILE
+    step = max(1, most // (count * columns))
     packed, scale = [], []
     for tile in (slice(first, first + step) for first in range(0, rows, step)):
         wide = weight[:, tile].float().mul_(factors)
@@ -108,8 +115,9 @@ def fits(scale: torch.Tensor) -> bool:
 
 def working_bytes(weight: torch.Tensor) -> int:
     """What `fake_quantize_scaled` takes for each weight, its result included."""
-    # An fp32 copy that is worked on, and room for what one of its steps makes.
-    return weight.element_size() + 6
+    width = weight.element_size()
+    # In one pass; else an fp32 copy that is worked on, and room for what one of its steps makes.
+    return width if way(weight) is Way.TRITON else width + 6
 
 
 def fake_quantize_scaled(
@@ -153,12 +161,18 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
     Args:
         weight: [n, out, in]; computed in its own dtype, as `AWQModifier._compute_layer_means` does.
     """
-    if way(weight) is Way.NUMBA:
-        from mmq.tensors import compiled
+    match way(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.normalized_mean(weight, group_size)
+            return compiled.normalized_mean(weight, group_size)
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import quantize
+
+            return quantize.normalized_mean(weight, group_size)
     groups = weight.abs().unflatten(-1, (-1, group_size))
-    groups.div_(groups.amax(-1, keepdim=True) + SMALLEST_GROUP)
+    # A tensor again: CPUs round a plain number to the weights' dtype before it is added, CUDA does not.
+    groups.div_(groups.amax(-1, keepdim=True) + weight.new_full((), SMALLEST_GROUP))
     return groups.flatten(-2).sum(1, dtype=torch.float64)
 
 

@@ -13,17 +13,18 @@ COLUMNS, WARPS = 1024, 4
 
 
 @triton.jit
-def _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K: tl.constexpr):
+def _weighted(total, outputs, place, weights, token, column, hidden, first, rows, output_row, TOP_K: tl.constexpr):
     """total + the sum over the token's experts of weight * output, in the experts' order, of rows that are there."""
     for j in tl.static_range(TOP_K):
         row = tl.load(place + token * TOP_K + j).to(tl.int64) - first
         weight = tl.load(weights + token * TOP_K + j)
-        there = inside & (row >= 0) & (row < rows)
-        total += weight * to_fp32(tl.load(outputs + row * output_row + column, mask=there, other=0.0))
+        width = tl.where((row >= 0) & (row < rows), hidden, 0)
+        total += weight * to_fp32(tl.load(outputs + row * output_row + column, mask=column < width, other=0.0))
     return total
 
 
-@triton.jit
+# Compiled once for all batches of rows.
+@triton.jit(do_not_specialize=["first", "rows"])
 def _combine(
     outputs,
     place,
@@ -40,20 +41,19 @@ def _combine(
     """COLUMNS channels of a token."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < hidden
     # Most tokens have no row in a small batch, and needn't be read and written for it.
     found = tl.zeros([], dtype=tl.int32)
     for j in tl.static_range(TOP_K):
         row = tl.load(place + token * TOP_K + j).to(tl.int64) - first
         found += ((row >= 0) & (row < rows)).to(tl.int32)
-    inside = inside & (found > 0)
+    inside = column < tl.where(found > 0, hidden, 0)
     own = start + token * start_row + column
     total = tl.load(own, mask=inside, other=0.0)
-    total = _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K)
+    total = _weighted(total, outputs, place, weights, token, column, hidden, first, rows, output_row, TOP_K)
     tl.store(own, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "rows"])
 def _token_losses(
     outputs,
     place,
@@ -75,7 +75,7 @@ def _token_losses(
         column = begin + tl.arange(0, COLUMNS)
         inside = column < HIDDEN
         total = -tl.load(reference + token * reference_row + column, mask=inside, other=0.0)
-        total = _weighted(total, outputs, place, weights, token, column, inside, first, rows, output_row, TOP_K)
+        total = _weighted(total, outputs, place, weights, token, column, HIDDEN, first, rows, output_row, TOP_K)
         squares += total * total
     tl.store(losses + token, tl.sum(squares, axis=0))
 

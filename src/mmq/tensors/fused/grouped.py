@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import INTERPRETED, dot, programs, to_bf16, to_fp32
+from mmq.tensors.fused.launch import INTERPRETED, dot, large_shared_memory, programs, to_bf16, to_fp32
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Tiles:
     warps: int
 
 
-# 192 KiB of shared memory on Hopper and on data-centre Blackwell, 144 on an A100 (163 are to be had), which needs a
-# buffer less; 48 on other cards, which have 99: two programs at a time.
+# 192 KiB of shared memory, on an A100 144, since it needs a buffer less; 48 where there are 99, for two programs.
 LARGE, SMALL = Tiles(128, 256, 64, 4, 8), Tiles(128, 128, 32, 4, 4)
+# For the interpreter.
+LEAST = Tiles(16, 32, 32, 1, 1)
 # Row tiles of an expert that go through its columns side by side, so that its weights are read once from memory.
-BAND = 8
+BAND = 16
 
 
 @triton.jit
@@ -125,9 +126,9 @@ def _grouped_product(
     tl.store(place, result, mask=present[:, None] & (target[None, :] < columns))
 
 
-def gated_rows(x: torch.Tensor, token: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def gated_rows(x: torch.Tensor, token: torch.Tensor | None, gate_up: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """`experts.gated_rows` with silu."""
-    out = x.new_empty(token.shape[0], gate_up.shape[1] // 2)
+    out = x.new_empty(x.shape[0] if token is None else token.shape[0], gate_up.shape[1] // 2)
     _launch(x, token, gate_up, ends, out, gated=True)
     return out
 
@@ -181,8 +182,6 @@ def _launch(
 
 @cache
 def _tiles(device: torch.device) -> Tiles:
-    """What suits a card; in the interpreter, what is small."""
     if device.type != "cuda":
-        return Tiles(16, 32, 32, 1, 1)
-    capability = torch.cuda.get_device_capability(device)
-    return LARGE if capability == (8, 0) or capability[0] in (9, 10) else SMALL
+        return LEAST
+    return LARGE if large_shared_memory(torch.cuda.get_device_capability(device)) else SMALL

@@ -16,6 +16,11 @@ def programs(size: int, block: int) -> int:
     return -(-size // block)
 
 
+def large_shared_memory(capability: tuple[int, int]) -> bool:
+    """Whether a program may have 160 KiB: on an A100, Hopper and data-centre Blackwell; other cards give it 99."""
+    return capability == (8, 0) or capability[0] in (9, 10)
+
+
 @triton.jit
 def to_fp32(value):
     """bf16 to fp32, by bits: Triton's interpreter loses denormal numbers where a GPU does not."""

@@ -10,12 +10,12 @@ from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
-from mmq.run.journal import Journal
-from mmq.run.progress import Reporter, Silent
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.hub import is_hub_id, source_refused
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
+from mmq.workdir.journal import Journal
+from mmq.workdir.progress import Listener, Reporter
 
 BF16, AWQ, HYBRID, STATE = "bf16", "awq", "hybrid", "state"
 
@@ -35,8 +35,8 @@ class Workspace:
     calibration: Tokens | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe, reporter: Reporter | None = None, offline: bool = False) -> Workspace:
-        return cls(recipe, reporter or Silent(), offline)
+    def of(cls, recipe: Recipe, listener: Listener | None = None, offline: bool = False) -> Workspace:
+        return cls(recipe, Reporter(listener), offline)
 
     @property
     def work_dir(self) -> Path:

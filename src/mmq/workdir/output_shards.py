@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mmq.run.workspace import Workspace
 from mmq.storage.shards import TensorSpec
+from mmq.workdir.workspace import Workspace
 
 SCALE_NAME = "weight_scale"
 PACK = 8  # int4 codes in an int32

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmq.run.output_shards import layer_unit
-from mmq.run.workspace import STATE, Workspace
+from mmq.workdir.output_shards import layer_unit
+from mmq.workdir.workspace import STATE, Workspace
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class StageJournal:
     Attributes:
         fingerprint: the inputs that decide the stage's bytes, by the name a user knows them by.
         complete: the stage has ended.
+        removed: folders of its files that were removed on purpose; their records stay, for what was made from them.
         runs: what each run that finished something took, in order: `began`, `seconds`, `units`, and what `begin_run`
             was told to note.
     """
@@ -43,6 +44,7 @@ class StageJournal:
         self.fingerprint: dict[str, Any] = dict(record.get("fingerprint", {}))
         self.complete: bool = record.get("complete", False) is True
         self.runs: list[Facts] = list(record.get("runs", []))
+        self.removed: list[str] = list(record.get("removed", []))
         self._units: dict[str, dict[str, list[Any]]] = dict(record.get("units", {}))
         self._note_run: Callable[[], None] = lambda: None
         self._checked: set[str] = set()
@@ -77,10 +79,20 @@ class StageJournal:
         self.check_files()
 
     def check_files(self, folder: str = "") -> None:
-        """Raises JournalError where a finished unit's file, below `folder` if given, is gone or has another size."""
+        """Look at a finished stage's files: all that were not removed on purpose, or those below `folder`.
+
+        Raises:
+            JournalError: one is gone or has another size, or the folder was removed on purpose.
+        """
+        if folder in self.removed:
+            raise JournalError(
+                f"{self._journal.work_dir / folder} was removed by `mmq clean`; run `mmq {self.name} --restart` to make"
+                " it anew"
+            )
         for unit in self._units:
             for path, record in self.files(unit).items():
-                if folder and not path.startswith(f"{folder}/"):
+                inside = path.partition("/")[0]
+                if inside in self.removed or (folder and inside != folder):
                     continue
                 file = self._journal.work_dir / path
                 size = file.stat().st_size if file.is_file() else None
@@ -140,6 +152,12 @@ class StageJournal:
         for path in paths:
             self._units[unit].pop(path, None)
 
+    def note_removed(self, folder: str) -> None:
+        """The stage's files below a folder are not needed any more, and may be gone from now on."""
+        with self._journal.mutex:
+            self.removed = [*self.removed, folder] if folder not in self.removed else self.removed
+            self._journal.save()
+
     def save(self) -> None:
         """Write the journal as it is now."""
         self._journal.save()
@@ -153,6 +171,7 @@ class StageJournal:
     def reset(self) -> None:
         """Forget all of the stage."""
         self.begun, self.complete, self.fingerprint, self._units, self.runs = False, False, {}, {}, []
+        self.removed = []
         self._checked.clear()
         self._journal.save()
 
@@ -172,7 +191,7 @@ class StageJournal:
             "complete": self.complete,
             "runs": self.runs,
             "units": self._units,
-        }
+        } | ({"removed": self.removed} if self.removed else {})
 
 
 class Journal:
