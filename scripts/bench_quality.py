@@ -4,7 +4,8 @@
 
 The model is a folder as scripts/train_tiny.py writes it, with `calibration.jsonl` and `heldout.jsonl`. For every number
 of samples and every seed, samples are drawn from the former, and `mmq run` and `mmq eval` run as processes of their
-own. Each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same samples.
+own. Each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same
+samples.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
     python scripts/train_tiny.py FOLDER --seed 1 --text DIR    # another one, of other text
 
 The text is the running Python's standard library (sources and pydoc's topics) and the repository's calibration data,
-never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes on one
-thread. The folder holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
+never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes. The folder
+holds the checkpoint, `heldout.jsonl`, `calibration.jsonl` and a card with what was measured.
 
 The router is balanced as the family's is: no auxiliary loss, but a bias that moves against an expert's load
 (arXiv 2408.15664).
@@ -255,9 +255,10 @@ Made by `scripts/train_tiny.py` with `--seed {settings.seed} --steps {settings.s
 
 | | |
 |---|---|
-| architecture | `MiniMaxM2ForCausalLM`: {s.layers} layers, hidden {s.hidden}, {s.experts} experts of \
-{s.intermediate}, top {s.top_k}, {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary, \
-{s.vocabulary} tokens |
+| architecture | `MiniMaxM2ForCausalLM` |
+| sizes | {s.layers} layers, hidden {s.hidden}, {s.experts} experts of {s.intermediate}, top {s.top_k} |
+| attention | {s.heads} heads of {s.head_dim}, {s.kv_heads} KV heads, half rotary |
+| tokenizer | byte-level BPE of {s.vocabulary} tokens, trained on the same text |
 | format | fp8 e4m3 in 128x128 blocks, fp32 router and bias, bf16 for the rest |
 | text | {text}; {size:,} bytes |
 | sha256 of the text | {corpus} |

@@ -149,7 +149,7 @@ class Awq(Section):
     )
     rounding: Literal["nearest", "compensated"] = Field(
         "nearest",
-        description="after the smoothing: each weight by itself, or columns that make up for those before them",
+        description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
     propagate_quantized: bool = Field(
         True, description="calibrate each layer on the outputs of the quantized layers before it"

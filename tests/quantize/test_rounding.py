@@ -59,8 +59,8 @@ def test_samples_held_back_say_that_it_is_better(trained: Path) -> None:
     layers = json.loads((trained / "run/state/awq/layers.json").read_text(encoding="utf-8"))
     assert len(layers) == 3
     for layer in layers:
-        losses = layer["held_back"]
-        assert layer["held_back_tokens"] == 6 * 256
+        losses = layer["losses"]
+        assert layer["held_back"] and layer["loss_tokens"] == 6 * 256
         assert layer["rounding"] == "compensated"
         best = min(losses["compensated"], losses["smoothed_compensated"])
         assert best < 0.7 * min(losses["nearest"], losses["smoothed_nearest"])

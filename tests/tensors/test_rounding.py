@@ -1,4 +1,4 @@
-"""Error-compensated rounding against llmcompressor's GPTQ, a plain float64 form, and on matrices of every odd kind."""
+"""Error-compensated rounding against llmcompressor's GPTQ and a plain float64 form, and on odd matrices."""
 
 from __future__ import annotations
 
@@ -167,8 +167,7 @@ def odd_matrices() -> dict[str, torch.Tensor]:
     return {
         "good": good, "zero": torch.zeros(256, 256), "dead channel": dead, "NaN": broken, "infinite": good * 1e38 * 1e3,
         "indefinite": indefinite, "one channel": single, "rank one": ones, "tiny": good * 1e-36,
-        "denormal": good * 1e-42,
-        "huge": good * 1e30,
+        "denormal": good * 1e-42, "huge": good * 1e30,
     }  # fmt: skip
 
 

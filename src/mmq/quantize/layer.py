@@ -93,8 +93,10 @@ class NotFiniteError(CalibrationError):
 
 
 # Parts of a layer's time before one was measured, in order.
-PARTS = {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1}
-COMPENSATED = {"attention": 0.05, "searching": 0.4, "rounding": 0.4, "quantizing": 0.05, "propagating": 0.1}
+PARTS = {
+    "nearest": {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1},
+    "compensated": {"attention": 0.05, "searching": 0.4, "rounding": 0.4, "quantizing": 0.05, "propagating": 0.1},
+}
 # How much of the search is done after the norm's, and after down's.
 SEARCHED = 0.7, 0.9
 
@@ -125,7 +127,7 @@ class LayerQuantizer:
         excluded: Iterable[int] = (),
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
-        self._shares = COMPENSATED if settings.rounding == "compensated" else PARTS
+        self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
@@ -192,22 +194,21 @@ class LayerQuantizer:
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
-            chosen, statistics = self._search(clock, block, reference)
-        weight = content.rest[arch.smooth_norm].to(self.device)
-        norm, applied = smooth_norm(weight, chosen.norm)
-        inner, rounded = chosen.inner, None
+            found = self._search(clock, block, reference)
+            own_norm = content.rest[arch.smooth_norm].to(self.device)
+            norm, applied = smooth_norm(own_norm, found[0].scales)
+            inner, rounded = found[1].scales, None
+            if settings.rounding == "nearest":
+                clock.step(SEARCHED[1], "comparing with round-to-nearest")
+                better, statistics = self._better(block, reference, *found)
+                if not better:
+                    norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                judged = judge(block, reference, self.lengths, Smoothing(applied, inner))
-                rounded, statistics = judged.rounded, statistics | judged.statistics
-                if not judged.statistics["smoothed"]:
-                    norm = weight
-                applied, inner = judged.smoothing.norm, judged.smoothing.inner
-                served = Runner()
-                for share, part in zip(block.shares, reference, strict=True):
-                    if served.seen < statistics["loss_tokens"]:
-                        served.losses.append(block.losses(share, rounded or Smoothed(block, applied, inner), part))
-                statistics["loss_chosen"] = _number(served.loss / block.x.shape[1])
+                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
+                applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
+                norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
+        statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
@@ -237,15 +238,18 @@ class LayerQuantizer:
         self._shares = dict(clock.seconds)
         return LayerResult(tensors, hidden, statistics)
 
-    def _search(
-        self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]
-    ) -> tuple[Smoothed, dict[str, Any]]:
-        """The scales to use: those found, unless the block as a whole is no better for them."""
+    def _search(self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Found, Found]:
+        """The norm's and the inner scales that are best for rounding to nearest."""
         full = self.settings.search == "full"
         to_norm, to_down = SEARCHED
         norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
-        clock.step(to_down, "comparing with round-to-nearest")
+        return norm, down
+
+    def _better(
+        self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
+    ) -> tuple[bool, dict[str, Any]]:
+        """Whether the block as a whole, rounded to nearest, is better for the scales that were found."""
         plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
         found = Smoothed(block, norm.scales, down.scales)
         before, after = Runner(), Runner()
@@ -257,14 +261,13 @@ class LayerQuantizer:
         better = after.loss < before.loss
         hidden = block.x.shape[1]
         statistics = {
+            "rounding": "nearest",
             "loss_tokens": before.seen,
             "loss_round_to_nearest": _number(before.loss / hidden),
             "loss_chosen": _number((after if better else before).loss / hidden),
             "identity_kept": not better,
-            "norm": _describe(norm),
-            "down": _describe(down),
         }
-        return found if better else plain, statistics
+        return better, statistics
 
     def _quantize_experts(
         self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
@@ -322,8 +325,7 @@ class LayerQuantizer:
         """Packed experts [n, out, ...] from `first` on, whose rows are those of one or two linear layers, by names in
         the layer."""
         tensors: dict[str, torch.Tensor] = {}
-        rows, columns = packed.shape[1] // len(linears), packed.shape[2] * 8
-        whole = fits(scale)
+        rows, columns, whole = packed.shape[1] // len(linears), packed.shape[2] * 8, fits(scale)
         for number in range(packed.shape[0]):
             for place, linear in enumerate(linears):
                 base = f"{self.arch.expert.format(expert=first + number)}{linear}.weight"

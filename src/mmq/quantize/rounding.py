@@ -7,6 +7,7 @@ sample takes no part in the moments: on those, smoothing and none, compensated a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from mmq.machine.threads import each
 from mmq.quantize.routed_experts import CPU_STEP_ELEMENTS, ExpertBlock, Smoothed, Weights
-from mmq.tensors.experts import Piece, Rows, gated_rows, magnitude_sums, second_moments
+from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
 
@@ -23,6 +24,7 @@ from mmq.tensors.rounding import factorize, round_compensated, searched_scale, s
 # added to it. docs/quality.md has what other values give.
 SHRINKAGE, DAMPING = 0.5, 0.1
 HELD_BACK = 8  # one sample in as many
+ROUNDED = 0.9  # the share of the time that rounding takes, before judging
 
 
 def held_back(lengths: list[int]) -> torch.Tensor:
@@ -75,11 +77,10 @@ class Rounded(Weights):
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
         gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
-        inner = self.smoothing.inner[first:last]
-        gate_up[:, gate_up.shape[1] // 2 :].mul_(inner.unsqueeze(2))
-        down = self.stored(1, first, last).div_(inner.unsqueeze(1))
-        return gate_up.to(self.block.gate_up.dtype), down.to(self.block.down.dtype)
+        gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
+        return gate_up.to(dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(dtype)
 
 
 @dataclass
@@ -100,12 +101,12 @@ class Compensation:
     def __post_init__(self) -> None:
         block, fitted = self.block, self.fitted
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
-        self.rows = Rows.of(block.index[fitted], experts)
+        rows = Rows.of(block.index[fitted], experts)
+        self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
-            rows = block.x.index_select(0, tokens)
-            ends = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
-            second_moments(rows, ends, self.pooled.unsqueeze(0))
+            ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
+            second_moments(block.x.index_select(0, tokens), ends, self.pooled.unsqueeze(0))
         self.pooled /= max(1, len(fitted))
         per_expert = self.least(hidden, inner)
         room = block.working_memory // 2
@@ -130,16 +131,22 @@ class Compensation:
         hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
         return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
 
-    def fit(self, smoothings: list[Smoothing]) -> list[Rounded]:
-        """Round all experts under each smoothing."""
+    def fit(self, smoothings: list[Smoothing], say: Callable[[float, str], None] = lambda *_: None) -> list[Rounded]:
+        """Round all experts under each smoothing.
+
+        Args:
+            say: told the share of the experts that are done, and which come next; also from threads that compute.
+        """
         results = [Rounded(self.block, smoothing) for smoothing in smoothings]
         steps = range(0, self.block.gate_up.shape[0], self.step)
         cores = max(1, torch.get_num_threads() // self.workers)
-        each(partial(self._fit_step, results), steps, self.workers, cores)
+        each(partial(self._fit_step, results, say), steps, self.workers, cores)
         return results
 
-    def _fit_step(self, results: list[Rounded], first: int) -> None:
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], first: int) -> None:
         block = self.block
+        experts = block.gate_up.shape[0]
+        say(first / experts, f"rounding expert {first + 1} of {experts}")
         last = min(first + self.step, block.gate_up.shape[0])
         inputs, middles, counts, seen = self._moments(first, last)
         inner = block.down.shape[2]
@@ -174,39 +181,50 @@ class Compensation:
         counts = torch.tensor(self.rows.counts[first:last], device=inputs.device)
         total = counts
         for piece in self.rows.pieces(first, last, self._slice):
-            rows = block.x.index_select(0, self.fitted[self.rows.token[piece.start : piece.stop]])
-            second_moments(rows, piece.ends, inputs)
-            second_moments(self._middle(rows, piece), piece.ends, middles)
+            second_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece.ends, inputs)
+            second_moments(self._middle(self.rows.token, piece), piece.ends, middles)
         squares = middles.diagonal(dim1=1, dim2=2).clone()
         if block.extra is not None:
             total = total + torch.tensor(block.extra.counts[first:last], device=inputs.device)
             for piece in block.extra.pieces(first, last, self._slice):
-                middle = self._middle(block.x.index_select(0, block.extra.token[piece.start : piece.stop]), piece)
-                magnitude_sums(middle.float().square_(), piece.ends, squares)
+                middle = self._middle(block.extra.token, piece).float().square_()
+                owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
+                # Of each expert a plain sum, in one order on every device.
+                chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
+                squares += chosen.T @ middle
         return inputs, middles, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
 
-    def _middle(self, rows: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """What goes into the down layers: [R, I]."""
+    def _middle(self, token: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """What goes into the down layers of a piece's rows: [R, I]."""
         block = self.block
-        return gated_rows(rows, None, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
+        own = token[piece.start : piece.stop]
+        return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
 
 
 @dataclass(frozen=True)
-class Judged:
+class Verdict:
     """What samples that were held back say.
 
     Attributes:
-        smoothing: the smoothing that was best.
+        smoothing: the scales that were best.
+        smoothed: whether they are those that the search found, not ones.
         rounded: the experts, compensated, or None where rounding to nearest was best.
         statistics: JSON: the mean squared error of the block's output on those samples, of every way that was tried.
     """
 
     smoothing: Smoothing
+    smoothed: bool
     rounded: Rounded | None
     statistics: dict[str, Any]
 
 
-def judge(block: ExpertBlock, reference: list[torch.Tensor], lengths: list[int], found: Smoothing) -> Judged:
+def judge(
+    block: ExpertBlock,
+    reference: list[torch.Tensor],
+    lengths: list[int],
+    found: Smoothing,
+    say: Callable[[float, str], None] = lambda *_: None,
+) -> Verdict:
     """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
 
     Args:
@@ -215,43 +233,48 @@ def judge(block: ExpertBlock, reference: list[torch.Tensor], lengths: list[int],
     """
     device = block.x.device
     mask = held_back(lengths).to(device)
-    fitted = (~mask).nonzero().flatten()
-    judges = mask if bool(mask.any()) else ~mask
-    # In the order of the shares, whose outputs are there already.
-    judging = torch.cat([share.tokens[judges[share.tokens]] for share in block.shares])
-    wanted = torch.cat([part[judges[share.tokens]] for share, part in zip(block.shares, reference, strict=True)])
+    judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    if not len(judging):
+        judging = fitted
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smooths = bool((found.norm != 1).any() | (found.inner != 1).any())
     smoothings = [plain, found] if smooths else [plain]
-    rounded = Compensation(block, fitted).fit(smoothings)
+    rounded = Compensation(block, fitted).fit(smoothings, lambda share, at: say(ROUNDED * share, at))
+    say(ROUNDED, "judging by samples held back")
     jury = ExpertBlock(
         block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
-        block.group_size, budget=block.working_memory // 2,
+        block.group_size, None, block.working_memory // 2,
     )  # fmt: skip
+    place = torch.full_like(mask, -1, dtype=torch.int64)
+    place[judging] = torch.arange(len(judging), device=device)
+    wanted = block.x.new_empty(len(judging), block.x.shape[1], dtype=torch.float32)
+    for share, part in zip(block.shares, reference, strict=True):
+        own = place[share.tokens]
+        wanted[own[own >= 0]] = part[own >= 0]
     # Of equal losses the simpler way wins.
     names = ("", "smoothed_")
     ways: list[tuple[str, Smoothing, Rounded | None]] = [
         *((f"{name}nearest", smoothing, None) for name, smoothing in zip(names, smoothings, strict=False)),
         *((f"{name}compensated", result.smoothing, result) for name, result in zip(names, rounded, strict=False)),
     ]
-    losses = []
+    values = []
     for _, smoothing, result in ways:
         weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
         loss = jury.losses(jury.shares[0], weights, wanted).sum(dtype=torch.float64) / wanted.numel()
-        losses.append(loss.nan_to_num(nan=torch.inf, posinf=torch.inf))
-    values = torch.stack(losses).tolist()
+        values.append(float(loss.nan_to_num(nan=torch.inf, posinf=torch.inf)))
     best = min(range(len(ways)), key=values.__getitem__)
     _, smoothing, result = ways[best]
-    return Judged(
-        smoothing,
-        result,
-        {
-            "rounding": "nearest" if result is None else "compensated",
-            "smoothed": smoothing is not plain,
-            "held_back_tokens": len(judging) if len(fitted) != len(judging) or mask.any() else 0,
-            "held_back": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
-        },
-    )
+    smoothed = smoothing is not plain
+    statistics = {
+        "rounding": "nearest" if result is None else "compensated",
+        "loss_tokens": len(judging),
+        "held_back": bool(mask.any()),
+        "loss_round_to_nearest": _finite(values[0]),
+        "loss_chosen": _finite(values[best]),
+        "losses": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
+        "identity_kept": not smoothed,
+    }
+    return Verdict(smoothing, smoothed, result, statistics)
 
 
 def _finite(value: float) -> float | None:

@@ -75,21 +75,6 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """`fp8.dequantize_block`, bit for bit where no scale is NaN."""
-    _dequantize(_codes(weight), scale.contiguous().numpy(), _bits(out))
-
-
-def has_nan(weight: torch.Tensor) -> bool:
-    """`fp8.has_nan`."""
-    return bool(_largest_code(_codes(weight).reshape(-1)) == _E4M3_NAN)
-
-
-def _codes(weight: torch.Tensor) -> np.ndarray:
-    """The bytes of a float8_e4m3fn tensor."""
-    return weight.contiguous().view(torch.uint8).numpy()
-
-
 def searched_scale(
     weight: torch.Tensor, importance: torch.Tensor, group_size: int, shares: tuple[float, ...]
 ) -> torch.Tensor:
@@ -107,6 +92,21 @@ def round_columns(
 ) -> None:
     """`rounding._round_columns`, bit for bit."""
     _round_columns(aim.numpy(), lower.contiguous().numpy(), scale.numpy(), left.numpy(), codes.numpy())
+
+
+def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
+    """`fp8.dequantize_block`, bit for bit where no scale is NaN."""
+    _dequantize(_codes(weight), scale.contiguous().numpy(), _bits(out))
+
+
+def has_nan(weight: torch.Tensor) -> bool:
+    """`fp8.has_nan`."""
+    return bool(_largest_code(_codes(weight).reshape(-1)) == _E4M3_NAN)
+
+
+def _codes(weight: torch.Tensor) -> np.ndarray:
+    """The bytes of a float8_e4m3fn tensor."""
+    return weight.contiguous().view(torch.uint8).numpy()
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -64,6 +64,11 @@ def compiles(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
     return tensor.device.type == "cpu" and tensor.dtype in dtypes and tensor.numel() >= COMPILED_FROM
 
 
+def worth_compiling_columns(weight: torch.Tensor) -> bool:
+    """Whether stacked fp32 weights are rounded column by column, and their group scales searched, by `compiled`."""
+    return weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM
+
+
 def triton_works(device: torch.device) -> bool:
     """Whether Triton compiles for a device, found out by a small kernel."""
     return device.type == "cuda" and _compiles(_index(device))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN
-from mmq.tensors.dispatch import compiles
+from mmq.tensors.dispatch import worth_compiling_columns
 from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
@@ -116,7 +116,7 @@ def searched_scale(weight: torch.Tensor, importance: torch.Tensor, group_size: i
 
     All are positive. With equal squares the larger share of max|w| wins; where no share gives a number, it is 1.
     """
-    if compiles(weight, torch.float32):
+    if worth_compiling_columns(weight):
         from mmq.tensors import compiled
 
         return compiled.searched_scale(weight, importance, group_size, SHARES)
@@ -159,7 +159,7 @@ def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor,
     left = weight.gather(2, order.expand_as(weight))
     codes = torch.empty_like(left, dtype=torch.int8)
     wide = scale.float()
-    if compiles(weight, torch.float32):
+    if worth_compiling_columns(weight):
         from mmq.tensors import compiled
 
         round_columns = compiled.round_columns
