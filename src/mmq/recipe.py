@@ -147,6 +147,10 @@ class Awq(Section):
         128,
         description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
     )
+    rounding: Literal["nearest", "compensated"] = Field(
+        "nearest",
+        description="after the smoothing: each weight by itself, or each column making up for the errors of others",
+    )
     propagate_quantized: bool = Field(
         True, description="calibrate each layer on the outputs of the quantized layers before it"
     )

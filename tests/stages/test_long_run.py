@@ -81,7 +81,7 @@ def assert_constant(values: list[int]) -> None:
 def test_nothing_grows_with_the_layers(deep: Path) -> None:
     recipe = deep / "recipe.yaml"
     stages = watched("run", recipe) | watched("eval", recipe, "--data", deep / "samples.jsonl")
-    assert list(stages) == ["awq", "restore", "eval"]
+    assert list(stages) == ["awq", "restore", "verify", "eval"]
     for accounts in stages.values():
         assert len(accounts) == LAYERS + 1
         assert_flat([account["memory"] for account in accounts])

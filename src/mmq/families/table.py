@@ -118,6 +118,7 @@ class Architecture:
             act(gate) * up.
         dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
+        default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
         rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
         config_fields: what the layer class reads of the config beside the config class's own fields.
@@ -147,6 +148,7 @@ class Architecture:
     dense: Mlp | None = None
     dense_layers: DenseLayers = DenseLayers()
     dense_at: frozenset[int] = frozenset()
+    default_theta: float = 10000.0
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"

@@ -43,7 +43,9 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         check_names(report, arch, source, storage, result, workspace.recipe.awq.kv_cache_scheme is not None)
         check_config(report, arch, source, storage, result)
         if not report.problems:
-            check_tensors(report, arch, source, storage, result, workspace.recipe.worker_count, workspace.reporter)
+            compensated = workspace.recipe.awq.rounding == "compensated"
+            workers = workspace.recipe.worker_count
+            check_tensors(report, arch, source, storage, result, compensated, workers, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

@@ -17,6 +17,7 @@ from mmq.families.table import Architecture
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
+from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
@@ -93,7 +94,10 @@ class NotFiniteError(CalibrationError):
 
 
 # Parts of a layer's time before one was measured, in order.
-PARTS = {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1}
+PARTS = {
+    "nearest": {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1},
+    "compensated": {"attention": 0.05, "searching": 0.4, "rounding": 0.4, "quantizing": 0.05, "propagating": 0.1},
+}
 # How much of the search is done after the norm's, and after down's.
 SEARCHED = 0.7, 0.9
 
@@ -124,7 +128,7 @@ class LayerQuantizer:
         excluded: Iterable[int] = (),
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
-        self._shares = PARTS
+        self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
@@ -194,10 +198,26 @@ class LayerQuantizer:
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
-            chosen, statistics = self._search(clock, block, reference)
+            found = self._search(clock, block, reference)
+            own_norm = content.rest[arch.smooth_norm].to(self.device)
+            norm, applied = smooth_norm(own_norm, found[0].scales)
+            inner, rounded = found[1].scales, None
+            if settings.rounding == "nearest":
+                clock.step(SEARCHED[1], "comparing with round-to-nearest")
+                better, statistics = self._better(block, reference, *found)
+                if not better:
+                    norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
+        if settings.rounding == "compensated":
+            with clock.part("rounding"):
+                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
+                applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
+                norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
+        statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
         with clock.part("quantizing"):
-            norm, applied = smooth_norm(content.rest[arch.smooth_norm].to(self.device), chosen.norm)
-            tensors = self._quantize_experts(layer, block, applied, chosen.inner)
+            if rounded is None:
+                tensors = self._quantize_experts(layer, block, applied, inner)
+            else:
+                tensors = self._store(layer, block, rounded)
             # As the server holds it: in bf16 by powers of two, which it takes without a rounding.
             router = content.rest[arch.router].to(self.device).float() * applied
             router = router.to(DTYPES[arch.router_served])
@@ -221,15 +241,18 @@ class LayerQuantizer:
         self._shares = dict(clock.seconds)
         return LayerResult(tensors, hidden, statistics)
 
-    def _search(
-        self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]
-    ) -> tuple[Smoothed, dict[str, Any]]:
-        """The scales to use: those found, unless the block as a whole is no better for them."""
+    def _search(self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Found, Found]:
+        """The norm's and the inner scales that are best for rounding to nearest."""
         full = self.settings.search == "full"
         to_norm, to_down = SEARCHED
         norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
-        clock.step(to_down, "comparing with round-to-nearest")
+        return norm, down
+
+    def _better(
+        self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
+    ) -> tuple[bool, dict[str, Any]]:
+        """Whether the block as a whole, rounded to nearest, is better for the scales that were found."""
         plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
         found = Smoothed(block, norm.scales, down.scales)
         before, after = Runner(), Runner()
@@ -241,14 +264,13 @@ class LayerQuantizer:
         better = after.loss < before.loss
         hidden = block.x.shape[1]
         statistics = {
+            "rounding": "nearest",
             "loss_tokens": before.seen,
             "loss_round_to_nearest": _number(before.loss / hidden),
             "loss_chosen": _number((after if better else before).loss / hidden),
             "identity_kept": not better,
-            "norm": _describe(norm),
-            "down": _describe(down),
         }
-        return found if better else plain, statistics
+        return better, statistics
 
     def _quantize_experts(
         self, layer: int, block: ExpertBlock, norm_scales: torch.Tensor, inner_scales: torch.Tensor
@@ -277,25 +299,47 @@ class LayerQuantizer:
         inner = inner_scales[part]
         # Gate's rows stay as they are.
         divisors = torch.cat([torch.ones_like(inner), inner], dim=1).unsqueeze(2)
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for weight, factors, divisor, linears in (
             (block.gate_up[part], norm_scales, divisors, (arch.gate, arch.up)),
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
             packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            rows = weight.shape[1] // len(linears)
-            whole = fits(scale)
-            for number, expert in enumerate(range(first, first + weight.shape[0])):
-                for place, linear in enumerate(linears):
-                    base = f"{arch.expert.format(expert=expert)}{linear}.weight"
-                    own = slice(place * rows, (place + 1) * rows)
-                    if not whole and not fits(scale[number, own]):
-                        raise CheckpointError(
-                            f"{arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
-                        )
-                    tensors[f"{base}_packed"] = packed[number, own]
-                    tensors[f"{base}_scale"] = scale[number, own]
-                    tensors[f"{base}_shape"] = torch.tensor([rows, weight.shape[2]])
+            tensors |= self._by_name(layer, first, packed, scale, linears)
+        return tensors
+
+    def _store(self, layer: int, block: ExpertBlock, rounded: Rounded) -> dict[str, torch.Tensor]:
+        """`_quantize_experts` for experts that are rounded already."""
+        arch, experts = self.arch, block.gate_up.shape[0]
+        for first in range(0, experts, block.step):
+            last = min(first + block.step, experts)
+            block.gate_up[first:last] = rounded.stored(0, first, last)
+            block.down[first:last] = rounded.stored(1, first, last)
+        tensors: dict[str, torch.Tensor] = {}
+        for packed, scale, linears in zip(
+            rounded.packed, rounded.scale, ((arch.gate, arch.up), (arch.down,)), strict=True
+        ):
+            tensors |= self._by_name(layer, 0, packed, scale, linears)
+        return tensors
+
+    def _by_name(
+        self, layer: int, first: int, packed: torch.Tensor, scale: torch.Tensor, linears: tuple[str, ...]
+    ) -> dict[str, torch.Tensor]:
+        """Packed experts [n, out, ...] from `first` on, whose rows are those of one or two linear layers, by names in
+        the layer."""
+        tensors: dict[str, torch.Tensor] = {}
+        rows, columns, whole = packed.shape[1] // len(linears), packed.shape[2] * 8, fits(scale)
+        for number in range(packed.shape[0]):
+            for place, linear in enumerate(linears):
+                base = f"{self.arch.expert.format(expert=first + number)}{linear}.weight"
+                own = slice(place * rows, (place + 1) * rows)
+                if not whole and not fits(scale[number, own]):
+                    raise CheckpointError(
+                        f"{self.arch.layer_prefix(layer)}{base} holds values too large for int4 with a bf16 scale"
+                    )
+                tensors[f"{base}_packed"] = packed[number, own]
+                tensors[f"{base}_scale"] = scale[number, own]
+                tensors[f"{base}_shape"] = torch.tensor([rows, columns])
         return tensors
 
     def _served(self, decoder: DecoderLayer, block: ExpertBlock, residual: torch.Tensor) -> list[torch.Tensor]:

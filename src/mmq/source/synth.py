@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from mmq.errors import RecipeError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.sizes import Dimensions
 from mmq.families.table import Architecture, Weight
+from mmq.shipped import TRAINED
 from mmq.source.formats import FINE_GRAINED_FP8, PLAIN_BF16, SourceFormat
-from mmq.storage.atomic import write_json
+from mmq.storage.atomic import copy_file, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import DTYPES, save_tensors
 from mmq.tensors.fp8 import BLOCK
@@ -122,8 +123,13 @@ def write_checkpoint(
     names = list(tensors)
     if shuffle:
         random.Random(seed).shuffle(names)
+    save_checkpoint(folder, {name: tensors[name] for name in names}, config, shards)
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], shards: int) -> None:
+    """Write tensors in their order, cut into shards by size, with index, config.json and generation_config.json."""
     weight_map: dict[str, str] = {}
-    for number, part in enumerate(_cut(names, tensors, shards), start=1):
+    for number, part in enumerate(_cut(list(tensors), tensors, shards), start=1):
         shard = f"model-{number:05d}-of-{shards:05d}.safetensors"
         save_tensors(folder / shard, {name: tensors[name] for name in part})
         weight_map |= dict.fromkeys(part, shard)
@@ -134,6 +140,19 @@ def write_checkpoint(
     )
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
+
+
+def copy_trained(folder: Path) -> None:
+    """Copy the small trained model that comes with mmq: an fp8 checkpoint, `calibration.jsonl` and `heldout.jsonl`.
+
+    Raises:
+        RecipeError: the folder holds something already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(TRAINED.iterdir()):
+        copy_file(path, folder / path.name)
 
 
 def write_samples(path: Path, count: int, seed: int = 0) -> None:
@@ -272,8 +291,8 @@ def _cut(names: list[str], tensors: dict[str, torch.Tensor], shards: int) -> lis
     return parts
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """A byte-level BPE tokenizer trained on a few lines."""
+def write_tokenizer(folder: Path, vocabulary: int, text: Sequence[str] = TRAINING_TEXT) -> None:
+    """A byte-level BPE tokenizer trained on a text, by default a few lines, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -287,7 +306,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
     )
-    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.train_from_iterator(text, trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

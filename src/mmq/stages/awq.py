@@ -96,6 +96,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.search": awq.search,
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
+        "awq.rounding": awq.rounding,
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
         "seed": workspace.recipe.seed,

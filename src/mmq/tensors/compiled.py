@@ -75,6 +75,25 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def searched_scale(
+    weight: torch.Tensor, importance: torch.Tensor, group_size: int, shares: tuple[float, ...]
+) -> torch.Tensor:
+    """`rounding.searched_scale` of float32 weights."""
+    count, rows, columns = weight.shape
+    found = torch.empty(count, rows, columns // group_size, dtype=torch.bfloat16)
+    groups = weight.numpy().reshape(count, rows, -1, group_size)
+    factors = importance.numpy().reshape(count, -1, group_size)
+    _search_scale(groups, factors, np.array(shares, np.float32), _bits(found))
+    return found
+
+
+def round_columns(
+    aim: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """`rounding._round_columns`, bit for bit."""
+    _round_columns(aim.numpy(), lower.contiguous().numpy(), scale.numpy(), left.numpy(), codes.numpy())
+
+
 def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
     """`fp8.dequantize_block`, bit for bit where no scale is NaN."""
     _dequantize(_codes(weight), scale.contiguous().numpy(), _bits(out))
@@ -243,3 +262,63 @@ def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> 
                 squares += value * value
             sums[expert] += squares
         begin = ends[expert]
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray) -> None:
+    experts, rows, columns = aim.shape
+    row_aim = np.empty(columns, np.float32)
+    for expert in range(experts):
+        for row in range(rows):
+            for i in range(columns):
+                row_aim[i] = aim[expert, row, i]
+            for column in range(columns - 1, -1, -1):
+                step = scale[expert, row, column]
+                code = min(max(np.rint(row_aim[column] / step), _Q_MIN), _Q_MAX)
+                codes[expert, row, column] = np.int8(code)
+                error = left[expert, row, column] - code * step
+                left[expert, row, column] = error
+                for i in range(column):
+                    row_aim[i] += error * lower[expert, column, i]
+
+
+# As above: sums in another order.
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _group_error(group: np.ndarray, factors: np.ndarray, step: np.float32) -> np.float32:
+    total = np.float32(0)
+    for i in range(group.shape[0]):
+        code = min(max(np.rint(group[i] / step), _Q_MIN), _Q_MAX)
+        difference = code * step - group[i]
+        total += difference * difference * factors[i]
+    return total
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _search_scale(weight: np.ndarray, factors: np.ndarray, shares: np.ndarray, found: np.ndarray) -> None:
+    experts, rows, groups, size = weight.shape
+    for expert in range(experts):
+        for row in range(rows):
+            for group in range(groups):
+                values = weight[expert, row, group]
+                largest = np.uint32(0)
+                for i in range(size):
+                    largest = max(largest, _magnitude(values[i]))
+                unit = np.uint32(largest).view(np.float32) / _HALF_RANGE
+                best = np.float32(np.inf)
+                found[expert, row, group] = _stored(unit)
+                for share in shares:
+                    bits = _stored(unit * share)
+                    error = _group_error(values, factors[expert, group], _wide(bits))
+                    if error < best:
+                        best = error
+                        found[expert, row, group] = bits
+
+
+@numba.njit
+def _stored(scale: np.float32) -> np.uint16:
+    """A group's scale in bf16: epsilon for zero, never denormal."""
+    bits = _rounded(scale)
+    if _magnitude(scale) >= _INFINITY:
+        return bits
+    value = _wide(bits)
+    return _rounded(_EPSILON if value == 0 else max(value, _TINY))

@@ -56,7 +56,17 @@ def torch_multiplies_faster(rows: torch.Tensor) -> bool:
 
 def worth_compiling(tensor: torch.Tensor) -> bool:
     """Whether a function of `compiled` is the faster way."""
-    return tensor.device.type == "cpu" and tensor.dtype in _ONE_PASS and tensor.numel() >= COMPILED_FROM
+    return compiles(tensor, *_ONE_PASS)
+
+
+def compiles(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a tensor of one of some dtypes is on a CPU, and large enough for compiling to be well spent."""
+    return tensor.device.type == "cpu" and tensor.dtype in dtypes and tensor.numel() >= COMPILED_FROM
+
+
+def worth_compiling_columns(weight: torch.Tensor) -> bool:
+    """Whether stacked fp32 weights are rounded column by column, and their group scales searched, by `compiled`."""
+    return weight.device.type == "cpu" and weight.numel() >= COMPILED_FROM
 
 
 def triton_works(device: torch.device) -> bool:

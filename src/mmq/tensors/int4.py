@@ -55,6 +55,13 @@ class QuantizedStack:
         pairs = self.values.add(-Q_MIN).view(torch.uint8).unflatten(-1, (-1, 2))
         return pairs[..., 1].bitwise_left_shift(4).bitwise_or_(pairs[..., 0]).view(torch.int32)
 
+    @classmethod
+    def unpack(cls, packed: torch.Tensor, scale: torch.Tensor, group_size: int) -> QuantizedStack:
+        """The stack that `pack` gave int32 [n, out, in/8] of."""
+        pairs = packed.view(torch.uint8).unsqueeze(-1)
+        codes = torch.cat([pairs.bitwise_and(15), pairs.bitwise_right_shift(4)], -1).view(torch.int8)
+        return cls(codes.flatten(-2).add_(Q_MIN), scale, group_size)
+
 
 def quantize_stack(weight: torch.Tensor, group_size: int) -> QuantizedStack:
     """Round to nearest.
@@ -174,8 +181,13 @@ def _scale(groups: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     It is never denormal: such a number has too few bits to divide by, and devices that flush it read a zero.
     """
-    info = torch.finfo(dtype)
     largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())
     # By a tensor: for a plain number CUDA's division multiplies by the reciprocal, which is not what a CPU computes.
-    scale = largest.div_(largest.new_full((), HALF_RANGE)).to(dtype)
+    return stored_scale(largest.div_(largest.new_full((), HALF_RANGE)), dtype)
+
+
+def stored_scale(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Scales of no sign as they are stored: rounded to a dtype, epsilon for zero, and never denormal."""
+    info = torch.finfo(dtype)
+    scale = scale.to(dtype)
     return torch.where(scale == 0, info.eps, scale.clamp_(min=info.tiny))

@@ -1,0 +1,282 @@
+"""Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
+
+Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what is known of all
+tokens by how few rows there are. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth
+sample takes no part in the moments: on those, smoothing and none, compensated and nearest are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from mmq.machine.threads import each
+from mmq.quantize.routed_experts import CPU_STEP_ELEMENTS, ExpertBlock, Smoothed, Weights
+from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
+from mmq.tensors.int4 import QuantizedStack
+from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
+
+# Prior rows for each column that a moment is drawn towards its target by, and the share of the mean diagonal that is
+# added to it. docs/quality.md has what other values give.
+SHRINKAGE, DAMPING = 0.5, 0.1
+HELD_BACK = 8  # one sample in as many
+ROUNDED = 0.9  # the share of the time that rounding takes, before judging
+
+
+def held_back(lengths: list[int]) -> torch.Tensor:
+    """Which tokens judge: every eighth sample's, or of a single sample the last eighth; bool [T].
+
+    None do when there is one token in all.
+    """
+    if len(lengths) == 1:
+        return torch.arange(lengths[0]) >= lengths[0] - max(lengths[0] // HELD_BACK, min(1, lengths[0] - 1))
+    last = min(len(lengths), HELD_BACK) - 1
+    marks = torch.tensor([place % HELD_BACK == last for place in range(len(lengths))])
+    return marks.repeat_interleave(torch.tensor(lengths))
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """Scales to round under: float32 [H] of gate's and up's inputs, float32 [E, I] of down's."""
+
+    norm: torch.Tensor
+    inner: torch.Tensor
+
+
+class Rounded(Weights):
+    """Experts as they will be stored, on the host; asked for as weights, with the smoothing undone.
+
+    Attributes:
+        packed: int32 [E, out, in/8] of gate and up, and of down.
+        scale: bfloat16 [E, out, in/group] of each.
+    """
+
+    def __init__(self, block: ExpertBlock, smoothing: Smoothing) -> None:
+        super().__init__(block)
+        self.smoothing = smoothing
+        stacks = (block.gate_up, block.down)
+        self.packed = [torch.empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
+        self.scale = [
+            torch.empty(*w.shape[:2], w.shape[2] // block.group_size, dtype=torch.bfloat16) for w in stacks
+        ]  # fmt: skip
+
+    def put(self, which: int, first: int, stack: QuantizedStack) -> None:
+        """Keep gate and up (0) or down (1) of the experts from `first` on."""
+        part = slice(first, first + stack.values.shape[0])
+        self.packed[which][part] = stack.pack().cpu()
+        self.scale[which][part] = stack.scale.cpu()
+
+    def stored(self, which: int, first: int, last: int) -> torch.Tensor:
+        """float32 [n, out, in], what a reader of the checkpoint gets."""
+        device = self.block.gate_up.device
+        packed, scale = (tensors[which][first:last].to(device) for tensors in (self.packed, self.scale))
+        return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
+
+    def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
+        gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
+        gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
+        return gate_up.to(dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(dtype)
+
+
+@dataclass
+class Compensation:
+    """Fits compensated rounding on a block's tokens.
+
+    Args:
+        fitted: int64 [F], the tokens whose rows the moments are of.
+    """
+
+    block: ExpertBlock
+    fitted: torch.Tensor
+    rows: Rows = field(init=False)
+    pooled: torch.Tensor = field(init=False)
+    step: int = field(init=False)
+    workers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        block, fitted = self.block, self.fitted
+        experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
+        rows = Rows.of(block.index[fitted], experts)
+        self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
+        self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
+        for tokens in fitted.split(self._slice):
+            ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
+            second_moments(block.x.index_select(0, tokens), ends, self.pooled.unsqueeze(0))
+        self.pooled /= max(1, len(fitted))
+        per_expert = self.least(hidden, inner)
+        room = block.working_memory // 2
+        if block.x.device.type == "cpu":
+            most = max(1, 8 * CPU_STEP_ELEMENTS // per_expert)
+            self.step = max(1, min(experts, room // per_expert, most))
+            self.workers = max(
+                1, min(torch.get_num_threads(), -(-experts // self.step), room // (self.step * per_expert))
+            )
+        else:
+            self.step, self.workers = max(1, min(experts, room // per_expert)), 1
+
+    @staticmethod
+    def least(hidden: int, inner: int) -> int:
+        """Bytes for one expert: both moments, the factor's making of the wider one, and the weights' fp32 copies."""
+        wide = max(hidden, inner)
+        return 4 * (hidden**2 + inner**2 + 4 * wide**2) + 14 * 2 * inner * hidden
+
+    @property
+    def _slice(self) -> int:
+        """Rows at a time: their inputs, gate and up, product, and the fp32 copies that a CPU multiplies."""
+        hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
+        return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
+
+    def fit(self, smoothings: list[Smoothing], say: Callable[[float, str], None] = lambda *_: None) -> list[Rounded]:
+        """Round all experts under each smoothing.
+
+        Args:
+            say: told the share of the experts that are done, and which come next; also from threads that compute.
+        """
+        results = [Rounded(self.block, smoothing) for smoothing in smoothings]
+        steps = range(0, self.block.gate_up.shape[0], self.step)
+        cores = max(1, torch.get_num_threads() // self.workers)
+        each(partial(self._fit_step, results, say), steps, self.workers, cores)
+        return results
+
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], first: int) -> None:
+        block = self.block
+        experts = block.gate_up.shape[0]
+        say(first / experts, f"rounding expert {first + 1} of {experts}")
+        last = min(first + self.step, block.gate_up.shape[0])
+        inputs, middles, counts, seen = self._moments(first, last)
+        inner = block.down.shape[2]
+        for result in results:
+            norm, own = result.smoothing.norm, result.smoothing.inner[first:last]
+            moments = inputs / torch.outer(norm, norm)
+            shrink(moments, counts, self.pooled / torch.outer(norm, norm), SHRINKAGE)
+            weight = block.gate_up[first:last].float().mul_(norm)
+            weight[:, inner:].div_(own.unsqueeze(2))
+            result.put(0, first, self._round(weight, moments))
+            del weight, moments
+            moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
+            shrink(moments, counts, seen / own.square(), SHRINKAGE)
+            result.put(1, first, self._round(block.down[first:last].float().mul_(own.unsqueeze(1)), moments))
+
+    def _round(self, weight: torch.Tensor, moments: torch.Tensor) -> QuantizedStack:
+        factor = factorize(moments, DAMPING)
+        scale = searched_scale(weight, factor.diagonal, self.block.group_size)
+        return round_compensated(weight, factor, scale, self.block.group_size)
+
+    def _moments(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sums over the rows of experts first..last.
+
+        Returns:
+            float32 [n, H, H] and [n, I, I], X^T X of the inputs of gate and up, and of down; float32 [n], numbers of
+            rows; float32 [n, I], down's mean squares over these and the rows that top up.
+        """
+        block = self.block
+        hidden, inner = block.gate_up.shape[2], block.down.shape[2]
+        inputs = self.pooled.new_zeros(last - first, hidden, hidden)
+        middles = self.pooled.new_zeros(last - first, inner, inner)
+        counts = torch.tensor(self.rows.counts[first:last], device=inputs.device)
+        total = counts
+        for piece in self.rows.pieces(first, last, self._slice):
+            second_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece.ends, inputs)
+            second_moments(self._middle(self.rows.token, piece), piece.ends, middles)
+        squares = middles.diagonal(dim1=1, dim2=2).clone()
+        if block.extra is not None:
+            total = total + torch.tensor(block.extra.counts[first:last], device=inputs.device)
+            for piece in block.extra.pieces(first, last, self._slice):
+                middle = self._middle(block.extra.token, piece).float().square_()
+                owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
+                # Of each expert a plain sum, in one order on every device.
+                chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
+                squares += chosen.T @ middle
+        return inputs, middles, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
+
+    def _middle(self, token: torch.Tensor, piece: Piece) -> torch.Tensor:
+        """What goes into the down layers of a piece's rows: [R, I]."""
+        block = self.block
+        own = token[piece.start : piece.stop]
+        return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What samples that were held back say.
+
+    Attributes:
+        smoothing: the scales that were best.
+        smoothed: whether they are those that the search found, not ones.
+        rounded: the experts, compensated, or None where rounding to nearest was best.
+        statistics: JSON: the mean squared error of the block's output on those samples, of every way that was tried.
+    """
+
+    smoothing: Smoothing
+    smoothed: bool
+    rounded: Rounded | None
+    statistics: dict[str, Any]
+
+
+def judge(
+    block: ExpertBlock,
+    reference: list[torch.Tensor],
+    lengths: list[int],
+    found: Smoothing,
+    say: Callable[[float, str], None] = lambda *_: None,
+) -> Verdict:
+    """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
+
+    Args:
+        reference: float32 [t, H] of each share, the unquantized block's outputs.
+        found: the smoothing that a search for rounding to nearest chose.
+    """
+    device = block.x.device
+    mask = held_back(lengths).to(device)
+    judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
+    if not len(judging):
+        judging = fitted
+    plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
+    smooths = bool((found.norm != 1).any() | (found.inner != 1).any())
+    smoothings = [plain, found] if smooths else [plain]
+    rounded = Compensation(block, fitted).fit(smoothings, lambda share, at: say(ROUNDED * share, at))
+    say(ROUNDED, "judging by samples held back")
+    jury = ExpertBlock(
+        block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
+        block.group_size, None, block.working_memory // 2,
+    )  # fmt: skip
+    place = torch.full_like(mask, -1, dtype=torch.int64)
+    place[judging] = torch.arange(len(judging), device=device)
+    wanted = block.x.new_empty(len(judging), block.x.shape[1], dtype=torch.float32)
+    for share, part in zip(block.shares, reference, strict=True):
+        own = place[share.tokens]
+        wanted[own[own >= 0]] = part[own >= 0]
+    # Of equal losses the simpler way wins.
+    names = ("", "smoothed_")
+    ways: list[tuple[str, Smoothing, Rounded | None]] = [
+        *((f"{name}nearest", smoothing, None) for name, smoothing in zip(names, smoothings, strict=False)),
+        *((f"{name}compensated", result.smoothing, result) for name, result in zip(names, rounded, strict=False)),
+    ]
+    values = []
+    for _, smoothing, result in ways:
+        weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
+        loss = jury.losses(jury.shares[0], weights, wanted).sum(dtype=torch.float64) / wanted.numel()
+        values.append(float(loss.nan_to_num(nan=torch.inf, posinf=torch.inf)))
+    best = min(range(len(ways)), key=values.__getitem__)
+    _, smoothing, result = ways[best]
+    smoothed = smoothing is not plain
+    statistics = {
+        "rounding": "nearest" if result is None else "compensated",
+        "loss_tokens": len(judging),
+        "held_back": bool(mask.any()),
+        "loss_round_to_nearest": _finite(values[0]),
+        "loss_chosen": _finite(values[best]),
+        "losses": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
+        "identity_kept": not smoothed,
+    }
+    return Verdict(smoothing, smoothed, result, statistics)
+
+
+def _finite(value: float) -> float | None:
+    """For JSON, which knows no infinity."""
+    return value if value < float("inf") else None

@@ -1,0 +1,198 @@
+"""Error-compensated rounding of stacked weights: the columns that are still to be rounded make up for those that were.
+
+With H = X^T X of a layer's inputs X, rounding W to Q changes the output by trace((Q - W) H (Q - W)^T). Let H = L L^T be
+its Cholesky factor, and V = L / diag(L), column by column. Column j, the last one first, is rounded from
+
+    c_j = w_j + sum over i > j of (w_i - q_i) V_ij
+
+which is what GPTQ (arXiv 2210.17323) does with the factor of the inverse, and LDLQ (QuIP, arXiv 2307.13304) as here; no
+matrix is inverted. Columns come in ascending order of H's diagonal, so that the one that matters most is rounded first.
+Group scales are found before and stay with their columns (llmcompressor's `actorder: static`), so that the format needs
+no g_idx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN
+from mmq.tensors.dispatch import worth_compiling_columns
+from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
+
+# Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
+COLUMNS = 64
+# Shares of max|w| / 7.5 that a group's scale is chosen from.
+SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A second moment H, ready to round by.
+
+    Attributes:
+        order: int64 [n, in], columns by ascending diagonal.
+        unit_lower: float32 [n, in, in], L / diag(L) of H with its columns in that order.
+        diagonal: float32 [n, in], H's, in file order; never all zero.
+        compensates: bool [n]; where False, H was no positive matrix, and its place is taken by the identity, by which
+            every code is the nearest.
+    """
+
+    order: torch.Tensor
+    unit_lower: torch.Tensor
+    diagonal: torch.Tensor
+    compensates: torch.Tensor
+
+
+def shrink(moments: torch.Tensor, counts: torch.Tensor, toward: torch.Tensor, strength: float) -> torch.Tensor:
+    """Mean second moments of few rows, drawn towards what is known without them: float32 [n, in, in].
+
+    Args:
+        moments: float32 [n, in, in], sums over rows; overwritten.
+        counts: float32 [n], numbers of rows.
+        toward: float32 [in, in] or [n, in], mean second moments or their diagonals.
+        strength: the target counts as many rows as `strength` times the number of columns.
+
+    Source: linear shrinkage (Ledoit and Wolf 2004) with a fixed number of prior rows, k / (rows + k).
+    """
+    prior = strength * moments.shape[-1]
+    moments.mul_((1 / (counts + prior)).view(-1, 1, 1))
+    share = (prior / (counts + prior)).view(-1, 1)
+    if toward.shape == moments.shape[:2]:
+        moments.diagonal(dim1=1, dim2=2).add_(toward * share)
+        return moments
+    return moments.add_(toward * share.unsqueeze(2))
+
+
+def factorize(moments: torch.Tensor, damping: float) -> Factor:
+    """Damp second moments, order their columns and factorize them.
+
+    Args:
+        moments: float32 [n, in, in], symmetric; overwritten.
+        damping: share of the mean diagonal that is added to the diagonal.
+    """
+    diagonals = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonals.mean(1)
+    # Of no rows, of rows of zeros, and of numbers beyond fp32 nothing can be learnt.
+    usable = torch.isfinite(moments.sum((1, 2))) & (mean > 0) & torch.isfinite(1 / mean)
+    # In units of the mean: nothing is denormal, and damping and failures don't depend on the layer's magnitude.
+    moments.mul_((1 / mean).view(-1, 1, 1))
+    _identity_where(moments, ~usable)
+    diagonals.add_(damping)
+    # Stable, and ties in file order: every device gives the same.
+    order = diagonals.argsort(dim=1, stable=True)
+    diagonal = diagonals.clone()
+    moments = moments.gather(1, order.unsqueeze(2).expand_as(moments))
+    moments = moments.gather(2, order.unsqueeze(1).expand_as(moments))
+    lower, info = torch.linalg.cholesky_ex(moments)
+    for more in (1.0, None):
+        failed = (info != 0) | ~torch.isfinite(lower.diagonal(dim1=1, dim2=2)).all(1)
+        if not bool(failed.any()):
+            break
+        if more is None:
+            _identity_where(moments, failed)
+            usable = usable & ~failed
+        else:
+            moments.diagonal(dim1=1, dim2=2).add_(failed.unsqueeze(1) * more)
+        lower, info = torch.linalg.cholesky_ex(moments)
+    lower.div_(lower.diagonal(dim1=1, dim2=2).clone().unsqueeze(1))
+    return Factor(order, lower, diagonal, usable)
+
+
+def _identity_where(matrices: torch.Tensor, where: torch.Tensor) -> None:
+    """Put the identity in place of some of [n, in, in]."""
+    matrices.masked_fill_(where.view(-1, 1, 1), 0.0)
+    matrices.diagonal(dim1=1, dim2=2).add_(where.unsqueeze(1).to(matrices.dtype))
+
+
+def searched_scale(weight: torch.Tensor, importance: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Group scales under which rounding to nearest changes the weighted squares least: bfloat16 [n, out, in/group].
+
+    Args:
+        weight: float32 [n, out, in].
+        importance: float32 [n, in], weights of the squares: the diagonal of the inputs' second moments.
+
+    All are positive. With equal squares the larger share of max|w| wins; where no share gives a number, it is 1.
+    """
+    if worth_compiling_columns(weight):
+        from mmq.tensors import compiled
+
+        return compiled.searched_scale(weight, importance, group_size, SHARES)
+    return torch.cat([_searched(tile, importance, group_size) for tile in _tiles(weight)], 1)
+
+
+def _searched(weight: torch.Tensor, importance: torch.Tensor, group_size: int) -> torch.Tensor:
+    groups = weight.unflatten(-1, (-1, group_size))
+    factors = importance.unflatten(-1, (-1, group_size)).unsqueeze(1)
+    largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_()) / HALF_RANGE
+    found = stored_scale(largest, torch.bfloat16)
+    best = torch.full_like(largest, torch.inf)
+    for share in SHARES:
+        scale = stored_scale(largest * share, torch.bfloat16)
+        step = scale.float().unsqueeze(-1)
+        rounded = (groups / step).round_().clamp_(Q_MIN, Q_MAX).mul_(step)
+        error = rounded.sub_(groups).square_().mul_(factors).sum(-1)
+        better = error < best
+        found = torch.where(better, scale, found)
+        best = torch.where(better, error, best)
+    return found
+
+
+def _tiles(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Some rows of [n, out, in] at a time, on a CPU as many as stay in its cache."""
+    count, rows, columns = weight.shape
+    return iter(weight.split(max(1, CPU_TILE // (count * columns)) if weight.device.type == "cpu" else rows, 1))
+
+
+def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor, group_size: int) -> QuantizedStack:
+    """Round stacked weights, each column from what the ones before it left over.
+
+    Args:
+        weight: float32 [n, out, in]; overwritten.
+        factor: of the second moments of the weights' inputs.
+        scale: bfloat16 [n, out, in/group], positive.
+    """
+    order = factor.order.unsqueeze(1)
+    # From here on in the factor's order. What is left of a column becomes its error once it is rounded.
+    left = weight.gather(2, order.expand_as(weight))
+    codes = torch.empty_like(left, dtype=torch.int8)
+    wide = scale.float()
+    if worth_compiling_columns(weight):
+        from mmq.tensors import compiled
+
+        round_columns = compiled.round_columns
+    else:
+        round_columns = _round_columns
+    for stop in range(left.shape[2], 0, -COLUMNS):
+        part = slice(max(0, stop - COLUMNS), stop)
+        block, lower = left[:, :, part], factor.unit_lower[:, part, part]
+        aim = block.clone()
+        if stop < left.shape[2]:
+            aim.baddbmm_(left[:, :, stop:], factor.unit_lower[:, stop:, part])
+        places = order[:, :, part].div(group_size, rounding_mode="floor").expand_as(aim)
+        round_columns(aim, lower, wide.gather(2, places), block, codes[:, :, part])
+    values = torch.empty_like(codes).scatter_(2, order.expand_as(codes), codes)
+    return QuantizedStack(values, scale, group_size)
+
+
+def _round_columns(
+    aim: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, codes: torch.Tensor
+) -> None:
+    """Round the columns of one block, the last one first, passing each one's error on to those before it.
+
+    Args:
+        aim: float32 [n, out, b], what to round but for the errors within the block; overwritten.
+        lower: float32 [n, b, b], the factor's part.
+        scale: float32 [n, out, b].
+        left: float32 [n, out, b], the weights; becomes their errors.
+        codes: int8 [n, out, b], the result.
+    """
+    for column in range(aim.shape[2] - 1, -1, -1):
+        step = scale[:, :, column]
+        code = (aim[:, :, column] / step).round_().clamp_(Q_MIN, Q_MAX)
+        codes[:, :, column] = code.to(torch.int8)
+        error = left[:, :, column].sub_(code * step)
+        if column:
+            aim[:, :, :column] += error.unsqueeze(2) * lower[:, column, :column].unsqueeze(1)

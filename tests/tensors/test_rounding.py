@@ -1,0 +1,205 @@
+"""Error-compensated rounding against llmcompressor's GPTQ and a plain float64 form, and on odd matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
+from compressed_tensors.quantization.utils import calculate_qparams
+from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+import mmq.tensors.dispatch
+from mmq.tensors import rounding
+from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
+from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
+
+GROUP = 128
+
+
+def moments(count: int, columns: int, rows: int, seed: int = 0) -> torch.Tensor:
+    """Mean second moments of correlated inputs whose channels differ in size: float32 [count, columns, columns]."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(count, columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    size = (torch.randn(count, 1, columns, generator=generator) * 0.7).exp()
+    x = (torch.randn(count, rows, columns, generator=generator) @ mix) * size
+    return x.transpose(1, 2) @ x / rows
+
+
+def weights(count: int, rows: int, columns: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def nearest(weight: torch.Tensor) -> QuantizedStack:
+    return quantize_stack(weight.clone(), GROUP)
+
+
+def loss(stack: QuantizedStack, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """trace((Q - W) H (Q - W)^T) of each matrix: float64 [n]."""
+    change = stack.dequantize(torch.float64) - weight.double()
+    return ((change @ h.double()) * change).sum((1, 2))
+
+
+def rounded(weight: torch.Tensor, h: torch.Tensor, damping: float = 0.01) -> QuantizedStack:
+    factor = factorize(h.clone(), damping)
+    scale = searched_scale(weight, factor.diagonal, GROUP)
+    return round_compensated(weight.clone(), factor, scale, GROUP)
+
+
+def plain(weight: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
+    """GPTQ's codes as its paper has it, one matrix in float64: the inverse's Cholesky factor, a column at a time."""
+    h = h.double() + damping * h.double().diagonal().mean() * torch.eye(len(h))
+    order = h.diagonal().float().argsort(stable=True).flip(0)
+    h, w = h[order][:, order], weight.double()[:, order].clone()
+    upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    steps = scale.double().repeat_interleave(GROUP, 1)[:, order]
+    codes = torch.empty_like(w)
+    for column in range(w.shape[1]):
+        codes[:, column] = (w[:, column] / steps[:, column]).round().clamp(-8, 7)
+        error = (w[:, column] - codes[:, column] * steps[:, column]) / upper[column, column]
+        w[:, column:] -= error[:, None] * upper[column, None, column:]
+    return codes[:, order.argsort()]
+
+
+def test_codes_are_those_of_the_plain_form() -> None:
+    """fp32 and another factor of the same matrix: single codes on an edge may differ."""
+    h, weight = moments(3, 384, 900), weights(3, 64, 384)
+    stack = rounded(weight, h)
+    for expert in range(3):
+        expected = plain(weight[expert], h[expert], stack.scale[expert], 0.01)
+        assert (stack.values[expert] != expected).double().mean() < 1e-3
+
+
+def test_codes_are_those_of_llmcompressor() -> None:
+    """Its GPTQ with the same scales, damping and order ("static": scales of the unordered groups)."""
+    h, weight = moments(2, 256, 600), weights(2, 96, 256).float()
+    arguments = weight_args(GROUP)
+    arguments = QuantizationArgs(**arguments.model_dump(exclude={"actorder"}), actorder=ActivationOrdering.STATIC)
+    groups = weight.unflatten(-1, (-1, GROUP))
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), arguments)
+    scale = scale.bfloat16()
+    theirs, _, fell_back = quantize_weight(weight.clone(), h.clone(), scale.float(), zero, None, arguments)
+    assert not fell_back.any()
+    stack = round_compensated(weight.clone(), factorize(h.clone(), 0.01), scale, GROUP)
+    codes = (theirs / scale.float().repeat_interleave(GROUP, -1)).round()
+    assert (codes != stack.values).double().mean() < 1e-3
+    assert (codes != nearest(weight).values).double().mean() > 0.1
+
+
+@pytest.mark.parametrize("rows", [1200, 100], ids=["many rows", "fewer rows than columns"])
+def test_it_changes_the_output_less_than_nearest(rows: int) -> None:
+    h, weight = moments(4, 256, rows), weights(4, 128, 256)
+    assert (loss(rounded(weight, h), weight, h) < 0.5 * loss(nearest(weight), weight, h)).all()
+
+
+def test_without_correlations_the_codes_are_the_nearest() -> None:
+    h = torch.diag_embed(torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) + 0.1)
+    weight = weights(2, 32, 256)
+    stack = rounded(weight, h)
+    steps = stack.scale.float().repeat_interleave(GROUP, -1)
+    assert torch.equal(stack.values.float(), (weight / steps).round().clamp(-8, 7))
+
+
+def test_blocks_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight = moments(2, 256, 500), weights(2, 16, 256)
+    one = rounded(weight, h).values
+    monkeypatch.setattr(rounding, "COLUMNS", 1)
+    assert (rounded(weight, h).values != one).double().mean() < 1e-3
+
+
+def test_compiled_rounding_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    h, weight = moments(3, 384, 500), weights(3, 40, 384)
+    weight[0, 3], weight[1, :, 128:256] = 0.0, 0.0
+    weight[2, 5, 7] = 1e-39
+    found = []
+    for least in (1, 2**60):
+        monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
+        factor = factorize(h.clone(), 0.1)
+        scale = nearest(weight).scale
+        found.append(
+            (searched_scale(weight, factor.diagonal, GROUP), round_compensated(weight.clone(), factor, scale, GROUP))
+        )
+    (scale, stack), (other, same) = found
+    assert torch.equal(stack.values, same.values)
+    # Sums in another order: of two shares that are as good, either may win.
+    assert (scale == other).double().mean() > 0.99
+
+
+def test_searched_scales_are_the_best_of_their_shares() -> None:
+    """Positive, and by the weighted squares none of 28 shares of the nearest's scale is better; in float64."""
+    weight, importance = weights(2, 24, 256), moments(2, 256, 400).diagonal(dim1=1, dim2=2)
+    found = searched_scale(weight, importance, GROUP)
+    assert (found > 0).all()
+
+    def error(scale: torch.Tensor) -> torch.Tensor:
+        steps = scale.double().repeat_interleave(GROUP, -1)
+        change = (weight.double() / steps).round().clamp(-8, 7) * steps - weight.double()
+        return (change.square() * importance.double().unsqueeze(1)).unflatten(-1, (-1, GROUP)).sum(-1)
+
+    largest = weight.unflatten(-1, (-1, GROUP)).abs().amax(-1)
+    tried = torch.stack([error((largest / 7.5 * (1.04 - 0.02 * k)).bfloat16()) for k in range(28)])
+    assert torch.allclose(error(found), tried.amin(0), rtol=1e-5)
+
+
+def test_shrinkage_is_a_mean_of_rows_and_prior_rows() -> None:
+    sums, counts = moments(3, 128, 50) * 50, torch.tensor([50.0, 0.0, 10**6])
+    sums[1], sums[2] = 0.0, sums[2] * 10**6 / 50
+    pooled = moments(1, 128, 400, seed=5)[0]
+    found = shrink(sums.clone(), counts, pooled, 0.5)
+    assert torch.allclose(found[0], (sums[0] + 64 * pooled) / 114, rtol=1e-5)
+    assert torch.allclose(found[1], pooled)
+    assert torch.allclose(found[2], sums[2] / 10**6, atol=1e-3 * float(pooled.abs().max()))
+    diagonal = torch.rand(3, 128)
+    found = shrink(sums.clone(), counts, diagonal, 2.0)
+    assert torch.allclose(found[0], (sums[0] + 256 * torch.diag(diagonal[0])) / 306, rtol=1e-5)
+    assert torch.allclose(found[1], torch.diag(diagonal[1]))
+
+
+def odd_matrices() -> dict[str, torch.Tensor]:
+    good = moments(1, 256, 600)[0]
+    dead = good.clone()
+    dead[5], dead[:, 5] = 0.0, 0.0
+    broken = good.clone()
+    broken[3, 4] = torch.nan
+    indefinite = good - 3 * good.diagonal().mean() * torch.eye(256)
+    single = torch.zeros(256, 256)
+    single[9, 9] = 2.0
+    ones = torch.ones(256, 256)
+    return {
+        "good": good, "zero": torch.zeros(256, 256), "dead channel": dead, "NaN": broken, "infinite": good * 1e38 * 1e3,
+        "indefinite": indefinite, "one channel": single, "rank one": ones, "tiny": good * 1e-36,
+        "denormal": good * 1e-42, "huge": good * 1e30,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", odd_matrices())
+def test_matrices_of_every_odd_kind_leave_the_others_alone(kind: str) -> None:
+    """Each beside a good one: codes in range, positive scales, and the good one's as if it were alone."""
+    good, odd, weight = odd_matrices()["good"], odd_matrices()[kind], weights(2, 32, 256)
+    alone = rounded(weight[:1], good.unsqueeze(0), 0.1)
+    factor = factorize(torch.stack([good, odd]), 0.1)
+    scale = searched_scale(weight, factor.diagonal, GROUP)
+    stack = round_compensated(weight.clone(), factor, scale, GROUP)
+    assert factor.compensates[0] and torch.equal(stack.values[0], alone.values[0])
+    assert torch.equal(stack.scale[0], alone.scale[0])
+    assert torch.isfinite(stack.scale).all() and (stack.scale > 0).all()
+    if kind in ("zero", "NaN", "infinite", "indefinite", "denormal"):
+        assert not factor.compensates[1]
+        steps = scale[1].float().repeat_interleave(GROUP, -1)
+        assert torch.equal(stack.values[1].float(), (weight[1] / steps).round().clamp(-8, 7))
+    else:
+        assert factor.compensates[1]
+    if kind in ("tiny", "huge"):
+        assert (stack.values[1] != rounded(weight[1:], good.unsqueeze(0), 0.1).values[0]).double().mean() < 1e-3
+
+
+def test_weights_of_zero_stay_zero() -> None:
+    h, weight = moments(1, 256, 400), weights(1, 8, 256)
+    weight[0, 2] = 0.0
+    assert (rounded(weight, h).values[0, 2] == 0).all()
+
+
+def test_packing_is_undone() -> None:
+    stack = nearest(weights(2, 8, 256))
+    back = QuantizedStack.unpack(stack.pack(), stack.scale, GROUP)
+    assert torch.equal(back.values, stack.values) and back.values.dtype == torch.int8
+    assert torch.equal(back.dequantize(torch.float32), stack.dequantize(torch.float32))
