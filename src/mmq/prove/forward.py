@@ -27,6 +27,8 @@ def run_layer(
 ) -> torch.Tensor:
     """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H]."""
     residual = decoder.attend(hidden, lengths)
+    if not decoder.has_experts:
+        return residual
     x = decoder.block_input(residual)
     _, weight, index = decoder.route(x)
     block = ExpertBlock(

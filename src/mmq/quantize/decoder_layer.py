@@ -92,6 +92,7 @@ class DecoderLayer:
         device: torch.device,
     ) -> None:
         self.architecture = architecture
+        self.has_experts = architecture.has_experts(layer)
         self.device = device
         self.config = config
         try:
@@ -106,7 +107,7 @@ class DecoderLayer:
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
-            if architecture.has_experts(layer):
+            if self.has_experts:
                 router = architecture.module_name(architecture.router).removesuffix(".weight")
                 self._router = module.get_submodule(router)
                 setattr(module, architecture.moe_module, _Recorder())
@@ -140,7 +141,8 @@ class DecoderLayer:
 
     @torch.no_grad()
     def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Everything before the block: [T, H] of concatenated sequences -> the residual stream after attention."""
+        """Everything before the experts: [T, H] of concatenated sequences -> the residual stream after attention; of a
+        layer that has none, its output."""
         result = torch.empty_like(hidden)
         for starts, length in batches(lengths):
             batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)

@@ -174,16 +174,40 @@ class LayerQuantizer:
         result.statistics["excluded_samples"] = sorted(excluded)
         return result
 
+    def _attend(
+        self, decoder: DecoderLayer, layer: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All of a layer that comes before its experts: the residual stream [T, H], and the KV scales that it takes."""
+        scheme = self.settings.kv_cache_scheme
+        observer = KvObserver(decoder, scheme.model_dump()) if scheme else None
+        residual = decoder.attend(hidden, self.lengths)
+        if observer and (broken := observer.broken(self.lengths)):
+            raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
+        return residual, observer.scales() if observer else {}
+
+    def _pass(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        """A layer without experts: nothing is quantized but the KV cache."""
+        clock = _Clock(self.device, {"attention": 1.0}, partial(self.say, layer))
+        with clock.part("attention"):
+            decoder = DecoderLayer(self.arch, self.config, layer, content.rest, self.device)
+            hidden, kv_scales = self._attend(decoder, layer, hidden)
+            self._check_finite(hidden, f"the output of layer {layer} is")
+        tensors = content.rest | {f"{self.arch.attention_module}.{name}": s for name, s in kv_scales.items()}
+        statistics = {
+            "layer": layer,
+            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            "seconds": clock.seconds,
+        }
+        return LayerResult(tensors, hidden, statistics)
+
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
+        if not arch.has_experts(layer):
+            return self._pass(layer, content, hidden)
         clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
-            observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
-            residual = decoder.attend(hidden, self.lengths)
-            if observer and (broken := observer.broken(self.lengths)):
-                raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
-            kv_scales = observer.scales() if observer else {}
+            residual, kv_scales = self._attend(decoder, layer, hidden)
             x = decoder.block_input(residual)
             self._check_finite(x, f"the input of layer {layer}'s experts is")
             logits, weight, index = decoder.route(x)

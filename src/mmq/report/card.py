@@ -152,7 +152,7 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
         awq=facts.recipe["awq"],
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
-        layers=_layer_facts(facts.layers),
+        layers=_layer_facts(facts.layers, facts.all_layers),
         errors=_expert_errors(facts.verify),
         samples=_sample_rows(setting.calibration),
         held_out=[_place(part["path"]) for part in facts.evaluation["settings"]["data"]] if facts.evaluation else [],
@@ -202,14 +202,14 @@ def _sample_rows(calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def _layer_facts(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Sums over the awq stage's statistics."""
+def _layer_facts(layers: list[dict[str, Any]], everywhere: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Sums over the awq stage's statistics: of the layers with experts, and of all that have a KV cache."""
     if not layers:
         return None
     counts = [count for layer in layers for count in layer["topped_up"]]
     shares = [share for layer in layers if (share := loss_share(layer)) is not None]
     scales = {
-        name: [layer["kv_scales"][name] for layer in layers if name in layer["kv_scales"]]
+        name: [layer["kv_scales"][name] for layer in everywhere if name in layer["kv_scales"]]
         for name in ("k_scale", "v_scale")
     }
     return {
@@ -226,7 +226,7 @@ def _expert_errors(verified: dict[str, Any] | None) -> dict[str, tuple[float, fl
     """Smallest and largest relative error over the layers, of each of the experts' linear layers."""
     found: dict[str, list[float]] = {}
     for layer in (verified or {}).get("layers", []):
-        for linear, error in layer["expert_error"].items():
+        for linear, error in layer.get("expert_error", {}).items():
             if error is not None:
                 found.setdefault(linear, []).append(error)
     return {linear: (min(errors), max(errors)) for linear, errors in found.items()}

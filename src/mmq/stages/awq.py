@@ -75,7 +75,8 @@ def plan(workspace: Workspace) -> Plan:
         if layer is None:
             units.append(Unit(OUTSIDE, read, written))
         else:
-            units.append(Unit(layer_unit(layer), read, written, arithmetic))
+            searched = arithmetic if source.architecture.has_experts(layer) else 0
+            units.append(Unit(layer_unit(layer), read, written, searched))
     widest = widest_layer(source)
     hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
@@ -381,7 +382,7 @@ class _Stage:
         arch, source = self.workspace.architecture, self.source
         names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
         hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
-        experts = range(source.expert_count())
+        experts = range(source.expert_count() if arch.has_experts(layer) else 0)
         with self.weights.checkpoint.reader() as reader, self.up.running():
             content = LayerContent(
                 torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
@@ -399,7 +400,8 @@ class _Stage:
                 (arch.down, content.down),
             ):
                 weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
-                self.weights.read_stack(reader, weights, self.up, target)
+                if weights:
+                    self.weights.read_stack(reader, weights, self.up, target)
         return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
@@ -458,8 +460,10 @@ def widest_layer(source: SourceModel) -> int:
 
 
 def _check_shapes(source: SourceModel, group_size: int) -> None:
-    for linear in source.architecture.expert_linears:
-        spec = source.specs[f"{source.architecture.expert_weight(0, 0, linear)}.weight"]
+    arch = source.architecture
+    layer = next(filter(arch.has_experts, range(source.layer_count())))
+    for linear in arch.expert_linears:
+        spec = source.specs[f"{arch.expert_weight(layer, 0, linear)}.weight"]
         if spec.shape[1] % group_size:
             raise CheckpointError(
                 f"{source.checkpoint.folder}: {spec.name} has {spec.shape[1]} input channels, not a multiple of"
@@ -469,6 +473,8 @@ def _check_shapes(source: SourceModel, group_size: int) -> None:
 
 def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
     """What is worth showing of a layer."""
+    if "tokens_per_expert" not in statistics:
+        return {"experts": "none", "seconds": round(sum(statistics["seconds"].values()), 1)}
     before, after = statistics["loss_round_to_nearest"], statistics["loss_chosen"]
     return {
         "loss": "-" if after is None else f"{after:.3e}",

@@ -1,0 +1,97 @@
+"""The families beside MiniMax-M2 written plainly in fp32, from their papers and configs: shares no code with mmq."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tests.reference import Weights, rms_norm, rotate
+
+Config = dict[str, Any]
+Block = Callable[[torch.Tensor, Weights, str, Config], torch.Tensor]
+
+
+def gated(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
+    gate, up, down = (weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def heads(
+    x: torch.Tensor, weights: Weights, prefix: str, name: str, count: int, config: Config, turns: bool = True
+) -> torch.Tensor:
+    """[T, H] -> [heads, T, dim]: a projection, the norm of each head where there is one, and rotary if it `turns`."""
+    projected = x @ weights[f"{prefix}self_attn.{name}_proj.weight"].T
+    projected = projected + weights.get(f"{prefix}self_attn.{name}_proj.bias", torch.zeros(()))
+    result = projected.view(-1, count, config["head_dim"])
+    norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
+    result = rms_norm(result, norm, config["rms_norm_eps"]) if norm is not None else result
+    result = result.transpose(0, 1)
+    turning = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
+    return rotate(result, config | {"rotary_dim": turning}) if turns else result
+
+
+def keys_and_values(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> tuple[torch.Tensor, ...]:
+    """Keys after rotary and values of the normed input [T, H]: [kv_heads, T, dim] each."""
+    count = config["num_key_value_heads"]
+    key = heads(x, weights, prefix, "k", count, config)
+    return key, heads(x, weights, prefix, "v", count, config, False)
+
+
+def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    count = config["num_attention_heads"]
+    query = heads(x, weights, prefix, "q", count, config)
+    repeat = count // config["num_key_value_heads"]
+    key, value = (t.repeat_interleave(repeat, 0) for t in keys_and_values(x, weights, prefix, config))
+    scores = query @ key.transpose(1, 2) * config["head_dim"] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    output = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
+    return output.transpose(0, 1).flatten(1) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def routed(
+    x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor, experts: int
+) -> torch.Tensor:
+    """Token by token, expert by expert."""
+    result = torch.zeros_like(x)
+    for expert in range(experts):
+        tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+        output = gated(x[tokens], weights, f"{prefix}mlp.experts.{expert}.")
+        result.index_add_(0, tokens, share[tokens, slot, None] * output)
+    return result
+
+
+def qwen3_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """Softmax over all experts, the largest kept; they sum to one where the config says so."""
+    layer = int(prefix.split(".")[2])
+    if layer in config["mlp_only_layers"] or (layer + 1) % config["decoder_sparse_step"]:
+        return gated(x, weights, prefix + "mlp.")
+    scores = (x @ weights[prefix + "mlp.gate.weight"].T).softmax(-1)
+    share, chosen = scores.topk(config["num_experts_per_tok"], dim=-1)
+    share = share / share.sum(-1, keepdim=True) if config["norm_topk_prob"] else share
+    return routed(x, weights, prefix, chosen, share, config["num_experts"])
+
+
+BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe}
+# What reads the norm before the block beside the experts' gate and up, in a layer with experts.
+READERS = {"qwen3_moe": ["mlp.gate.weight"]}
+
+
+def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:
+    """The residual stream before each layer and after the last, [T, H] each."""
+    eps, block = config["rms_norm_eps"], BLOCKS[config["model_type"]]
+    states = [weights["model.embed_tokens.weight"][ids]]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        x = states[-1]
+        x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
+        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+        states.append(x + block(normed, weights, prefix, config))
+    return states
+
+
+def logits(ids: torch.Tensor, weights: Weights, config: Config) -> torch.Tensor:
+    """[T] -> [T, vocabulary]."""
+    last = rms_norm(hidden_states(ids, weights, config)[-1], weights["model.norm.weight"], config["rms_norm_eps"])
+    return last @ weights["lm_head.weight"].T
