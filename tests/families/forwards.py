@@ -73,9 +73,34 @@ def qwen3_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
     return routed(x, weights, prefix, chosen, share, config["num_experts"])
 
 
-BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe}
+def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """Sigmoid scores; the best groups by their two best experts, of these the best experts, the bias choosing only."""
+    layer = int(prefix.split(".")[2])
+    if layer < config["first_k_dense_replace"]:
+        return gated(x, weights, prefix + "mlp.")
+    scores = (x @ weights[prefix + "mlp.gate.weight"].T).sigmoid()
+    preferred = scores + weights[prefix + "mlp.gate.e_score_correction_bias"]
+    groups = preferred.unflatten(1, (config["n_group"], -1))
+    kept = groups.sort(dim=-1, descending=True).values[..., :2].sum(-1).topk(config["topk_group"], dim=-1).indices
+    allowed = torch.zeros(groups.shape[:2]).scatter(1, kept, 1.0)[..., None].expand_as(groups).flatten(1) > 0
+    chosen = preferred.masked_fill(~allowed, -torch.inf).topk(config["num_experts_per_tok"], dim=-1).indices
+    share = scores.gather(1, chosen)
+    share = share / (share.sum(-1, keepdim=True) + 1e-20) if config["norm_topk_prob"] else share
+    share = share * config["routed_scaling_factor"]
+    output = routed(x, weights, prefix, chosen, share, config["n_routed_experts"])
+    return output + gated(x, weights, prefix + "mlp.shared_experts.")
+
+
+BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe, "glm4_moe": glm4_moe}
 # What reads the norm before the block beside the experts' gate and up, in a layer with experts.
-READERS = {"qwen3_moe": ["mlp.gate.weight"]}
+READERS = {
+    "qwen3_moe": ["mlp.gate.weight"],
+    "glm4_moe": [
+        "mlp.gate.weight",
+        "mlp.shared_experts.gate_proj.weight",
+        "mlp.shared_experts.up_proj.weight",
+    ],
+}
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:

@@ -88,7 +88,7 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
     if rotary_dim is not None and not (_count(rotary_dim) and rotary_dim <= head_dim):
         raise _wrong("rotary_dim", rotary_dim, f"a number of dimensions, with heads of {shown(head_dim)}")
     if SHARE not in given:
-        given[SHARE] = 1.0 if rotary_dim is None else _share_of(rotary_dim, head_dim)
+        given[SHARE] = architecture.default_rotary_share if rotary_dim is None else _share_of(rotary_dim, head_dim)
     given.setdefault("rope_theta", architecture.default_theta)
     given.setdefault("rope_type", "default")
     kind = given["rope_type"]

@@ -26,10 +26,11 @@ LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
 COMPONENTS = (
-    "experts", "attention", "dense layers", "embeddings", "head", "router", "norms and biases", "kv_scales",
+    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "embeddings", "head", "router",
+    "norms and biases", "kv_scales",
 )  # fmt: skip
 # Of these, what only some families have.
-RARE_COMPONENTS = ("dense layers",)
+RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Dimensions:
     tied: bool = False
     dense: int = 0
     dense_layers: int = 0
+    shared: int = 0
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
@@ -90,19 +92,11 @@ class Dimensions:
         dense = _count(config, arch.dense_key) if arch.dense_at else 0
         if len(arch.dense_at) >= layers:
             raise CheckpointError("config.json: no layer has experts")
+        shared = intermediate * _count(config, arch.shared_count_key) if arch.shared_count_key else 0
         return cls(
-            layers,
-            experts,
-            hidden,
-            intermediate,
-            vocabulary,
-            heads,
-            kv_heads,
-            head_dim,
-            tied,
-            dense,
-            len(arch.dense_at),
-        )
+            layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
+            len(arch.dense_at), shared,
+        )  # fmt: skip
 
     @property
     def expert_layers(self) -> int:
@@ -119,6 +113,9 @@ class Dimensions:
             "experts": self.experts,
             "expert": self.intermediate,
             "dense": self.dense,
+            "shared": self.shared,
+            "vocabulary": self.vocabulary,
+            "pair": 2 * self.hidden,
         }
         return tuple(words[word] for word in weight.shape)
 
@@ -241,7 +238,7 @@ def disk_bytes(tensors: Iterable[Tensors]) -> int:
 
 def layer_bytes(tensors: Iterable[Tensors], dims: Dimensions) -> int:
     """Tensors of one decoder layer with experts, which are all alike."""
-    own = (tensor for tensor in tensors if tensor.in_layer and tensor.component not in RARE_COMPONENTS)
+    own = (tensor for tensor in tensors if tensor.in_layer and tensor.component != "dense layers")
     return sum(tensor.nbytes // (dims.layers if tensor.count == dims.layers else dims.expert_layers) for tensor in own)
 
 
@@ -272,11 +269,22 @@ def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors,
     yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), False
     if arch.router_bias:
         yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), False
+    if arch.shared:
+        for weight in arch.shared.weights:
+            yield of_layers(weight, dims.expert_layers)
     if arch.dense and dims.dense_layers:
         for weight in arch.dense.weights:
             yield of_layers(weight, dims.dense_layers)
     for weight in arch.experts.weights:
         yield of_layers(weight, dims.expert_layers * dims.experts)
+    # Layers past the last are carried as they are, in bf16 but for the router's bias.
+    for layer in arch.extra_at:
+        prefix = arch.layer_prefix(layer)
+        for weight in arch.layer_weights(layer, experts=0):
+            dtype = "F32" if weight.name == arch.router_bias else "BF16"
+            yield tensors(prefix + weight.name, dims.shape(weight), 1, dtype=dtype), False
+        for weight in arch.experts.weights:
+            yield tensors(prefix + weight.name, dims.shape(weight), dims.experts), False
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:

@@ -19,8 +19,8 @@ NUMBER = "(0|[1-9][0-9]{0,8})"
 MOST_LAYERS = 10**6
 
 # hidden: the residual stream. query, key: all heads of queries, of keys or values, side by side. head: one head.
-# expert, shared, dense: the inner width of a routed expert, of the shared one, of a dense layer.
-Size = Literal["hidden", "query", "key", "head", "experts", "expert", "shared", "dense"]
+# expert, shared, dense: the inner width of a routed expert, of the shared one, of a dense layer. pair: two hidden ones.
+Size = Literal["hidden", "query", "key", "head", "experts", "expert", "shared", "dense", "vocabulary", "pair"]
 
 
 @dataclass(frozen=True)
@@ -116,13 +116,18 @@ class Architecture:
             calibrated with, written and evaluated is what the server will hold.
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads
             act(gate) * up.
+        shared: the expert that all tokens go through beside the routed ones; it reads the smoothed norm as they do.
+        extra_weights: of a layer past the last, beside what a layer with experts has; such layers, which predict
+            further tokens, are carried as they are.
         dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
+        default_rotary_share: the share of head dimensions that turn where config.json names none.
         default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
         rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
         config_fields: what the layer class reads of the config beside the config class's own fields.
         dense_at: numbers of the dense layers, once `resolved`.
+        extra_at: numbers of the layers past the last, once `resolved`.
         example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones.
     """
 
@@ -148,6 +153,10 @@ class Architecture:
     dense: Mlp | None = None
     dense_layers: DenseLayers = DenseLayers()
     dense_at: frozenset[int] = frozenset()
+    shared: Mlp | None = None
+    extra_weights: tuple[Weight, ...] = ()
+    extra_at: tuple[int, ...] = ()
+    default_rotary_share: float = 1.0
     default_theta: float = 10000.0
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -158,6 +167,8 @@ class Architecture:
     hidden_key: str = "hidden_size"
     intermediate_key: str = "intermediate_size"
     dense_key: str = "intermediate_size"
+    shared_count_key: str | None = None
+    extra_layers_key: str | None = None
     rotary_dim_key: str | None = None
     config_fields: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
@@ -172,7 +183,13 @@ class Architecture:
         # A number of layers that is none is refused by who needs it.
         layers = layers if type(layers) is int and 0 < layers <= MOST_LAYERS else 0
         kept = tuple(w for w in self.attention_weights if w.when is None or config.get(w.when) is True)
-        return replace(self, attention_weights=kept, dense_at=self.dense_layers.of(config, layers))
+        extra = _whole(config, self.extra_layers_key, 0) if self.extra_layers_key else 0
+        return replace(
+            self,
+            attention_weights=kept,
+            dense_at=self.dense_layers.of(config, layers),
+            extra_at=tuple(range(layers, layers + min(extra, MOST_LAYERS))),
+        )
 
     def transformers_class(self, name: str) -> Any:
         """A class of the family's transformers module."""
@@ -213,19 +230,48 @@ class Architecture:
     def powers_of_two(self) -> bool:
         """Whether the norm's scales must be such: what reads it in bf16 would be rounded by others, and another router
         chooses other experts."""
-        return self.router_served == "BF16"
+        return self.router_served == "BF16" or self.shared is not None
 
     def has_experts(self, layer: int) -> bool:
         return layer not in self.dense_at
 
     def kept(self, layer: int) -> tuple[Weight, ...]:
-        """A layer's matrices beside the routed experts and the router, whose bytes are the source's in the end."""
+        """A layer's matrices whose bytes are always the source's in the end: not routed, and not reading the smoothed
+        norm."""
         matrices = tuple(weight for weight in self.attention_weights if len(weight.shape) == 2)
-        return matrices + (self.dense.weights if self.dense and layer in self.dense_at else ())
+        if layer in self.dense_at:
+            return matrices + (self.dense.weights if self.dense else ())
+        return matrices + (self.shared.weights[2:] if self.shared else ())
+
+    def scaled(self, layer: int) -> tuple[Weight, ...]:
+        """A layer's matrices beside the router that read the norm before its experts. In bf16 they are scaled; in fp8
+        they keep their bytes, and the norm is left alone."""
+        return self.shared.inputs if self.shared and layer not in self.dense_at else ()
+
+    def layer_weights(self, layer: int, experts: int) -> Iterator[Weight]:
+        """All tensors of a layer, by kind: attention, norm, router, shared expert, experts or dense MLP, extras."""
+        yield from self.attention_weights
+        yield Weight(self.smooth_norm, ("hidden",))
+        if self.dense and layer in self.dense_at:
+            yield from self.dense.weights
+            return
+        yield Weight(self.router, ("experts", "hidden"))
+        if self.router_bias:
+            yield Weight(self.router_bias, ("experts",))
+        if self.shared:
+            yield from self.shared.weights
+        for expert in range(experts):
+            for weight in self.experts.weights:
+                yield Weight(weight.name.format(expert=expert), weight.shape)
+        if layer in self.extra_at:
+            yield from self.extra_weights
 
     def norm_readers(self, experts: int) -> Iterator[str]:
         """Every weight of a layer with experts whose columns the smoothed norm multiplies."""
         yield self.router
+        if self.shared:
+            for weight in self.shared.inputs:
+                yield weight.name
         for expert in range(experts):
             for weight in self.experts.inputs:
                 yield weight.name.format(expert=expert)
@@ -267,13 +313,17 @@ class Architecture:
 
     def component(self, name: str) -> str:
         """The model card's component that a tensor belongs to."""
-        _, local = self.split(name)
+        layer, local = self.split(name)
+        if layer is not None and layer in self.extra_at:
+            return "multi-token prediction"
         if self.split_expert(local):
             return "experts"
         if any(local.startswith(f"{linear}.weight") for linear in self.attention):
             return "attention"
         if self.dense and any(local.startswith(weight.name) for weight in self.dense.weights):
             return "dense layers"
+        if self.shared and any(local.startswith(weight.name) for weight in self.shared.weights):
+            return "shared experts"
         if name == self.embedding:
             return "embeddings"
         if name == self.head:

@@ -23,10 +23,11 @@ def layer_of(arch: Architecture, source: Checkpoint, name: str) -> int | None:
 def kept_scales(arch: Architecture, source: Checkpoint, storage: Storage, layer: int) -> dict[str, str | None]:
     """A layer's matrices that keep the source's bytes, and the names of their scales; None where they are plain."""
     result: dict[str, str | None] = {}
-    for weight in arch.kept(layer):
+    for weight in (*arch.kept(layer), *arch.scaled(layer)):
         name = arch.layer_prefix(layer) + weight.name
         fp8 = storage.scale_suffix is not None and source.specs[name].dtype == "F8_E4M3"
-        result[name] = f"{name}{storage.scale_suffix}" if fp8 else None
+        if fp8 or weight in arch.kept(layer):
+            result[name] = f"{name}{storage.scale_suffix}" if fp8 else None
     return result
 
 
@@ -107,7 +108,9 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, storage
     groups = mapping(quantization.get("config_groups"))
     report.require(quantization.get("quant_method") == "compressed-tensors", "config.json: quant_method is wrong")
     modules = {name.rpartition(".")[0] for name in result.specs}
-    kinds = {"experts": {module for module in modules if arch.split_expert(arch.split(module)[1] + ".weight")}}
+    inside = {module for module in modules if layer_of(arch, source, module) is not None}
+    kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
+    ignored = quantization.get("ignore") or []
     layers = range(int(source.config[arch.layers_key]))
     kept = {
         name.removesuffix(".weight")
@@ -132,7 +135,9 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, storage
         covered.add(kind)
         for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
             try:
-                matched = {module for module in modules if _matches(rename(module), group.get("targets") or [])}
+                named = {module: rename(module) for module in modules}
+                left = {module for module, name in named.items() if not _matches(name, ignored)}
+                matched = {module for module in left if _matches(named[module], group.get("targets") or [])}
             except (re.error, TypeError) as error:
                 report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,8 @@ def _check_layer(
             report.count("other tensors equal to the source's bytes")
         entry: dict[str, Any] = {"layer": layer}
         if routed:
-            applied = _check_smoothing(report, arch, prefix, originals, results)
+            kept = kept_scales(arch, source, storage, layer)
+            applied = _check_smoothing(report, arch, prefix, kept, originals, results)
             entry["expert_error"] = _check_experts(
                 report, arch, storage, layer, applied, compensated, originals, results
             )
@@ -120,15 +122,29 @@ def _check_layer(
 
 
 def _check_smoothing(
-    report: Report, arch: Architecture, prefix: str, originals: TensorReader, results: TensorReader
+    report: Report,
+    arch: Architecture,
+    prefix: str,
+    kept: Mapping[str, str | None],
+    originals: TensorReader,
+    results: TensorReader,
 ) -> Array:
     """norm x reader must be what it was, for all readers but the routed experts, whose codes are looked at.
+
+    Args:
+        kept: readers that have the source's bytes, for which the norm must have them too.
 
     Returns:
         the scale that the new norm leaves to its readers, float64 [H].
     """
     norms = [float64(reader[prefix + arch.smooth_norm]) for reader in (originals, results)]
     for local in arch.norm_readers(experts=0):
+        if prefix + local in kept:
+            report.require(
+                sha256(originals[prefix + arch.smooth_norm]) == sha256(results[prefix + arch.smooth_norm]),
+                f"{prefix}{local} keeps its bytes, though {prefix}{arch.smooth_norm} is not the source's",
+            )
+            continue
         weights = [float64(reader[prefix + local]) for reader in (originals, results)]
         before, after = (norm * weight for norm, weight in zip(norms, weights, strict=True))
         distance = np.abs(after - before) / np.maximum(np.abs(before), 1e-30)
@@ -137,7 +153,7 @@ def _check_smoothing(
             bool(np.isfinite(after).all()) and error <= READER_TOLERANCE and not np.any(after[before == 0]),
             f"{prefix}{local} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",
         )
-        report.count("routers that undo their norm")
+        report.count("routers that undo their norm" if local == arch.router else "shared experts that undo their norm")
     safe = np.where(norms[1] == 0, 1.0, norms[1])
     return np.where(norms[1] == 0, 1.0, norms[0] / safe)
 

@@ -30,6 +30,7 @@ def run_layer(
     if not decoder.has_experts:
         return residual
     x = decoder.block_input(residual)
+    residual = decoder.add_shared(residual, x)
     _, weight, index = decoder.route(x)
     block = ExpertBlock(
         x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget

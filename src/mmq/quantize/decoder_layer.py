@@ -63,10 +63,16 @@ def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class _Recorder(torch.nn.Module):
-    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream."""
+    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream.
 
-    def __init__(self) -> None:
+    Args:
+        parts: modules of the block that are no routed experts, by their names in it.
+    """
+
+    def __init__(self, parts: dict[str, torch.nn.Module]) -> None:
         super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.inputs: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -104,13 +110,14 @@ class DecoderLayer:
             raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
         # The bias of a router that does not hold it itself.
         self._bias: torch.Tensor | None = None
+        self._shared: torch.nn.Module | None = None
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
             if self.has_experts:
                 router = architecture.module_name(architecture.router).removesuffix(".weight")
                 self._router = module.get_submodule(router)
-                setattr(module, architecture.moe_module, _Recorder())
+                self._shared = self._take_shared(module)
                 self.set_router(tensors[architecture.router].to(device))
                 self._set_bias(router, tensors)
             module.load_state_dict(named, strict=True, assign=True)
@@ -122,6 +129,16 @@ class DecoderLayer:
         """Replace the router's weight, [E, H]."""
         served = weight.to(DTYPES[self.architecture.router_served])
         self._router.weight = torch.nn.Parameter(served, requires_grad=False)
+
+    def _take_shared(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        """Put the stand-in where the block was; the shared expert, if there is one, stays in it."""
+        arch, shared, parts = self.architecture, None, {}
+        if arch.shared is not None:
+            name = arch.module_name(arch.shared.prefix).removesuffix(".")
+            shared = module.get_submodule(name)
+            parts[name.removeprefix(f"{arch.moe_module}.")] = shared
+        setattr(module, arch.moe_module, _Recorder(parts))
+        return shared
 
     def _set_bias(self, router: str, tensors: dict[str, torch.Tensor]) -> None:
         """Give the router the bias by which it chooses, as a buffer of its own or beside each of its inputs."""
@@ -163,6 +180,13 @@ class DecoderLayer:
         name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
         norm = self.module.get_submodule(name)
         return torch.cat([norm(part) for part in residual.split(step)])
+
+    @torch.no_grad()
+    def add_shared(self, residual: torch.Tensor, x: torch.Tensor, step: int = 2**14) -> torch.Tensor:
+        """The residual stream [T, H] with what the shared expert makes of the block's input [T, H]."""
+        if self._shared is None:
+            return residual
+        return residual + torch.cat([self._shared(part) for part in x.split(step)])
 
     @torch.no_grad()
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
-from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unsmoothed
 from mmq.recipe import Awq
 from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import sum_of_squares
@@ -109,6 +109,7 @@ class LayerQuantizer:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
+        smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
 
@@ -126,8 +127,10 @@ class LayerQuantizer:
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
+        smooth_norm: bool = True,
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self.smooth_norm = smooth_norm
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
@@ -207,8 +210,9 @@ class LayerQuantizer:
         clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
-            residual, kv_scales = self._attend(decoder, layer, hidden)
-            x = decoder.block_input(residual)
+            attended, kv_scales = self._attend(decoder, layer, hidden)
+            x = decoder.block_input(attended)
+            residual = decoder.add_shared(attended, x)
             self._check_finite(x, f"the input of layer {layer}'s experts is")
             logits, weight, index = decoder.route(x)
         with clock.part("searching"):
@@ -237,20 +241,24 @@ class LayerQuantizer:
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
+        if not self.smooth_norm:
+            statistics["norm"]["not_smoothed"] = "the shared expert reads it and keeps its fp8 bytes"
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
             else:
                 tensors = self._store(layer, block, rounded)
             # As the server holds it: in bf16 by powers of two, which it takes without a rounding.
-            router = content.rest[arch.router].to(self.device).float() * applied
-            router = router.to(DTYPES[arch.router_served])
-            tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
+            readers = {name: content.rest[name].to(self.device) for name in arch.norm_readers(experts=0)}
+            served = {name: weight.dtype for name, weight in readers.items()}
+            served[arch.router] = DTYPES[arch.router_served]
+            readers = {name: (weight.float() * applied).to(served[name]) for name, weight in readers.items()}
+            tensors |= content.rest | {arch.smooth_norm: norm} | readers
             tensors |= {f"{arch.attention_module}.{name}": scale for name, scale in kv_scales.items()}
         with clock.part("propagating"):
             decoder.set_norm(norm)
-            decoder.set_router(router)
-            output = self._served(decoder, block, residual)
+            decoder.set_router(readers[arch.router])
+            output = self._served(decoder, block, attended)
             squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
             statistics["loss_propagated"] = _number(squares / residual.numel())
             hidden = _added(residual, block, output if settings.propagate_quantized else reference)
@@ -269,7 +277,10 @@ class LayerQuantizer:
         """The norm's and the inner scales that are best for rounding to nearest."""
         full = self.settings.search == "full"
         to_norm, to_down = SEARCHED
-        norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        if self.smooth_norm:
+            norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        else:
+            norm = unsmoothed(block.x)
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
         return norm, down
 

@@ -78,6 +78,13 @@ class Found:
         return (self.ratio == 0) & ~self.duo
 
 
+def unsmoothed(x: torch.Tensor) -> Found:
+    """What stands for the search of a norm's scales where there is none to choose; `x` is [T, H]."""
+    unknown = torch.tensor(torch.nan, dtype=torch.float64)
+    ones = torch.ones(x.shape[1], device=x.device)
+    return Found(ones, torch.tensor(0.0, dtype=torch.float64), torch.tensor(False), unknown, unknown)
+
+
 # Told the share of a search that is done, and where it is.
 Told = Callable[[float, str], None]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import compressed_tensors
@@ -17,7 +18,6 @@ from compressed_tensors.quantization import (
 )
 
 from mmq.families.rotary import rope_parameters
-from mmq.families.sizes import Storage
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
 from mmq.tensors.fp8 import BLOCK
@@ -25,18 +25,18 @@ from mmq.tensors.int4 import weight_args
 
 
 def output_config(
-    architecture: Architecture, recipe: Recipe, source: dict[str, Any], storage: Storage | None
+    architecture: Architecture, recipe: Recipe, source: dict[str, Any], kept: Sequence[str]
 ) -> dict[str, Any]:
     """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
 
     Args:
-        storage: how attention, and what else beside the experts has the source's bytes, is stored in fp8; None where
-            it is bf16, as the awq stage leaves it.
+        kept: modules in a decoder layer that are block fp8, as in the source; none where all of it is bf16, as the awq
+            stage leaves it.
     """
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size)}
-    if storage is not None:
+    if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
-        groups["group_1"] = kept_scheme(architecture, dynamic)
+        groups["group_1"] = kept_scheme(architecture, kept, dynamic)
     hybrid = len(groups) > 1
     scheme = recipe.awq.kv_cache_scheme
     quantization = QuantizationConfig(
@@ -44,7 +44,7 @@ def output_config(
         format=(CompressionFormat.mixed_precision if hybrid else CompressionFormat.pack_quantized).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
-        ignore=[architecture.head.removesuffix(".weight")],
+        ignore=[architecture.head.removesuffix(".weight"), *ignored_layers(architecture)],
     )
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     config["rope_parameters"] = rope_parameters(source, architecture)
@@ -65,9 +65,14 @@ def experts_scheme(architecture: Architecture, group_size: int) -> QuantizationS
     )
 
 
-def kept_scheme(architecture: Architecture, dynamic_activations: bool) -> QuantizationScheme:
-    """Block-fp8 attention and dense layers; with dynamic activations, as the source's `activation_scheme: dynamic`
-    says."""
+def ignored_layers(architecture: Architecture) -> list[str]:
+    """Patterns of the layers past the last: what the groups' patterns would match there is not quantized."""
+    return [f"re:{re.escape(architecture.layer_prefix(layer))}.*" for layer in architecture.extra_at]
+
+
+def kept_scheme(architecture: Architecture, kept: Sequence[str], dynamic_activations: bool) -> QuantizationScheme:
+    """Block-fp8 attention, dense layers and shared experts; with dynamic activations, as the source's
+    `activation_scheme: dynamic` says."""
     activations = QuantizationArgs(
         num_bits=8,
         type=QuantizationType.FLOAT,
@@ -77,7 +82,7 @@ def kept_scheme(architecture: Architecture, dynamic_activations: bool) -> Quanti
         dynamic=True,
     )
     return QuantizationScheme(
-        targets=kept_targets(architecture),
+        targets=kept_targets(architecture, kept),
         weights=QuantizationArgs(
             num_bits=8,
             type=QuantizationType.FLOAT,
@@ -91,15 +96,15 @@ def kept_scheme(architecture: Architecture, dynamic_activations: bool) -> Quanti
     )
 
 
-def kept_targets(architecture: Architecture) -> list[str]:
+def kept_targets(architecture: Architecture, kept: Sequence[str]) -> list[str]:
     """Patterns of what keeps the source's fp8, a parent module each: under transformers' names and the hub's alike."""
-    parent = architecture.attention_module
-    linears = "|".join(linear.rpartition(".")[2].removesuffix("_proj") for linear in architecture.attention)
-    targets = [rf"re:.*{re.escape(parent)}\.({linears})_proj$"]
-    if architecture.dense and architecture.dense_at:
-        modules = [weight.module for weight in architecture.dense.weights]
-        parent = modules[0].rpartition(".")[0]
-        linears = "|".join(re.escape(module.rpartition(".")[2]) for module in modules)
-        # An expert's or a shared expert's linear layers lie deeper.
-        targets.append(rf"re:.*\.\d+\.{re.escape(parent)}\.({linears})$")
+    by_parent: dict[str, list[str]] = {}
+    for module in kept:
+        parent, _, linear = module.rpartition(".")
+        by_parent.setdefault(parent, []).append(linear.removesuffix("_proj"))
+    targets = []
+    for parent, linears in by_parent.items():
+        # An expert's linear layers lie deeper than a dense layer's, under the same parent.
+        above = ".*" if parent == architecture.attention_module else r".*\.\d+\."
+        targets.append(rf"re:{above}{re.escape(parent)}\.({'|'.join(map(re.escape, linears))})_proj$")
     return targets

@@ -35,11 +35,6 @@ class SourceFormat:
     fault: Callable[[dict[str, Any]], str | None] = lambda _settings: None
 
     @property
-    def kept(self) -> Storage | None:
-        """How what keeps its bytes is stored; None where it is plain bf16."""
-        return self.storage if self.quantized else None
-
-    @property
     def quantized(self) -> bool:
         """Whether weights have scales."""
         return self.storage.scale_suffix is not None

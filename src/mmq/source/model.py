@@ -151,6 +151,20 @@ class SourceModel:
     def expert_count(self) -> int:
         return int(self.config[self.architecture.experts_key])
 
+    @cached_property
+    def kept_modules(self) -> list[str]:
+        """Modules of decoder layers, by their names there, that are fp8 and keep the source's bytes."""
+        arch, locals_ = self.architecture, {self.architecture.split(name)[1] for name in self.scales}
+        known = [w for layer in range(self.layer_count()) for w in (*arch.kept(layer), *arch.scaled(layer))]
+        return list(dict.fromkeys(weight.module for weight in known if weight.name in locals_))
+
+    @cached_property
+    def norm_can_be_smoothed(self) -> bool:
+        """Whether everything that reads the norm before the experts can be scaled; what keeps fp8 bytes can't."""
+        arch = self.architecture
+        scaled = {w.name for layer in range(self.layer_count()) for w in arch.scaled(layer)}
+        return not any(arch.split(name)[1] in scaled for name in self.scales)
+
     def layer_names(self, layer: int) -> list[str]:
         """Dequantized tensors of a decoder layer."""
         return self._by_layer[layer]
@@ -183,7 +197,8 @@ class SourceModel:
                 f" {shown(list(shape))} needs {' or '.join(wanted)} {sizes} for {_blocks_text(storage.block)}"
             )
         layer, local = self.architecture.split(name)
-        kept = {weight.name for weight in self.architecture.kept(layer)} if layer is not None else set()
+        arch = self.architecture
+        kept = {w.name for w in (*arch.kept(layer), *arch.scaled(layer))} if layer is not None else set()
         inside = layer is not None and layer < self.layer_count()
         if not inside or not (local in kept or self.architecture.split_expert(local)):
             raise CheckpointError(f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer")
@@ -200,7 +215,7 @@ class SourceModel:
                 raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
             layer, _ = self.architecture.split(name)
             inside = layer is not None and layer < self.layer_count()
-            if not inside and self.architecture.looks_quantized(name):
+            if not inside and layer not in self.architecture.extra_at and self.architecture.looks_quantized(name):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} lies outside the decoder layers under the name of what is"
                     " quantized in them"
@@ -241,12 +256,14 @@ class SourceModel:
                 for weight in arch.experts.weights
             }
             shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.kept(layer)}
-            for name in shapes:
+            either = {prefix + weight.name for weight in (arch.shared.weights if arch.shared else ())}
+            for name in shapes.keys() - either:
                 if self.format.quantized and name in specs and name not in self.scales:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
             norms = {prefix + w.name: dims.shape(w) for w in arch.attention_weights if len(w.shape) == 1}
             norms[prefix + arch.smooth_norm] = (hidden,)
-            plain = [*norms] if self.format.quantized else [*norms, *shapes]
+            shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.scaled(layer)}
+            plain = [*norms, *(name for name in shapes if name in specs and name not in self.scales)]
             shapes |= norms
             router = [prefix + name for name in (arch.router, arch.router_bias) if name and routed]
             shapes |= dict(zip(router, ((experts, hidden), (experts,)), strict=False))

@@ -237,8 +237,17 @@ def _tensors(
         tensors[prefix + arch.router] = (normal(dims.experts, hidden) * gain).to(DTYPES[arch.router_stored])
         if arch.router_bias:
             tensors[prefix + arch.router_bias] = 8 + 0.1 * normal(dims.experts)
+        if arch.shared:
+            gated([prefix + weight.name for weight in arch.shared.weights], dims.shared, gain)
         for expert in range(dims.experts):
             gated([prefix + weight.name.format(expert=expert) for weight in arch.experts.weights], inner, gain)
+    for layer in arch.extra_at:
+        prefix = arch.layer_prefix(layer)
+        for weight in arch.layer_weights(layer, dims.experts):
+            name = prefix + weight.name
+            shape = dims.shape(weight)
+            values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
+            tensors[name] = values.to(torch.float32 if weight.name == arch.router_bias else torch.bfloat16)
     tensors[arch.final_norm] = channels(hidden, 0.1, 2).to(torch.bfloat16)
     tensors[arch.head] = (normal(dims.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors

@@ -113,7 +113,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         stage.finish_writing()
         if OUTSIDE not in journal.units:
             stage.carry_outside()
-    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, None)
+    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, [])
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
     stage.finish_state()
@@ -164,6 +164,7 @@ class _Stage:
             self.device,
             self._say,
             self._excluded(),
+            self.source.norm_can_be_smoothed,
         )
         self.hidden = self._hidden_states(tokens)
         workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)

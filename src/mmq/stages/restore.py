@@ -79,7 +79,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         reporter.unit(unit.name)
 
     in_threads(pending, restore, workspace.recipe.worker_count)
-    config = output_config(workspace.architecture, workspace.recipe, source.config, source.format.kept)
+    config = output_config(workspace.architecture, workspace.recipe, source.config, source.kept_modules)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
 
 
@@ -88,8 +88,10 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     source, arch = workspace.source, workspace.architecture
     groups = [[arch.embedding]]
     for layer in range(source.layer_count()):
+        prefix = arch.layer_prefix(layer)
         tensors = [*arch.attention_inputs, *(weight.name for weight in arch.kept(layer))]
-        groups.append([arch.layer_prefix(layer) + local for local in tensors])
+        tensors += [weight.name for weight in arch.scaled(layer) if prefix + weight.name in source.scales]
+        groups.append([prefix + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:
         for names in groups:
             scales = [source.scales[tensor] for tensor in names if tensor in source.scales]
@@ -109,7 +111,9 @@ def _original(workspace: Workspace, name: str) -> str | None:
     source, arch = workspace.source, workspace.architecture
     weight = name.removesuffix(SCALE_NAME) + "weight" if name.endswith(SCALE_NAME) else name
     layer, local = arch.split(weight)
-    if layer is not None and local in {kept.name for kept in arch.kept(layer)}:
+    if layer is not None and arch.split_expert(local) is not None:
+        return None
+    if weight in source.scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
         return name if weight == name else source.scales[weight]
     if arch.component(name) in ("embeddings", "head") or local == arch.router_bias:
         return name
