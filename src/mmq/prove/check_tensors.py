@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmq.families.table import Architecture
 from mmq.machine.threads import each
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
+from mmq.prove.judged import Judged, nearest
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.progress import Reporter
@@ -22,14 +24,27 @@ ROUTER_TOLERANCE = 1e-6
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
+# Of a linear layer that was compensated: its distance from the source's, as a share of the weights' size. int4 in
+# groups of 128 alone is at 0.1 to 0.15, another expert's codes are at 1.4.
+FARTHEST_LAYER = 0.7
 # Weights below this do nothing. bf16 and fp32 lose bits near 1e-38, and with them what scaled such weights.
 NEGLIGIBLE = 1e-30
 
 
 def check_tensors(
-    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, workers: int, reporter: Reporter
+    report: Report,
+    arch: Architecture,
+    source: Checkpoint,
+    result: Checkpoint,
+    judged: Callable[[int], Judged | None],
+    workers: int,
+    reporter: Reporter,
 ) -> None:
-    """All that needs the tensors' bytes, layer by layer on threads."""
+    """All that needs the tensors' bytes, layer by layer on threads.
+
+    Args:
+        judged: what is known of a layer's rounding; None where every code must be the nearest.
+    """
     sizes: dict[int | None, int] = {None: 0}
     for checkpoint in (source, result):
         for name, spec in checkpoint.specs.items():
@@ -46,7 +61,7 @@ def check_tensors(
             if layer is None:
                 _check_outside(part, arch, source, result)
             else:
-                _check_layer(part, arch, source, result, layer)
+                _check_layer(part, arch, source, result, layer, judged(layer))
         except MmqError as error:
             part.problems.append(str(error))
         reporter.unit(units[layer])
@@ -61,7 +76,9 @@ def check_tensors(
     reporter.finish(NAME)
 
 
-def _check_layer(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, layer: int) -> None:
+def _check_layer(
+    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, layer: int, judged: Judged | None
+) -> None:
     prefix = arch.layer_prefix(layer)
     with source.reader() as originals, result.reader() as results:
         for linear in arch.attention:
@@ -80,7 +97,7 @@ def _check_layer(report: Report, arch: Architecture, source: Checkpoint, result:
         applied = _check_smoothing(report, arch, prefix, originals, results)
         entry: dict[str, Any] = {
             "layer": layer,
-            "expert_error": _check_experts(report, arch, layer, applied, originals, results),
+            "expert_error": _check_experts(report, arch, layer, applied, judged, originals, results),
         }
         parent = arch.attention[0].rpartition(".")[0]
         for scale in ("k_scale", "v_scale"):
@@ -111,9 +128,18 @@ def _check_smoothing(
 
 
 def _check_experts(
-    report: Report, arch: Architecture, layer: int, applied: Array, originals: TensorReader, results: TensorReader
+    report: Report,
+    arch: Architecture,
+    layer: int,
+    applied: Array,
+    judged: Judged | None,
+    originals: TensorReader,
+    results: TensorReader,
 ) -> dict[str, float | None]:
     """Every int4 code must be the nearest to the source's weight as the smoothing left it.
+
+    Where errors were compensated, codes are not the nearest: then a linear layer as a whole must be near, its group
+    scales positive, and the block's loss from the files what the statistics say.
 
     Args:
         applied: float64 [H], the scale that the norm left to gate and up.
@@ -130,9 +156,19 @@ def _check_experts(
             linear: fp8_values(originals[f"{base}.weight"], originals[f"{base}.weight_scale_inv"])
             for linear, base in bases.items()
         }
+        stored: dict[str, Array] = {}
+        if judged:
+            linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
+            judged.add("source", expert, *linears)
+            judged.add(
+                "nearest", expert, *(nearest(weight, _group_size(results, bases[arch.gate])) for weight in linears)
+            )
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
-        rows = _row_scales(smoothed[arch.up], float32(results[f"{bases[arch.up]}.weight_scale"]))
+        if judged:
+            rows = 1 / judged.inner[expert]
+        else:
+            rows = _row_scales(smoothed[arch.up], float32(results[f"{bases[arch.up]}.weight_scale"]))
         lost = np.isnan(rows)
         smoothed[arch.up] *= np.where(lost, 1.0, rows).astype(np.float32)[:, None]
         smoothed[arch.down] /= np.where(lost, 1.0, rows).astype(np.float32)
@@ -141,18 +177,39 @@ def _check_experts(
             shape = results[f"{base}.weight_shape"].tolist()
             report.require(shape == list(expected.shape), f"{base}.weight_shape is {shape}, not {list(expected.shape)}")
             codes, steps = int4_codes(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
-            difference = codes * steps - expected
+            stored[linear] = codes * steps
+            difference = stored[linear] - expected
             if linear == arch.down:
                 # Up's row is zero, and so is all that this column is multiplied by.
                 difference[:, lost] = 0
+            own = np.array([np.square(part, dtype=np.float64).sum() for part in (difference, expected)])
+            squares[linear] += own
+            report.require(bool((steps > 0).all()), f"{base}: a group scale is not positive")
+            if judged and judged.rounding == "compensated":
+                near = own[0] <= max(FARTHEST_LAYER**2 * own[1], expected.size * NEGLIGIBLE**2)
+                report.require(bool(near), f"{base} is far from the source's weights")
+                continue
             far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
             report.require(
                 far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
             )
-            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
-        report.count("experts whose int4 codes are the nearest")
+        if judged:
+            names = [(arch.gate, arch.up), (arch.down,)]
+            parts = [(group, kind) for group in names for kind in ("packed", "scale")]
+            tensors = [results[f"{bases[linear]}.weight_{kind}"] for group, kind in parts for linear in group]
+            judged.check_codes(report, expert, bases[arch.gate].rpartition(".")[0], tensors)
+            judged.add("stored", expert, stored[arch.gate], stored[arch.up], stored[arch.down], applied)
+        compensated = judged is not None and judged.rounding == "compensated"
+        report.count("experts near the source's" if compensated else "experts whose int4 codes are the nearest")
+    if judged:
+        judged.check(report, layer)
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
+
+
+def _group_size(results: TensorReader, base: str) -> int:
+    """Input channels that share a scale."""
+    return int(results[f"{base}.weight_packed"].shape[1]) * 8 // int(results[f"{base}.weight_scale"].shape[1])
 
 
 def _row_scales(weight: Array, steps: Array) -> Array:
