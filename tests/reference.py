@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,38 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def rotate(x: torch.Tensor, rotary_dim: int, theta: float) -> torch.Tensor:
+def frequencies(config: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Angles a position [rotary_dim / 2], and what cosine and sine are multiplied by."""
+    dim, theta, scaling = config["rotary_dim"], config["rope_theta"], config.get("rope_scaling") or {}
+    plain = torch.tensor([theta ** (-2 * i / dim) for i in range(dim // 2)], dtype=torch.float64)
+    if not scaling:
+        return plain.float(), 1.0
+    kind, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor", 1.0)
+    if kind == "linear":
+        return (plain / factor).float(), 1.0
+    before = scaling.get("original_max_position_embeddings", config["max_position_embeddings"])
+    turns = before * plain / (2 * math.pi)  # of each frequency over the positions of pretraining
+    if kind == "llama3":
+        # Meta's: slow ones are stretched, fast ones kept, in between mixed by the turns.
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (plain * (kept + (1 - kept) / factor)).float(), 1.0
+    assert kind == "yarn"
+    # arXiv 2309.00071, 3.2: those that turn more than beta_fast times are kept, fewer than beta_slow stretched. Between
+    # them the paper's ramp is over turns; all implementations have it over the index, with whole ends.
+    ends = [dim * math.log(before / (beta * 2 * math.pi)) / (2 * math.log(theta)) for beta in (32, 1)]
+    first, last = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), dim - 1)
+    stretched = ((torch.arange(dim // 2, dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    return (plain * (1 - stretched + stretched / factor)).float(), 0.1 * math.log(factor) + 1
+
+
+def rotate(x: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
     """Rotate the first `rotary_dim` dimensions of [heads, T, dim], in halves."""
+    rotary_dim = config["rotary_dim"]
     half = rotary_dim // 2
-    frequencies = theta ** (-torch.arange(half, dtype=torch.float32) * 2 / rotary_dim)
-    angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * frequencies
-    cos, sin = angles.cos(), angles.sin()
+    per_position, scale = frequencies(config)
+    angles = torch.arange(x.shape[1], dtype=torch.float32)[:, None] * per_position
+    cos, sin = angles.cos() * scale, angles.sin() * scale
     first, second, rest = x[..., :half], x[..., half:rotary_dim], x[..., rotary_dim:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
@@ -69,14 +96,14 @@ def keys_and_values(x: torch.Tensor, weights: Weights, prefix: str, config: dict
     key = rms_norm(key, weights[prefix + "self_attn.k_norm.weight"], config["rms_norm_eps"])
     value = x @ weights[prefix + "self_attn.v_proj.weight"].T
     key, value = (t.view(-1, heads, dim).transpose(0, 1) for t in (key, value))
-    return rotate(key, config["rotary_dim"], config["rope_theta"]), value
+    return rotate(key, config), value
 
 
 def attention(x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, Any]) -> torch.Tensor:
     dim, heads = config["head_dim"], config["num_attention_heads"]
     query = x @ weights[prefix + "self_attn.q_proj.weight"].T
     query = rms_norm(query, weights[prefix + "self_attn.q_norm.weight"], config["rms_norm_eps"])
-    query = rotate(query.view(-1, heads, dim).transpose(0, 1), config["rotary_dim"], config["rope_theta"])
+    query = rotate(query.view(-1, heads, dim).transpose(0, 1), config)
     key, value = keys_and_values(x, weights, prefix, config)
     repeat = heads // config["num_key_value_heads"]
     key, value = key.repeat_interleave(repeat, 0), value.repeat_interleave(repeat, 0)

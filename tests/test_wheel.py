@@ -26,7 +26,7 @@ MODULES = {"PyYAML": "yaml", "huggingface_hub": "huggingface_hub", "compressed-t
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project's wheel, built from a copy of the files that a checkout has."""
     folder = tmp_path_factory.mktemp("project")
-    for name in ("src", "configs", "calibration_data"):
+    for name in ("src", "configs", "calibration_data", "trained"):
         ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):

@@ -1,7 +1,7 @@
 """What comes with mmq and is named in recipes and commands: `builtin:code` for samples, `builtin:tiny` for a recipe.
 
-The files lie once, in `calibration_data/` and `configs/` of the repository; `builtin/` beside this module holds links
-to these folders, and in a wheel the files themselves.
+The files lie once, in `calibration_data/`, `configs/` and `trained/` of the repository; `builtin/` beside this module
+holds links to these folders, and in a wheel the files themselves.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from mmq.errors import RecipeError
 
 PREFIX = "builtin:"
 FOLDER = Path(__file__).parent / "builtin"
+
+
+# A small trained model, made by scripts/train_tiny.py.
+TRAINED = FOLDER / "trained"
 
 
 def is_builtin(name: str) -> bool:

@@ -388,8 +388,8 @@ ROTARY: dict[str, tuple[Callable[[Path], None], str]] = {
     "share above 1": (config(rotary_dim=None, partial_rotary_factor=10**12), "partial_rotary_factor is 1000000000000"),
     "negative share": (config(rotary_dim=None, partial_rotary_factor=-1), "partial_rotary_factor is -1"),
     "parameters are a list": (config(rope_parameters=[1]), "rope_parameters"),
-    "unknown kind": (config(rope_parameters={"rope_type": "nonsense"}), "config.json: transformers"),
-    "kind is a list": (config(rope_parameters={"rope_type": []}), "config.json: transformers"),
+    "unknown kind": (config(rope_parameters={"rope_type": "nonsense"}), "rope_type is 'nonsense'; known are"),
+    "kind is a list": (config(rope_parameters={"rope_type": []}), "rope_type is []; known are"),
     "activation is a list": (config(hidden_act=[]), "hidden_act"),
     "epsilon is a word": (config(rms_norm_eps="x"), "rms_norm_eps"),
 }  # fmt: skip

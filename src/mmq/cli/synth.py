@@ -28,6 +28,9 @@ def synth(
     shuffle: Annotated[
         bool, typer.Option(help="Scatter the tensors over the shards, scales apart from weights.")
     ] = False,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The small trained model that comes with mmq, with text for it, as it is.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -35,8 +38,12 @@ def synth(
     with handled():
         output = make_output(mode(json, quiet))
         quiet_libraries()
-        from mmq.source.synth import Sizes, write_checkpoint
+        from mmq.source.synth import Sizes, copy_trained, write_checkpoint
 
+        if trained:
+            copy_trained(folder)
+            output.result({"folder": str(folder)})
+            return
         sizes = Sizes(layers, hidden, intermediate, experts, top_k, heads, kv_heads, head_dim, vocabulary)
         write_checkpoint(folder, sizes, seed, shards, shuffle)
         output.result({"folder": str(folder)})

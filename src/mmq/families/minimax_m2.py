@@ -23,4 +23,5 @@ MINIMAX_M2 = Architecture(
     down="w2",
     module_names=(("block_sparse_moe.", "mlp."),),
     moe_module="mlp",
+    default_theta=5_000_000.0,
 )

@@ -30,6 +30,7 @@ class Architecture:
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads
             act(gate) * up.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
+        default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
     """
 
@@ -51,6 +52,7 @@ class Architecture:
     down: str
     module_names: tuple[tuple[str, str], ...]
     moe_module: str
+    default_theta: float = 10000.0
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"

@@ -10,6 +10,8 @@ from mmq.families.table import Architecture
 from mmq.prove.findings import Report
 from mmq.storage.checkpoint import Checkpoint
 
+ROTARY = ("rope_parameters", "rope_scaling")
+
 
 def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
@@ -70,7 +72,7 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, result:
     """config.json and the small files are the source's but for quantization and rotary settings; each group's targets
     match the modules they must and no other, under the hub's prefix and under transformers'."""
     config = result.config
-    for key in (source.config.keys() | config.keys()) - {"quantization_config", "rope_parameters"}:
+    for key in (source.config.keys() | config.keys()) - {"quantization_config", *ROTARY}:
         report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
     for path in source.carried_files():
         copy = result.folder / path.name
@@ -111,16 +113,35 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, result:
     report.require(covered == set(kinds), f"config.json describes {sorted(covered)}, not {sorted(kinds)}")
     head = arch.head.removesuffix(".weight")
     report.require(head in (quantization.get("ignore") or []), f"config.json: ignore lacks {head}")
-    rope = mapping(config.get("rope_parameters"))
-    if config.get("rotary_dim") and config.get("head_dim"):
-        factor = config["rotary_dim"] / config["head_dim"]
-        report.require(
-            rope.get("partial_rotary_factor") == factor, f"config.json: partial_rotary_factor is not {factor}"
-        )
+    _check_rotary(report, source.config, config)
     has_scales = any(name.endswith(".k_scale") for name in result.specs)
     report.require(
         bool(quantization.get("kv_cache_scheme")) == has_scales, "config.json: kv_cache_scheme and KV scales disagree"
     )
+
+
+def _check_rotary(report: Report, source: dict[str, Any], config: dict[str, Any]) -> None:
+    """`rope_parameters` says all that the source says anywhere, `rope_scaling` the same where there is one."""
+    rope = mapping(config.get("rope_parameters"))
+    for section in ROTARY:
+        for key, value in mapping(source.get(section)).items():
+            if value is not None and key not in ("type", "rope_type"):
+                report.require(rope.get(key) == value, f"config.json: rope_parameters lacks the source's {key}")
+            elif value is not None:
+                value = "longrope" if value == "su" else value
+                report.require(rope.get("rope_type") == value, f"config.json: rope_type is not {value}")
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if source.get(key) is not None:
+            report.require(rope.get(key) == source[key], f"config.json: rope_parameters lacks the source's {key}")
+    if config.get("rotary_dim") and config.get("head_dim"):
+        # What readers make of it is an integer.
+        share, wanted = rope.get("partial_rotary_factor"), config["rotary_dim"] / config["head_dim"]
+        right = isinstance(share, float | int) and int(config["head_dim"] * share) == config["rotary_dim"]
+        report.require(right, f"config.json: partial_rotary_factor is not {wanted}")
+    if source.get("rope_scaling"):
+        report.require(config.get("rope_scaling") == rope, "config.json: rope_scaling is not rope_parameters")
+    else:
+        report.require(not config.get("rope_scaling"), "config.json: rope_scaling is not the source's")
 
 
 def mapping(value: object) -> dict[str, Any]:

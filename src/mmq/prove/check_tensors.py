@@ -12,7 +12,7 @@ from mmq.families.table import Architecture
 from mmq.machine.threads import each
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
-from mmq.prove.judged import Judged, nearest
+from mmq.prove.judged import Judged, round_to_nearest
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.progress import Reporter
@@ -24,9 +24,9 @@ ROUTER_TOLERANCE = 1e-6
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
-# Of a linear layer that was compensated: its distance from the source's, as a share of the weights' size. int4 in
-# groups of 128 alone is at 0.1 to 0.15, another expert's codes are at 1.4.
-FARTHEST_LAYER = 0.7
+# Squares of what compensated rounding changes a weight by, of what rounding to nearest at the same group scales does:
+# 1.4 to 1.7 are seen, codes that are not the weight's make it hundreds.
+MOST_COMPENSATED = 10
 # Weights below this do nothing. bf16 and fp32 lose bits near 1e-38, and with them what scaled such weights.
 NEGLIGIBLE = 1e-30
 
@@ -138,8 +138,8 @@ def _check_experts(
 ) -> dict[str, float | None]:
     """Every int4 code must be the nearest to the source's weight as the smoothing left it.
 
-    Where errors were compensated, codes are not the nearest: then a linear layer as a whole must be near, its group
-    scales positive, and the block's loss from the files what the statistics say.
+    Where codes make up for each other's errors they are not: then a linear layer's weights as a whole must be near, the
+    codes those that were judged, and the block's loss from the files what the statistics say.
 
     Args:
         applied: float64 [H], the scale that the norm left to gate and up.
@@ -161,7 +161,9 @@ def _check_experts(
             linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
             judged.add("source", expert, *linears)
             judged.add(
-                "nearest", expert, *(nearest(weight, _group_size(results, bases[arch.gate])) for weight in linears)
+                "nearest",
+                expert,
+                *(round_to_nearest(weight, _group_size(results, bases[arch.gate])) for weight in linears),
             )
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
@@ -182,12 +184,17 @@ def _check_experts(
             if linear == arch.down:
                 # Up's row is zero, and so is all that this column is multiplied by.
                 difference[:, lost] = 0
-            own = np.array([np.square(part, dtype=np.float64).sum() for part in (difference, expected)])
-            squares[linear] += own
+            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
             report.require(bool((steps > 0).all()), f"{base}: a group scale is not positive")
-            if judged and judged.rounding == "compensated":
-                near = own[0] <= max(FARTHEST_LAYER**2 * own[1], expected.size * NEGLIGIBLE**2)
-                report.require(bool(near), f"{base} is far from the source's weights")
+            if judged and judged.compensated:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    nearest = np.clip(np.rint(expected / steps), -8, 7) * steps - expected
+                changed, least = (float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest))
+                report.require(
+                    changed <= MOST_COMPENSATED * least + NEGLIGIBLE,
+                    f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's"
+                    f" weights as the nearest ones, in squares; compensation makes it at most {MOST_COMPENSATED} times",
+                )
                 continue
             far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
             report.require(
@@ -199,8 +206,8 @@ def _check_experts(
             tensors = [results[f"{bases[linear]}.weight_{kind}"] for group, kind in parts for linear in group]
             judged.check_codes(report, expert, bases[arch.gate].rpartition(".")[0], tensors)
             judged.add("stored", expert, stored[arch.gate], stored[arch.up], stored[arch.down], applied)
-        compensated = judged is not None and judged.rounding == "compensated"
-        report.count("experts near the source's" if compensated else "experts whose int4 codes are the nearest")
+        compensated = judged is not None and judged.compensated
+        report.count(f"experts whose int4 {'weights are near' if compensated else 'codes are the nearest'}")
     if judged:
         judged.check(report, layer)
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}

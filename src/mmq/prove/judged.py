@@ -35,7 +35,7 @@ class Judged:
     """A layer's tokens and what the awq stage says of them.
 
     Attributes:
-        rounding: which way of rounding was chosen.
+        compensated: whether that way of rounding was chosen.
         inner: float32 [E, I], the scales that up's rows were divided by and down's columns multiplied with.
         x: float32 [n, H], the experts' input without smoothing.
         index, weight: int64 and float32 [n, k], the router's choices.
@@ -43,7 +43,7 @@ class Judged:
         outputs: float64 [n, H] of the source's experts, of those stored, and of the source's rounded to nearest.
     """
 
-    rounding: str
+    compensated: bool
     inner: Array
     x: Array
     index: Array
@@ -72,7 +72,7 @@ class Judged:
         Args:
             parts: codes of gate and up, their scales, codes of down, its scales.
         """
-        if self.rounding == "compensated":
+        if self.compensated:
             digest = xxhash.xxh3_128(b"".join(raw(part).tobytes() for part in parts)).hexdigest()
             stated = self.stated.get("codes")
             same = isinstance(stated, list) and expert < len(stated) and stated[expert] == digest
@@ -117,7 +117,7 @@ def judged_layer(workspace: Workspace, layer: int) -> Judged | None:
         raise CheckpointError(f"{files.evidence(layer)} is no evidence of a layer's rounding")
     _require_fair(record, layer)
     return Judged(
-        str(record.get("rounding")),
+        record.get("rounding") == "compensated",
         float32(tensors["inner"]),
         float32(tensors["x"]),
         tensors["index"].numpy(),
@@ -136,7 +136,7 @@ def _require_fair(record: dict[str, Any], layer: int) -> None:
         )
 
 
-def nearest(weight: Array, group: int) -> Array:
+def round_to_nearest(weight: Array, group: int) -> Array:
     """float32 [out, in] rounded to nearest in groups, scales in bf16, as it is read back."""
     groups = weight.reshape(weight.shape[0], -1, group)
     steps = _bf16(np.abs(groups).max(-1) / np.float32(GROUP_CODES))[..., None]

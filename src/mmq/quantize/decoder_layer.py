@@ -36,7 +36,7 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     config_class = architecture.transformers_class(architecture.config_class)
     # Its own fields alone: of those that all models share, num_labels alone fills any memory.
     known = {key: value for key, value in config.items() if key in config_class.__annotations__}
-    known["rope_parameters"] = rope_parameters(config)
+    known["rope_parameters"] = rope_parameters(config, architecture)
     activation = known.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
         raise CheckpointError(f"config.json: transformers knows no activation {shown(activation)}")

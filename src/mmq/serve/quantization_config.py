@@ -41,7 +41,10 @@ def output_config(architecture: Architecture, recipe: Recipe, source: dict[str, 
         ignore=[architecture.head.removesuffix(".weight")],
     )
     config = {key: value for key, value in source.items() if key != "quantization_config"}
-    config["rope_parameters"] = rope_parameters(source)
+    config["rope_parameters"] = rope_parameters(source, architecture)
+    if config.get("rope_scaling"):
+        # transformers takes this one where there are both, and older servers know no other.
+        config["rope_scaling"] = config["rope_parameters"]
     config["quantization_config"] = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
     return config
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mmq.errors import CheckpointError, shown
+from mmq.families.rotary import rope_parameters
 from mmq.families.sizes import Dimensions, attention_shapes
 from mmq.families.table import Architecture
 from mmq.machine.transfer import Lane
@@ -200,10 +201,8 @@ class Fp8Source:
             raise CheckpointError(
                 f"{where}: {arch.top_k_key} is {shown(config[arch.top_k_key])}, with {experts} experts"
             )
-        dims = Dimensions.of(config, arch)
-        rotary = config.get("rotary_dim")
-        if rotary is not None and (type(rotary) is not int or not 0 <= rotary <= dims.head_dim):
-            raise CheckpointError(f"{where}: rotary_dim is {shown(rotary)}, with heads of {dims.head_dim} dimensions")
+        Dimensions.of(config, arch)
+        rope_parameters(config, arch)
 
     def _check_layers(self) -> None:
         """Every layer holds attention, router and all experts, of config.json's sizes, in fp8 where it must be."""

@@ -18,8 +18,9 @@ import torch
 from mmq.errors import RecipeError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.table import Architecture
+from mmq.shipped import TRAINED
 from mmq.source.block_fp8 import SCALE_SUFFIX
-from mmq.storage.atomic import write_json
+from mmq.storage.atomic import copy_file, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import BLOCK, scale_shape
@@ -92,6 +93,19 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict
     )
     write_json(folder / CONFIG_NAME, config)
     write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "do_sample": False})
+
+
+def copy_trained(folder: Path) -> None:
+    """Copy the small trained model that comes with mmq: an fp8 checkpoint, `calibration.jsonl` and `heldout.jsonl`.
+
+    Raises:
+        RecipeError: the folder holds something already.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise RecipeError(f"{folder} is not empty")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(TRAINED.iterdir()):
+        copy_file(path, folder / path.name)
 
 
 def write_samples(path: Path, count: int, seed: int = 0) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
+from mmq.families.rotary import rope_parameters
 from mmq.families.sizes import (
     Component,
     Dimensions,
@@ -44,6 +45,7 @@ def make_plan(
     config = source_config(recipe)
     arch = architecture_of(config)
     dims = Dimensions.of(config, arch)
+    rope_parameters(config, arch)
     scales = recipe.awq.kv_cache_scheme is not None
     forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales) for form in FORMS}
     value: dict[str, Any] = {

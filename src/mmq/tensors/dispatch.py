@@ -56,7 +56,12 @@ def torch_multiplies_faster(rows: torch.Tensor) -> bool:
 
 def worth_compiling(tensor: torch.Tensor) -> bool:
     """Whether a function of `compiled` is the faster way."""
-    return tensor.device.type == "cpu" and tensor.dtype in _ONE_PASS and tensor.numel() >= COMPILED_FROM
+    return compiles(tensor, *_ONE_PASS)
+
+
+def compiles(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a tensor of one of some dtypes is on a CPU, and large enough for compiling to be well spent."""
+    return tensor.device.type == "cpu" and tensor.dtype in dtypes and tensor.numel() >= COMPILED_FROM
 
 
 def worth_compiling_columns(weight: torch.Tensor) -> bool:

@@ -1,0 +1,167 @@
+"""Compensated rounding through all stages, on the small trained model: better than nearest, checked, the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cli.test_cli import cli, refused, succeed
+from conftest import digests
+from mmq.prove.findings import Report
+from mmq.prove.judged import judged_layer
+from mmq.quantize.rounding import held_back
+from mmq.recipe import load
+from mmq.workdir.workspace import Workspace
+from stages.test_resume import stopped
+from storage.test_storage import edit_tensors
+
+EXPERT = "model.layers.1.block_sparse_moe.experts.{}.{}.weight_packed"
+
+
+def write_recipe(folder: Path, **awq: Any) -> Path:
+    recipe = {
+        "model": {"source": "source"},
+        "work_dir": "run",
+        "awq": {
+            "source": "fp8",
+            "calibration": {
+                "files": [{"path": "source/calibration.jsonl", "samples": 48}], "sequence_length": 256,
+            },
+            "rounding": "compensated",
+            "device": "cpu",
+        }
+        | awq,
+    }  # fmt: skip
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained model after all stages with compensated rounding. Don't write."""
+    folder = tmp_path_factory.mktemp("trained")
+    succeed("synth", folder / "source", "--trained", "--quiet")
+    succeed("run", write_recipe(folder), "--quiet")
+    return folder
+
+
+@pytest.fixture
+def copy(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_samples_held_back_say_that_it_is_better(trained: Path) -> None:
+    layers = json.loads((trained / "run/state/awq/layers.json").read_text(encoding="utf-8"))
+    assert len(layers) == 3
+    for layer in layers:
+        losses = layer["losses"]
+        assert layer["held_back"] and layer["loss_tokens"] == 6 * 256
+        assert layer["rounding"] == "compensated"
+        best = min(losses["compensated"], losses["smoothed_compensated"])
+        assert best < 0.7 * min(losses["nearest"], losses["smoothed_nearest"])
+        assert layer["loss_chosen"] < 0.7 * layer["loss_round_to_nearest"]
+
+
+def test_the_output_is_nearer_to_the_source(trained: Path) -> None:
+    """KL on text that was not calibrated on, of the hybrid and of rounding to nearest."""
+    data = trained / "source/heldout.jsonl"
+    options = "--data", data, "--samples", 24, "--sequence-length", 256, "--quiet"
+    succeed("eval", trained / "recipe.yaml", *options)
+    found = json.loads((trained / "run/eval.json").read_text(encoding="utf-8"))
+    kl = {variant["variant"]: variant["kl"] for variant in found["variants"]}
+    assert 0 < kl["hybrid"] < 0.8 * kl["round-to-nearest"]
+    perplexity = {variant["variant"]: variant["perplexity"] for variant in found["variants"]}
+    assert 10 < perplexity["source"] < 30
+
+
+def test_killed_and_resumed_it_gives_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "source", tmp_path / "source")
+    recipe = write_recipe(tmp_path)
+    assert stopped(tmp_path, "awq", "replace", 9)[0] == -signal.SIGKILL
+    succeed("run", recipe, "--quiet")
+    found, expected = digests(tmp_path / "run/hybrid"), digests(trained / "run/hybrid")
+    # The card tells how long it took.
+    assert found.pop("README.md") and expected.pop("README.md")
+    assert found == expected
+
+
+def test_another_rounding_would_mix_two_runs(copy: Path) -> None:
+    message = refused("awq", copy / "recipe.yaml", "--set", "awq.rounding=nearest")
+    assert 'awq.rounding = "compensated", now it is "nearest"' in message
+
+
+@pytest.mark.parametrize("linear", ["w1", "w2", "w3"])
+def test_verify_finds_an_expert_that_is_anothers(copy: Path, linear: str) -> None:
+    assert cli("verify", copy / "recipe.yaml", "--quiet").exit_code == 0
+    one, other = (EXPERT.format(expert, linear) for expert in (3, 5))
+
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        if one in tensors:
+            tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    edit_tensors(copy / "run/hybrid", swap)
+    result = cli("verify", copy / "recipe.yaml", "--quiet")
+    assert result.exit_code == 1
+    for expert in (3, 5):
+        assert f"experts.{expert}." in result.stderr
+    assert "as the nearest ones" in result.stderr
+    assert "codes or scales are not those that were judged" in result.stderr
+    assert "loss_chosen on the tokens kept as evidence" in result.stderr
+
+
+def test_verify_finds_a_single_code(copy: Path) -> None:
+    name = EXPERT.format(7, "w2")
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name] = tensors[name].clone()
+            tensors[name][11, 5] ^= 1 << 9
+
+    edit_tensors(copy / "run/hybrid", flip)
+    result = cli("verify", copy / "recipe.yaml", "--quiet")
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if "  - " in line)
+    assert "experts.7: codes or scales are not those that were judged" in line
+
+
+@pytest.mark.parametrize("kind", ["record", "evidence"])
+def test_verify_wants_what_judged(copy: Path, kind: str) -> None:
+    """Tokens or statistics that the stage did not write prove nothing."""
+    state = copy / "run/state/awq"
+    path = next(path for path in sorted(state.glob("*0001*")) if (path.suffix == ".json") == (kind == "record"))
+    path.write_bytes(path.read_bytes().replace(b"e", b"f", 1) if kind == "record" else path.read_bytes()[:-1] + b"!")
+    result = cli("verify", copy / "recipe.yaml", "--quiet")
+    assert result.exit_code == 1 and path.name in result.stderr
+    path.unlink()
+    assert f"{path} is gone" in cli("verify", copy / "recipe.yaml", "--quiet").stderr
+
+
+def test_verify_does_not_believe_the_statistics(trained: Path) -> None:
+    """The losses that numpy finds from source, result and tokens, against those of the statistics; and a false one."""
+    recipe = load(trained / "recipe.yaml")
+    for layer in range(3):
+        judged = judged_layer(Workspace.of(recipe), layer)
+        assert judged is not None and judged.compensated and len(judged.x) == 256
+        report = Report(trained, trained)
+        judged.outputs = {kind: np.zeros(judged.x.shape) for kind in ("source", "stored", "nearest")}
+        judged.outputs["source"] += 1
+        judged.check(report, layer)
+        assert len(report.problems) == 2
+
+
+def test_every_eighth_sample_is_held_back() -> None:
+    marks = held_back([3, 2] * 10)
+    assert marks.sum() == 2 + 2 and marks[3 * 4 + 2 * 3 :][:2].all()
+    # Of one sample the last eighth, of one token none.
+    assert held_back([16]).tolist() == [False] * 14 + [True] * 2
+    assert held_back([1]).tolist() == [False]
