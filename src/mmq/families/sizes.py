@@ -172,11 +172,13 @@ def tensors_of(
     group_size: int = 128,
     kv_scales: bool = True,
     storage: Storage = BLOCK_FP8,
+    kept_shared: bool = False,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
 
     Args:
         storage: of the source.
+        kept_shared: a shared expert that reads the smoothed norm keeps its fp8 bytes, and the norm is not smoothed.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
@@ -204,7 +206,7 @@ def tensors_of(
             packed = _part(weight, "_packed", "I32", (rows, columns // PACK), weight.parameters)
             result += [packed, _part(weight, "_scale", "BF16", (rows, columns // group_size))]
             result.append(_part(weight, "_shape", "I64", (2,)))
-        elif form == "hybrid" and scales is not None:
+        elif form == "hybrid" and scales is not None and (kept_shared or not arch.is_scaled(weight.name)):
             result.append(replace(weight, dtype=storage.dtype))
             result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
         else:

@@ -248,6 +248,10 @@ class Architecture:
         they keep their bytes, and the norm is left alone."""
         return self.shared.inputs if self.shared and layer not in self.dense_at else ()
 
+    def is_scaled(self, name: str) -> bool:
+        """Whether a tensor's name ends as that of one which `scaled` lists."""
+        return self.shared is not None and name.endswith(tuple(f".{weight.name}" for weight in self.shared.inputs))
+
     def layer_weights(self, layer: int, experts: int) -> Iterator[Weight]:
         """All tensors of a layer, by kind: attention, norm, router, shared expert, experts or dense MLP, extras."""
         yield from self.attention_weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from mmq.families.sizes import Storage
@@ -20,25 +21,42 @@ def layer_of(arch: Architecture, source: Checkpoint, name: str) -> int | None:
     return layer if layer is not None and layer < int(source.config[arch.layers_key]) else None
 
 
-def kept_scales(arch: Architecture, source: Checkpoint, storage: Storage, layer: int) -> dict[str, str | None]:
+@dataclass(frozen=True)
+class Original:
+    """The source, as verify reads it.
+
+    Attributes:
+        shared: what reads the norm before the experts keeps its bytes where it is fp8.
+    """
+
+    arch: Architecture
+    checkpoint: Checkpoint
+    storage: Storage
+    shared: bool
+
+
+def kept_scales(original: Original, layer: int) -> dict[str, str | None]:
     """A layer's matrices that keep the source's bytes, and the names of their scales; None where they are plain."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
     result: dict[str, str | None] = {}
     for weight in (*arch.kept(layer), *arch.scaled(layer)):
         name = arch.layer_prefix(layer) + weight.name
         fp8 = storage.scale_suffix is not None and source.specs[name].dtype == "F8_E4M3"
-        if fp8 or weight in arch.kept(layer):
+        if (fp8 and original.shared) or weight in arch.kept(layer):
             result[name] = f"{name}{storage.scale_suffix}" if fp8 else None
     return result
 
 
-def expected_tensors(
-    arch: Architecture, source: Checkpoint, storage: Storage, kv_scales: bool
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     layers = range(int(source.config[arch.layers_key]))
-    kept = {name: scale for layer in layers for name, scale in kept_scales(arch, source, storage, layer).items()}
+    kept = {name: scale for layer in layers for name, scale in kept_scales(original, layer).items()}
+    # Of what becomes bf16 and is scaled, the source's scales are gone as well.
+    scaled = {arch.layer_prefix(layer) + weight.name for layer in layers for weight in arch.scaled(layer)}
     dropped = {scale for scale in kept.values() if scale is not None}
+    dropped |= {f"{name}{storage.scale_suffix}" for name in scaled if storage.scale_suffix}
     for name, spec in source.specs.items():
         stem, _, parameter = name.rpartition(".")
         layer, local = layer_of(arch, source, name), arch.split(name)[1]
@@ -55,6 +73,8 @@ def expected_tensors(
                 # The group size is checked through the scale's shape and the config.
                 expected[f"{stem}.weight_scale"] = ("BF16", (rows, -1))
                 expected[f"{stem}.weight_shape"] = ("I64", (2,))
+        elif name in scaled:
+            expected[name] = ("BF16", spec.shape)
         elif layer is not None and local == arch.router:
             expected[name] = (arch.router_served, spec.shape)
         else:
@@ -68,11 +88,9 @@ def expected_tensors(
     return expected
 
 
-def check_names(
-    report: Report, arch: Architecture, source: Checkpoint, storage: Storage, result: Checkpoint, kv_scales: bool
-) -> None:
+def check_names(report: Report, original: Original, result: Checkpoint, kv_scales: bool) -> None:
     """Every source tensor has its counterpart of the right dtype and shape, and nothing else is there."""
-    expected = expected_tensors(arch, source, storage, kv_scales)
+    source, expected = original.checkpoint, expected_tensors(original, kv_scales)
     groups = mapping(mapping(result.config.get("quantization_config")).get("config_groups"))
     group_size = mapping(mapping(groups.get("group_0")).get("weights")).get("group_size")
     group_size = group_size if type(group_size) is int else 0
@@ -93,9 +111,10 @@ def check_names(
     report.count("source tensors accounted for", len(source.specs))
 
 
-def check_config(report: Report, arch: Architecture, source: Checkpoint, storage: Storage, result: Checkpoint) -> None:
+def check_config(report: Report, original: Original, result: Checkpoint) -> None:
     """config.json and the small files are the source's but for quantization and rotary settings; each group's targets
     match the modules they must and no other, under the hub's prefix and under transformers'."""
+    arch, source = original.arch, original.checkpoint
     config = result.config
     for key in (source.config.keys() | config.keys()) - {"quantization_config", *ROTARY}:
         report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
@@ -110,12 +129,13 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, storage
     modules = {name.rpartition(".")[0] for name in result.specs}
     inside = {module for module in modules if layer_of(arch, source, module) is not None}
     kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
+    past = {module for module in modules - inside if arch.split(module)[0] is not None}
     ignored = quantization.get("ignore") or []
     layers = range(int(source.config[arch.layers_key]))
     kept = {
         name.removesuffix(".weight")
         for layer in layers
-        for name, scale in kept_scales(arch, source, storage, layer).items()
+        for name, scale in kept_scales(original, layer).items()
         if scale is not None
     }
     if kept:
@@ -136,7 +156,7 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, storage
         for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
             try:
                 named = {module: rename(module) for module in modules}
-                left = {module for module, name in named.items() if not _matches(name, ignored)}
+                left = modules - {module for module in past if _matches(named[module], ignored)}
                 matched = {module for module in left if _matches(named[module], group.get("targets") or [])}
             except (re.error, TypeError) as error:
                 report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")

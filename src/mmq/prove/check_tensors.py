@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmq.errors import MmqError
 from mmq.families.sizes import Storage
 from mmq.families.table import Architecture
 from mmq.machine.threads import each
-from mmq.prove.check_config import kept_scales, layer_of
+from mmq.prove.check_config import Original, kept_scales, layer_of
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
+from mmq.prove.judged import Judged, round_to_nearest
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.progress import Reporter
@@ -23,6 +25,8 @@ OUTSIDE = "outside"
 # norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32. Where a server holds
 # the router in bf16, scales are powers of two, and nothing is rounded.
 READER_TOLERANCE = 1e-6
+# What was fp8 is rounded once to bf16.
+ROUNDED_TOLERANCE = 2**-8 + READER_TOLERANCE
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
@@ -35,19 +39,18 @@ NEGLIGIBLE = 1e-30
 
 def check_tensors(
     report: Report,
-    arch: Architecture,
-    source: Checkpoint,
-    storage: Storage,
+    original: Original,
     result: Checkpoint,
-    compensated: bool,
+    judged: Callable[[int], Judged | None],
     workers: int,
     reporter: Reporter,
 ) -> None:
     """All that needs the tensors' bytes, layer by layer on threads.
 
     Args:
-        compensated: codes make up for each other's errors, so that many are not the nearest to their weights.
+        judged: what is known of a layer's rounding; None where every code must be the nearest.
     """
+    arch, source = original.arch, original.checkpoint
     sizes: dict[int | None, int] = {None: 0}
     for checkpoint in (source, result):
         for name, spec in checkpoint.specs.items():
@@ -64,7 +67,8 @@ def check_tensors(
             if layer is None:
                 _check_outside(part, arch, source, result)
             else:
-                _check_layer(part, arch, source, storage, result, compensated, layer)
+                known = judged(layer) if arch.has_experts(layer) else None
+                _check_layer(part, original, result, layer, known)
         except MmqError as error:
             part.problems.append(str(error))
         reporter.unit(units[layer])
@@ -79,18 +83,11 @@ def check_tensors(
     reporter.finish(NAME)
 
 
-def _check_layer(
-    report: Report,
-    arch: Architecture,
-    source: Checkpoint,
-    storage: Storage,
-    result: Checkpoint,
-    compensated: bool,
-    layer: int,
-) -> None:
+def _check_layer(report: Report, original: Original, result: Checkpoint, layer: int, judged: Judged | None) -> None:
+    arch, source, storage = original.arch, original.checkpoint, original.storage
     prefix = arch.layer_prefix(layer)
     with source.reader() as originals, result.reader() as results:
-        for base, scale in kept_scales(arch, source, storage, layer).items():
+        for base, scale in kept_scales(original, layer).items():
             for before, after in ((base, base), *([(scale, f"{base}_scale")] if scale else [])):
                 digest = sha256(originals[before])
                 report.require(sha256(results[after]) == digest, f"{after} is not the source's {before}")
@@ -106,11 +103,9 @@ def _check_layer(
             report.count("other tensors equal to the source's bytes")
         entry: dict[str, Any] = {"layer": layer}
         if routed:
-            kept = kept_scales(arch, source, storage, layer)
-            applied = _check_smoothing(report, arch, prefix, kept, originals, results)
-            entry["expert_error"] = _check_experts(
-                report, arch, storage, layer, applied, compensated, originals, results
-            )
+            kept = kept_scales(original, layer)
+            applied = _check_smoothing(report, original, prefix, kept, originals, results)
+            entry["expert_error"] = _check_experts(report, arch, storage, layer, applied, judged, originals, results)
         for scale in ("k_scale", "v_scale"):
             name = f"{prefix}{arch.attention_module}.{scale}"
             if name in result.specs:
@@ -123,7 +118,7 @@ def _check_layer(
 
 def _check_smoothing(
     report: Report,
-    arch: Architecture,
+    original: Original,
     prefix: str,
     kept: Mapping[str, str | None],
     originals: TensorReader,
@@ -137,6 +132,7 @@ def _check_smoothing(
     Returns:
         the scale that the new norm leaves to its readers, float64 [H].
     """
+    arch = original.arch
     norms = [float64(reader[prefix + arch.smooth_norm]) for reader in (originals, results)]
     for local in arch.norm_readers(experts=0):
         if prefix + local in kept:
@@ -145,12 +141,15 @@ def _check_smoothing(
                 f"{prefix}{local} keeps its bytes, though {prefix}{arch.smooth_norm} is not the source's",
             )
             continue
-        weights = [float64(reader[prefix + local]) for reader in (originals, results)]
+        rounded = originals[prefix + local].dtype == torch.float8_e4m3fn
+        source = _source_values(originals, prefix + local, original.storage)
+        weights = [source.astype(np.float64), float64(results[prefix + local])]
         before, after = (norm * weight for norm, weight in zip(norms, weights, strict=True))
         distance = np.abs(after - before) / np.maximum(np.abs(before), 1e-30)
         error = float(np.max(distance, where=before != 0, initial=0.0))
+        tolerance = ROUNDED_TOLERANCE if rounded else READER_TOLERANCE
         report.require(
-            bool(np.isfinite(after).all()) and error <= READER_TOLERANCE and not np.any(after[before == 0]),
+            bool(np.isfinite(after).all()) and error <= tolerance and not np.any(after[before == 0]),
             f"{prefix}{local} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",
         )
         report.count("routers that undo their norm" if local == arch.router else "shared experts that undo their norm")
@@ -164,12 +163,14 @@ def _check_experts(
     storage: Storage,
     layer: int,
     applied: Array,
-    compensated: bool,
+    judged: Judged | None,
     originals: TensorReader,
     results: TensorReader,
 ) -> dict[str, float | None]:
-    """Every int4 code must be the nearest to the source's weight as the smoothing left it; where codes make up for each
-    other's errors, a linear layer's weights as a whole must be near.
+    """Every int4 code must be the nearest to the source's weight as the smoothing left it.
+
+    Where codes make up for each other's errors they are not: then a linear layer's weights as a whole must be near, the
+    codes those that were judged, and the block's loss from the files what the statistics say.
 
     Args:
         applied: float64 [H], the scale that the norm left to gate and up.
@@ -183,11 +184,19 @@ def _check_experts(
     for expert in sorted(experts):
         bases = {linear: arch.expert_weight(layer, expert, linear) for linear in arch.expert_linears}
         smoothed = {linear: _source_values(originals, f"{base}.weight", storage) for linear, base in bases.items()}
+        stored: dict[str, Array] = {}
+        if judged:
+            linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
+            judged.add("source", expert, *linears)
+            judged.add(
+                "nearest",
+                expert,
+                *(round_to_nearest(weight, _group_size(results, bases[arch.gate])) for weight in linears),
+            )
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
-        if compensated:
-            up = int4_codes(results[f"{bases[arch.up]}.weight_packed"], results[f"{bases[arch.up]}.weight_scale"])
-            rows = _fitted_rows(smoothed[arch.up], up[0] * up[1])
+        if judged:
+            rows = 1 / judged.inner[expert]
         else:
             rows = _row_scales(smoothed[arch.up], float32(results[f"{bases[arch.up]}.weight_scale"]))
         lost = np.isnan(rows)
@@ -198,46 +207,51 @@ def _check_experts(
             shape = results[f"{base}.weight_shape"].tolist()
             report.require(shape == list(expected.shape), f"{base}.weight_shape is {shape}, not {list(expected.shape)}")
             codes, steps = int4_codes(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
-            difference = codes * steps - expected
+            stored[linear] = codes * steps
+            difference = stored[linear] - expected
             if linear == arch.down:
                 # Up's row is zero, and so is all that this column is multiplied by.
                 difference[:, lost] = 0
-            if compensated:
-                nearest = np.clip(np.rint(expected / steps), codes.min(), codes.max()) * steps - expected
+            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
+            report.require(bool((steps > 0).all()), f"{base}: a group scale is not positive")
+            if judged and judged.compensated:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    nearest = np.clip(np.rint(expected / steps), -8, 7) * steps - expected
                 changed, least = (float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest))
                 report.require(
                     changed <= MOST_COMPENSATED * least + NEGLIGIBLE,
                     f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's"
                     f" weights as the nearest ones, in squares; compensation makes it at most {MOST_COMPENSATED} times",
                 )
-            else:
-                far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
-                report.require(
-                    far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
-                )
-            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
+                continue
+            far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
+            report.require(
+                far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
+            )
+        if judged:
+            names = [(arch.gate, arch.up), (arch.down,)]
+            parts = [(group, kind) for group in names for kind in ("packed", "scale")]
+            tensors = [results[f"{bases[linear]}.weight_{kind}"] for group, kind in parts for linear in group]
+            judged.check_codes(report, expert, bases[arch.gate].rpartition(".")[0], tensors)
+            judged.add("stored", expert, stored[arch.gate], stored[arch.up], stored[arch.down], applied)
+        compensated = judged is not None and judged.compensated
         report.count(f"experts whose int4 {'weights are near' if compensated else 'codes are the nearest'}")
+    if judged:
+        judged.check(report, layer)
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
 
 
 def _source_values(originals: TensorReader, name: str, storage: Storage) -> Array:
-    """A matrix of the source, float32 [out, in]."""
-    if storage.scale_suffix is None:
+    """A tensor of the source, float32 [out, in]."""
+    if originals[name].dtype != torch.float8_e4m3fn:
         return float32(originals[name])
     return fp8_values(originals[name], originals[f"{name}{storage.scale_suffix}"], storage.block)
 
 
-def _fitted_rows(weight: Array, stored: Array) -> Array:
-    """The scale of each row of a weight that fits what is stored best, by least squares; NaN for a row of zeros.
-
-    Source: for s that minimizes |q - s w|^2, s = <q, w> / <w, w>.
-    """
-    products = (stored.astype(np.float64) * weight).sum(1)
-    squares = np.square(weight, dtype=np.float64).sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found: Array = products / squares
-    return np.where(found > 0, found, np.nan)
+def _group_size(results: TensorReader, base: str) -> int:
+    """Input channels that share a scale."""
+    return int(results[f"{base}.weight_packed"].shape[1]) * 8 // int(results[f"{base}.weight_scale"].shape[1])
 
 
 def _row_scales(weight: Array, steps: Array) -> Array:

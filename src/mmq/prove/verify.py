@@ -6,12 +6,14 @@ stages' tensor code can't hide itself.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mmq.errors import CheckpointError, JournalError
-from mmq.prove.check_config import check_config, check_names, mapping
+from mmq.prove.check_config import Original, check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
+from mmq.prove.judged import judged_layer
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
 from mmq.workdir.workspace import HYBRID, Workspace
@@ -39,13 +41,13 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         # What Checkpoint.open looked at: every name of the index is in its shard, and every tensor in the index.
         report.count("tensors in index and shards", len(result.specs))
         arch = workspace.architecture
-        storage = workspace.source.format.storage
-        check_names(report, arch, source, storage, result, workspace.recipe.awq.kv_cache_scheme is not None)
-        check_config(report, arch, source, storage, result)
+        shared = workspace.recipe.awq.shared_experts == "source"
+        original = Original(arch, source, workspace.source.format.storage, shared)
+        check_names(report, original, result, workspace.recipe.awq.kv_cache_scheme is not None)
+        check_config(report, original, result)
         if not report.problems:
-            compensated = workspace.recipe.awq.rounding == "compensated"
-            workers = workspace.recipe.worker_count
-            check_tensors(report, arch, source, storage, result, compensated, workers, workspace.reporter)
+            judged = partial(judged_layer, workspace)
+            check_tensors(report, original, result, judged, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

@@ -241,6 +241,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
             settings.group_size,
             settings.kv_cache_scheme is not None,
             source.format.storage,
+            settings.shared_experts == "source",
         )
         after = {name: _Sum(0, own.nbytes, own.dtypes) for name, own in sizes.components(tensors).items()}
     found = [

@@ -83,7 +83,15 @@ def summarize(workspace: Workspace, facts: RunFacts, gpus: Gpus | None = None) -
     warnings: list[str] = []
     if gpus is not None:
         scales = settings.kv_cache_scheme is not None
-        tensors = tensors_of(dims, arch, "hybrid", settings.group_size, scales, source.format.storage)
+        tensors = tensors_of(
+            dims,
+            arch,
+            "hybrid",
+            settings.group_size,
+            scales,
+            source.format.storage,
+            settings.shared_experts == "source",
+        )
         item = CACHE_BYTES["fp8" if scales else "bf16"]
         tokens = serving(tensors, dims, gpus, DEFAULT_UTILIZATION, DEFAULT_RESERVE, item).tokens
         warnings += [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, count)]

@@ -151,19 +151,19 @@ class SourceModel:
     def expert_count(self) -> int:
         return int(self.config[self.architecture.experts_key])
 
-    @cached_property
-    def kept_modules(self) -> list[str]:
-        """Modules of decoder layers, by their names there, that are fp8 and keep the source's bytes."""
-        arch, locals_ = self.architecture, {self.architecture.split(name)[1] for name in self.scales}
-        known = [w for layer in range(self.layer_count()) for w in (*arch.kept(layer), *arch.scaled(layer))]
-        return list(dict.fromkeys(weight.module for weight in known if weight.name in locals_))
+    def kept_scales(self, shared: bool) -> dict[str, str]:
+        """fp8 weights of decoder layers that keep the source's bytes, and the names of their scales.
 
-    @cached_property
-    def norm_can_be_smoothed(self) -> bool:
-        """Whether everything that reads the norm before the experts can be scaled; what keeps fp8 bytes can't."""
-        arch = self.architecture
-        scaled = {w.name for layer in range(self.layer_count()) for w in arch.scaled(layer)}
-        return not any(arch.split(name)[1] in scaled for name in self.scales)
+        Args:
+            shared: what reads the norm before the experts keeps them too.
+        """
+        arch, result = self.architecture, {}
+        for layer in range(self.layer_count()):
+            prefix = arch.layer_prefix(layer)
+            for weight in (*arch.kept(layer), *(arch.scaled(layer) if shared else ())):
+                if (name := prefix + weight.name) in self.scales:
+                    result[name] = self.scales[name]
+        return result
 
     def layer_names(self, layer: int) -> list[str]:
         """Dequantized tensors of a decoder layer."""
@@ -240,7 +240,11 @@ class SourceModel:
             raise CheckpointError(
                 f"{where}: {arch.top_k_key} is {shown(config[arch.top_k_key])}, with {experts} experts"
             )
-        Dimensions.of(config, arch)
+        dims = Dimensions.of(config, arch)
+        if dims.heads % dims.kv_heads:
+            raise CheckpointError(
+                f"{where}: num_attention_heads is {dims.heads}, not a multiple of num_key_value_heads = {dims.kv_heads}"
+            )
         rope_parameters(config, arch)
 
     def _check_layers(self) -> None:

@@ -49,7 +49,12 @@ def make_plan(
     dims, storage = Dimensions.of(config, arch), format_of(config).storage
     rope_parameters(config, arch)
     scales = recipe.awq.kv_cache_scheme is not None
-    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales, storage) for form in FORMS}
+    forms = {
+        form: tensors_of(
+            dims, arch, form, recipe.awq.group_size, scales, storage, recipe.awq.shared_experts == "source"
+        )
+        for form in FORMS
+    }
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),

@@ -8,13 +8,14 @@ is checked first.
 from __future__ import annotations
 
 import threading
+from collections.abc import Set
 from typing import Any
 
 import torch
 
 from mmq.errors import CheckpointError, JournalError
 from mmq.serve.quantization_config import output_config
-from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.workdir.journal import StageJournal
@@ -22,18 +23,25 @@ from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest,
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
+output = HYBRID
 
 
 def plan(workspace: Workspace) -> Plan:
     """One output shard per decoder layer and one for the rest, as the awq stage has them."""
     source = workspace.source
     units = []
+    tensors: list[str] = []
     for layer in layers_and_rest(workspace):
         specs = hybrid_specs(workspace, layer)
+        tensors += (spec.name for spec in specs)
         units.append(Unit(shard_name(workspace, layer), sum(spec.nbytes for spec in specs), shard_size(specs)))
     largest = max(spec.nbytes for spec in source.specs.values())
     memory = BASE_MEMORY + workspace.recipe.worker_count * (largest + max(unit.read for unit in units))
-    return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory)
+    return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory, tensors=tensors)
+
+
+def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
+    return [] if "awq" in before else [Check("awq output", _awq_output, weights=False)]
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
@@ -46,10 +54,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source, reporter = workspace.source, workspace.reporter
+    _awq_output(workspace)
     awq_journal = workspace.journal.stage("awq")
-    if not awq_journal.complete:
-        raise JournalError(f"{plan.source} is not complete; run `mmq awq` first")
-    awq_journal.check_files(AWQ)
     quantized = Checkpoint.open(plan.source)
     pending = [unit for unit in plan.units if unit.name not in journal.units]
     if pending:
@@ -79,8 +85,19 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         reporter.unit(unit.name)
 
     in_threads(pending, restore, workspace.recipe.worker_count)
-    config = output_config(workspace.architecture, workspace.recipe, source.config, source.kept_modules)
+    kept = [workspace.architecture.split(name)[1].removesuffix(".weight") for name in workspace.kept_scales]
+    kept = list(dict.fromkeys(kept))
+    config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
+
+
+def _awq_output(workspace: Workspace) -> str:
+    """The awq stage's files are whole. Raises JournalError."""
+    folder, journal = workspace.folder(AWQ), workspace.journal.stage("awq")
+    if not journal.complete:
+        raise JournalError(f"{folder} is not complete; run `mmq awq` first")
+    journal.check_files(AWQ)
+    return f"{len(journal.units)} units in {folder}"
 
 
 def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
@@ -90,7 +107,7 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     for layer in range(source.layer_count()):
         prefix = arch.layer_prefix(layer)
         tensors = [*arch.attention_inputs, *(weight.name for weight in arch.kept(layer))]
-        tensors += [weight.name for weight in arch.scaled(layer) if prefix + weight.name in source.scales]
+        tensors += [w.name for w in arch.scaled(layer) if prefix + w.name in workspace.kept_scales]
         groups.append([prefix + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:
         for names in groups:
@@ -111,9 +128,7 @@ def _original(workspace: Workspace, name: str) -> str | None:
     source, arch = workspace.source, workspace.architecture
     weight = name.removesuffix(SCALE_NAME) + "weight" if name.endswith(SCALE_NAME) else name
     layer, local = arch.split(weight)
-    if layer is not None and arch.split_expert(local) is not None:
-        return None
-    if weight in source.scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
+    if weight in workspace.kept_scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
         return name if weight == name else source.scales[weight]
     if arch.component(name) in ("embeddings", "head") or local == arch.router_bias:
         return name

@@ -56,7 +56,7 @@ def hybrid_specs(workspace: Workspace, layer: int | None) -> list[TensorSpec]:
     originals = workspace.source.checkpoint.specs
     specs = []
     for spec in quantized_specs(workspace, layer):
-        scale = workspace.source.scales.get(spec.name)
+        scale = workspace.kept_scales.get(spec.name)
         if scale is None:
             specs.append(spec)
         else:
