@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,11 +41,60 @@ def keys_and_values(x: torch.Tensor, weights: Weights, prefix: str, config: Conf
 
 
 def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    if "kv_lora_rank" in config:
+        return latent_attention(x, weights, prefix, config)
     count = config["num_attention_heads"]
     query = heads(x, weights, prefix, "q", count, config)
     repeat = count // config["num_key_value_heads"]
     key, value = (t.repeat_interleave(repeat, 0) for t in keys_and_values(x, weights, prefix, config))
     scores = query @ key.transpose(1, 2) * config["head_dim"] ** -0.5
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    output = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
+    return output.transpose(0, 1).flatten(1) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def turned_in_pairs(x: torch.Tensor, config: Config) -> torch.Tensor:
+    """[heads, T, dim]: neighbours as complex numbers, each times its angle; frequencies as yarn has them."""
+    yarn, dim = config["rope_scaling"], x.shape[-1]
+    base, original = config["rope_theta"], yarn["original_max_position_embeddings"]
+    place = torch.arange(dim // 2).double()
+    frequency = base ** (-2 * place / dim)
+    # The place of the pair that turns so often in the original length.
+    low, high = (
+        dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
+        for turns in (yarn["beta_fast"], yarn["beta_slow"])
+    )
+    low, high = max(math.floor(low), 0), min(math.ceil(high), dim - 1)
+    ramp = ((place - low) / (high - low)).clamp(0, 1)
+    frequency = frequency * (1 - ramp) + frequency / yarn["factor"] * ramp
+    angles = torch.arange(x.shape[1])[:, None].double() * frequency
+    pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2).float()
+
+
+def latent_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """Multi-head latent attention: keys and values of all heads from one latent, one rotary key for all."""
+    count, eps = config["num_attention_heads"], 1e-6
+    plain, value_dim = config["qk_nope_head_dim"], config["v_head_dim"]
+    own = {name: weights.get(f"{prefix}self_attn.{name}.weight") for name in (
+        "q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj",
+    )}  # fmt: skip
+    if own["q_proj"] is None:
+        query = rms_norm(x @ own["q_a_proj"].T, own["q_a_layernorm"], eps) @ own["q_b_proj"].T
+    else:
+        query = x @ own["q_proj"].T
+    query = query.unflatten(1, (count, -1)).transpose(0, 1)
+    latent, rotary_key = (x @ own["kv_a_proj_with_mqa"].T).split(
+        [config["kv_lora_rank"], config["qk_rope_head_dim"]], 1
+    )
+    expanded = (rms_norm(latent, own["kv_a_layernorm"], eps) @ own["kv_b_proj"].T).unflatten(1, (count, -1))
+    key, value = expanded.transpose(0, 1).split([plain, value_dim], -1)
+    turned = turned_in_pairs(rotary_key[None], config).expand(count, -1, -1)
+    query = torch.cat([query[..., :plain], turned_in_pairs(query[..., plain:], config)], -1)
+    # yarn's temperature, squared: of queries and of keys.
+    yarn = config["rope_scaling"]
+    scale = query.shape[-1] ** -0.5 * (0.1 * yarn["mscale_all_dim"] * math.log(yarn["factor"]) + 1) ** 2
+    scores = query @ torch.cat([key, turned], -1).transpose(1, 2) * scale
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     output = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
     return output.transpose(0, 1).flatten(1) @ weights[prefix + "self_attn.o_proj.weight"].T
@@ -91,7 +141,8 @@ def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> 
     return output + gated(x, weights, prefix + "mlp.shared_experts.")
 
 
-BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe, "glm4_moe": glm4_moe}
+# DeepSeek V3 routes as GLM does.
+BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe, "glm4_moe": glm4_moe, "deepseek_v3": glm4_moe}
 # What reads the norm before the block beside the experts' gate and up, in a layer with experts.
 READERS = {
     "qwen3_moe": ["mlp.gate.weight"],
@@ -101,6 +152,7 @@ READERS = {
         "mlp.shared_experts.up_proj.weight",
     ],
 }
+READERS["deepseek_v3"] = READERS["glm4_moe"]
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:

@@ -34,6 +34,10 @@ from mmq.stages.pipeline import run_stages
 from mmq.stages.plan import make_plan
 from mmq.workdir.workspace import Workspace
 
+# Kinds of attention whose KV cache gets no scales.
+WITHOUT_KV_SCALES = {
+    "deepseek_v3": {"full": "vLLM takes no calibrated scales for the latent that this attention caches"},
+}
 HELD_OUT = torch.arange(4, 100) * 5 % 500
 
 
@@ -65,6 +69,13 @@ CASES = {
     "glm4_moe in fp8, its shared expert scaled": Case("glm4_moe", "fp8", 3, {"attention_bias": False}),
     "glm4_moe in fp8, its shared expert kept": Case(
         "glm4_moe", "fp8", settings={"use_qk_norm": False}, recipe={"shared_experts": "source"}
+    ),
+    "deepseek_v3 with scales that are powers of two": Case("deepseek_v3", "fp8-powers-of-two", 3),
+    "deepseek_v3 without a query latent": Case(
+        "deepseek_v3",
+        "fp8",
+        settings={"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        recipe={"shared_experts": "source"},
     ),
     "glm4_moe in bf16, in groups": Case(
         "glm4_moe", "bf16", 3, {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -244,7 +255,25 @@ def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Mad
     assert ours < (0.75 if made.case.smooths else 1) * theirs, f"KL {ours:.4f} against {theirs:.4f} of round-to-nearest"
 
 
+def test_no_scales_where_no_server_takes_them(made: Made) -> None:
+    """And it is said why, in the statistics, the plan and the card."""
+    reasons = WITHOUT_KV_SCALES.get(made.case.family, {})
+    records = json.loads((made.folder / "run/state/awq/layers.json").read_text(encoding="utf-8"))
+    for layer, prefix, _ in made.layers():
+        kind = "linear" if f"{prefix}linear_attn.A_log" in made.source else "full"
+        assert (f"{prefix}self_attn.k_scale" in made.stored) == (kind not in reasons)
+        assert reasons.get(kind, "") in records[layer].get("no_kv_scales", "")
+        assert bool(records[layer]["kv_scales"]) == (kind not in reasons)
+    scheme = json.loads((made.folder / "run/hybrid/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert bool(scheme) == ("full" not in reasons)
+    plan, card = CliRunner().invoke(app, ["plan", str(made.folder / "recipe.yaml")]), render(made.workspace())
+    for reason in reasons.values():
+        assert reason in " ".join(plan.output.split()) and reason in card
+
+
 def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
+    if "full" in WITHOUT_KV_SCALES.get(made.case.family, {}):
+        return
     tokens = calibration_tokens(made.workspace())
     largest = {"k_scale": 0.0, "v_scale": 0.0}
     for ids in tokens.ids.split(tokens.lengths):

@@ -6,7 +6,7 @@ vLLM holds the router in fp32.
 
 from __future__ import annotations
 
-from mmq.families.table import Architecture, DenseLayers, Mlp, Weight, grouped_query
+from mmq.families.table import Architecture, Mlp, SomeLayers, Weight, grouped_query
 
 GLM4_MOE = Architecture(
     model_type="glm4_moe",
@@ -35,7 +35,7 @@ GLM4_MOE = Architecture(
     moe_module="mlp",
     shared=Mlp("mlp.shared_experts.", "shared"),
     dense=Mlp("mlp.", "dense"),
-    dense_layers=DenseLayers(leading="first_k_dense_replace"),
+    dense_layers=SomeLayers(leading="first_k_dense_replace"),
     extra_weights=(
         Weight("eh_proj.weight", ("hidden", "pair")),
         Weight("enorm.weight", ("hidden",)),
@@ -47,7 +47,7 @@ GLM4_MOE = Architecture(
     default_rotary_share=0.5,
     experts_key="n_routed_experts",
     intermediate_key="moe_intermediate_size",
-    shared_count_key="n_shared_experts",
+    sizes={"shared": (("moe_intermediate_size", "n_shared_experts"),)},
     extra_layers_key="num_nextn_predict_layers",
     config_fields=("head_dim",),
     example={

@@ -5,7 +5,7 @@ vLLM holds the router in the model's dtype (no `params_dtype` in its qwen3_moe.p
 
 from __future__ import annotations
 
-from mmq.families.table import Architecture, DenseLayers, Mlp, grouped_query
+from mmq.families.table import Architecture, Mlp, SomeLayers, grouped_query
 
 QWEN3_MOE = Architecture(
     model_type="qwen3_moe",
@@ -28,7 +28,7 @@ QWEN3_MOE = Architecture(
     module_names=(),
     moe_module="mlp",
     dense=Mlp("mlp.", "dense"),
-    dense_layers=DenseLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
+    dense_layers=SomeLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
     experts_key="num_experts",
     intermediate_key="moe_intermediate_size",
     config_fields=("head_dim",),

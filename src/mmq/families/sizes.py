@@ -6,12 +6,12 @@ The tensors of a checkpoint are written down as names, dtypes, shapes and counts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import Architecture, Size, Weight
+from mmq.families.table import SIZES, Architecture, Formula, Size, Weight
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -61,7 +61,13 @@ BLOCK_FP8 = Storage()
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes in a config.json."""
+    """The sizes in a config.json.
+
+    Attributes:
+        linear_layers: how many have linear attention, and no KV cache.
+        latent: numbers of a token that a KV cache holds where it is one latent for all heads; 0 where it isn't.
+        words: what the table's own words for sizes amount to.
+    """
 
     layers: int
     experts: int
@@ -74,7 +80,9 @@ class Dimensions:
     tied: bool = False
     dense: int = 0
     dense_layers: int = 0
-    shared: int = 0
+    linear_layers: int = 0
+    latent: int = 0
+    words: Mapping[Size, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
@@ -86,16 +94,20 @@ class Dimensions:
         keys = ["num_attention_heads", "num_key_value_heads", "vocab_size"]
         keys += [arch.layers_key, arch.experts_key, arch.hidden_key, arch.intermediate_key]
         heads, kv_heads, vocabulary, layers, experts, hidden, intermediate = (_count(config, key) for key in keys)
-        given = config if config.get("head_dim") is not None else {"head_dim": hidden // heads}
-        head_dim = _count(given, "head_dim")
+        key = arch.head_dim_key
+        head_dim = _count(config if config.get(key) is not None else {key: hidden // heads}, key)
         tied = config.get("tie_word_embeddings") is True
         dense = _count(config, arch.dense_key) if arch.dense_at else 0
         if len(arch.dense_at) >= layers:
             raise CheckpointError("config.json: no layer has experts")
-        shared = intermediate * _count(config, arch.shared_count_key) if arch.shared_count_key else 0
+        used = {word for layer in (0, *arch.extra_at) for own in arch.layer_weights(layer, 1) for word in own.shape}
+        for weight in (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ())):
+            used |= set(weight.shape)
+        words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
+        latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
         return cls(
             layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
-            len(arch.dense_at), shared,
+            len(arch.dense_at), len(arch.linear_at), latent, words,
         )  # fmt: skip
 
     @property
@@ -105,19 +117,22 @@ class Dimensions:
 
     def shape(self, weight: Weight) -> tuple[int, ...]:
         """A weight's shape in numbers."""
-        words: dict[Size, int] = {
-            "hidden": self.hidden,
-            "query": self.heads * self.head_dim,
-            "key": self.kv_heads * self.head_dim,
-            "head": self.head_dim,
-            "experts": self.experts,
-            "expert": self.intermediate,
-            "dense": self.dense,
-            "shared": self.shared,
-            "vocabulary": self.vocabulary,
-            "pair": 2 * self.hidden,
-        }
-        return tuple(words[word] for word in weight.shape)
+        return tuple(map(self.size, weight.shape))
+
+    def size(self, word: Size) -> int:
+        """A size in words as a number."""
+        if word in self.words:
+            return self.words[word]
+        known = (
+            self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim, self.experts,
+            self.intermediate, self.dense, self.vocabulary, 2 * self.hidden, 1,
+        )  # fmt: skip
+        return dict(zip(SIZES, known, strict=True))[word]
+
+    @property
+    def cached_layers(self) -> int:
+        """Decoder layers that have a KV cache."""
+        return self.layers - self.linear_layers
 
     def kv_heads_per_gpu(self, gpus: int) -> int:
         """Split while there are enough of them, else one on each."""
@@ -206,16 +221,20 @@ def tensors_of(
             packed = _part(weight, "_packed", "I32", (rows, columns // PACK), weight.parameters)
             result += [packed, _part(weight, "_scale", "BF16", (rows, columns // group_size))]
             result.append(_part(weight, "_shape", "I64", (2,)))
-        elif form == "hybrid" and scales is not None and (kept_shared or not arch.is_scaled(weight.name)):
+        elif form == "hybrid" and scales is not None and (kept_shared or not _is_scaled(arch, weight)):
             result.append(replace(weight, dtype=storage.dtype))
             result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
         else:
             result.append(weight)
-    if kv_scales and form in ("awq", "hybrid"):
+    if kv_scales and arch.has_kv_cache_scales and form in ("awq", "hybrid"):
         prefix = arch.layer + arch.attention_module
         for scale in ("k_scale", "v_scale"):
-            result.append(Tensors(f"{prefix}.{scale}", "kv_scales", "F32", (1,), dims.layers, 0, "none"))
+            result.append(Tensors(f"{prefix}.{scale}", "kv_scales", "F32", (1,), dims.cached_layers, 0, "none"))
     return result
+
+
+def _is_scaled(arch: Architecture, weight: Tensors) -> bool:
+    return weight.in_layer and arch.is_scaled(weight.name)
 
 
 def components(tensors: Iterable[Tensors]) -> dict[str, Component]:
@@ -239,9 +258,10 @@ def disk_bytes(tensors: Iterable[Tensors]) -> int:
 
 
 def layer_bytes(tensors: Iterable[Tensors], dims: Dimensions) -> int:
-    """Tensors of one decoder layer with experts, which are all alike."""
+    """Tensors of one decoder layer with experts, which are all alike; where there are two kinds of attention, a little
+    more than any has: both."""
     own = (tensor for tensor in tensors if tensor.in_layer and tensor.component != "dense layers")
-    return sum(tensor.nbytes // (dims.layers if tensor.count == dims.layers else dims.expert_layers) for tensor in own)
+    return sum(tensor.nbytes // tensor.count * (dims.experts if "{expert}" in tensor.name else 1) for tensor in own)
 
 
 def outside_bytes(tensors: Iterable[Tensors]) -> int:
@@ -257,36 +277,43 @@ def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors,
         return Tensors(name, component, dtype, shape, count, math.prod(shape), split)
 
     def of_layers(weight: Weight, count: int) -> tuple[Tensors, bool]:
-        matrix = len(weight.shape) == 2
-        split: Split = "none" if not matrix else "kv heads" if "key" in weight.shape else "tensor parallel"
-        return tensors(arch.layer + weight.name, dims.shape(weight), count, split), matrix
+        split: Split = "kv heads" if "key" in weight.shape else "tensor parallel"
+        whole = len(weight.shape) == 1 or weight.whole
+        return tensors(
+            arch.layer + weight.name, dims.shape(weight), count, "none" if whole else split
+        ), weight.is_matrix
 
     yield tensors(arch.embedding, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     if not dims.tied:
         yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     yield tensors(arch.final_norm, (dims.hidden,), 1), False
-    for weight in arch.attention_weights:
-        yield of_layers(weight, dims.layers)
+    for weight in dict.fromkeys((*arch.attention_weights, *arch.linear_weights)):
+        full, linear = (weight in own for own in (arch.attention_weights, arch.linear_weights))
+        count = full * dims.cached_layers + linear * dims.linear_layers
+        if count:
+            yield of_layers(weight, count)
     yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False
     yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), False
     if arch.router_bias:
         yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), False
     if arch.shared:
-        for weight in arch.shared.weights:
+        for weight in (*arch.shared.weights, *([arch.shared_gate] if arch.shared_gate else [])):
             yield of_layers(weight, dims.expert_layers)
     if arch.dense and dims.dense_layers:
         for weight in arch.dense.weights:
             yield of_layers(weight, dims.dense_layers)
     for weight in arch.experts.weights:
         yield of_layers(weight, dims.expert_layers * dims.experts)
-    # Layers past the last are carried as they are, in bf16 but for the router's bias.
+    # Layers past the last are carried as they are.
+    plain = {arch.router, *(weight.name for weight in arch.extra_weights)}
     for layer in arch.extra_at:
         prefix = arch.layer_prefix(layer)
         for weight in arch.layer_weights(layer, experts=0):
             dtype = "F32" if weight.name == arch.router_bias else "BF16"
-            yield tensors(prefix + weight.name, dims.shape(weight), 1, dtype=dtype), False
+            matrix = weight.is_matrix and weight.name not in plain
+            yield tensors(prefix + weight.name, dims.shape(weight), 1, dtype=dtype), matrix
         for weight in arch.experts.weights:
-            yield tensors(prefix + weight.name, dims.shape(weight), dims.experts), False
+            yield tensors(prefix + weight.name, dims.shape(weight), dims.experts), True
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:
@@ -294,7 +321,13 @@ def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], para
     return Tensors(weight.name + suffix, weight.component, dtype, shape, weight.count, parameters, weight.split)
 
 
-def _count(config: dict[str, Any], key: str) -> int:
+def _amount(config: Mapping[str, Any], formula: Formula) -> int:
+    """A formula in numbers. Raises CheckpointError as `_count`."""
+    products = ([term if isinstance(term, int) else _count(config, term) for term in product] for product in formula)
+    return sum(map(math.prod, products))
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise CheckpointError(f"config.json: {key} is {shown(value)} instead of a number from 1 to {LARGEST}")

@@ -47,12 +47,24 @@ def kept_scales(original: Original, layer: int) -> dict[str, str | None]:
     return result
 
 
+def carried_scales(original: Original) -> dict[str, str]:
+    """fp8 matrices of what is carried as it is, layers past the last among them, and the names of their scales."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
+    return {
+        name: f"{name}{storage.scale_suffix}"
+        for name, spec in source.specs.items()
+        if spec.dtype == "F8_E4M3" and layer_of(arch, source, name) is None
+    }
+
+
 def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
     arch, source, storage = original.arch, original.checkpoint, original.storage
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     layers = range(int(source.config[arch.layers_key]))
-    kept = {name: scale for layer in layers for name, scale in kept_scales(original, layer).items()}
+    kept: dict[str, str | None] = {**carried_scales(original)}
+    for number in layers:
+        kept |= kept_scales(original, number)
     # Of what becomes bf16 and is scaled, the source's scales are gone as well.
     scaled = {arch.layer_prefix(layer) + weight.name for layer in layers for weight in arch.scaled(layer)}
     dropped = {scale for scale in kept.values() if scale is not None}
@@ -80,9 +92,10 @@ def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str
         else:
             # Norms, embeddings and head are bf16 in the table; tensors that it does not know keep their dtype.
             known = name in (arch.embedding, arch.head, arch.final_norm) or name.endswith("norm.weight")
-            expected[name] = ("BF16" if known else spec.dtype, spec.shape)
+            free = arch.is_extra(name) or local in {weight.name for weight in arch.linear_weights}
+            expected[name] = ("BF16" if known and not free else spec.dtype, spec.shape)
     if kv_scales:
-        for layer in layers:
+        for layer in filter(arch.has_kv_scales, layers):
             for scale in ("k_scale", "v_scale"):
                 expected[f"{arch.layer_prefix(layer)}{arch.attention_module}.{scale}"] = ("F32", (1,))
     return expected
@@ -129,7 +142,7 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
     modules = {name.rpartition(".")[0] for name in result.specs}
     inside = {module for module in modules if layer_of(arch, source, module) is not None}
     kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
-    past = {module for module in modules - inside if arch.split(module)[0] is not None}
+    past = {module for module in modules - inside if arch.is_extra(module + ".")}
     ignored = quantization.get("ignore") or []
     layers = range(int(source.config[arch.layers_key]))
     kept = {
@@ -138,6 +151,7 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
         for name, scale in kept_scales(original, layer).items()
         if scale is not None
     }
+    kept |= {name.removesuffix(".weight") for name in carried_scales(original)}
     if kept:
         kinds["attention"] = kept
     wanted: dict[tuple[Any, Any, Any], str] = {

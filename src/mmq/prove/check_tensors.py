@@ -12,7 +12,7 @@ from mmq.errors import MmqError
 from mmq.families.sizes import Storage
 from mmq.families.table import Architecture
 from mmq.machine.threads import each
-from mmq.prove.check_config import Original, kept_scales, layer_of
+from mmq.prove.check_config import Original, carried_scales, kept_scales, layer_of
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
 from mmq.prove.judged import Judged, round_to_nearest
@@ -65,7 +65,7 @@ def check_tensors(
         part = Report(report.folder, report.path)
         try:
             if layer is None:
-                _check_outside(part, arch, source, result)
+                _check_outside(part, original, result)
             else:
                 known = judged(layer) if arch.has_experts(layer) else None
                 _check_layer(part, original, result, layer, known)
@@ -95,7 +95,7 @@ def _check_layer(report: Report, original: Original, result: Checkpoint, layer: 
                 report.count("attention tensors equal to the source's bytes")
         routed = arch.has_experts(layer)
         same = [arch.router_bias] if routed else [arch.smooth_norm]
-        for local in [*arch.attention_inputs, *filter(None, same)]:
+        for local in [*arch.attention_inputs(layer), *filter(None, same)]:
             report.require(
                 sha256(originals[prefix + local]) == sha256(results[prefix + local]),
                 f"{prefix}{local} is not the source's",
@@ -133,7 +133,7 @@ def _check_smoothing(
         the scale that the new norm leaves to its readers, float64 [H].
     """
     arch = original.arch
-    norms = [float64(reader[prefix + arch.smooth_norm]) for reader in (originals, results)]
+    norms = [float64(reader[prefix + arch.smooth_norm]) + arch.norm_offset for reader in (originals, results)]
     for local in arch.norm_readers(experts=0):
         if prefix + local in kept:
             report.require(
@@ -268,11 +268,14 @@ def _row_scales(weight: Array, steps: Array) -> Array:
     return found.astype(np.float32)
 
 
-def _check_outside(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
+def _check_outside(report: Report, original: Original, result: Checkpoint) -> None:
+    arch, source, suffix = original.arch, original.checkpoint, original.storage.scale_suffix
+    renamed = {scale: f"{name}_scale" for name, scale in carried_scales(original).items()} if suffix else {}
     with source.reader() as originals, result.reader() as results:
         for name in source.specs:
             if layer_of(arch, source, name) is None:
-                report.require(sha256(originals[name]) == sha256(results[name]), f"{name} is not the source's")
+                after = renamed.get(name, name)
+                report.require(sha256(originals[name]) == sha256(results[after]), f"{after} is not the source's")
                 report.count("other tensors equal to the source's bytes")
 
 

@@ -207,7 +207,7 @@ class _Evaluation:
             if variant.weights != key:
                 continue
             decoder = DecoderLayer(self.arch, self.configs[key], layer, content.rest, self.device)
-            if variant.fp8_kv and self.kv_scheme:
+            if variant.fp8_kv and self.kv_scheme and self.arch.has_kv_scales(layer):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,

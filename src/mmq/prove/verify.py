@@ -43,7 +43,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         arch = workspace.architecture
         shared = workspace.recipe.awq.shared_experts == "source"
         original = Original(arch, source, workspace.source.format.storage, shared)
-        check_names(report, original, result, workspace.recipe.awq.kv_cache_scheme is not None)
+        check_names(report, original, result, workspace.kv_cache_scheme is not None)
         check_config(report, original, result)
         if not report.problems:
             judged = partial(judged_layer, workspace)

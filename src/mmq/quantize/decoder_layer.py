@@ -116,6 +116,7 @@ class DecoderLayer:
         # The bias of a router that does not hold it itself.
         self._bias: torch.Tensor | None = None
         self._shared: torch.nn.Module | None = None
+        self._shared_gate: torch.nn.Module | None = None
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
@@ -142,6 +143,9 @@ class DecoderLayer:
             name = arch.module_name(arch.shared.prefix).removesuffix(".")
             shared = module.get_submodule(name)
             parts[name.removeprefix(f"{arch.moe_module}.")] = shared
+        if arch.shared_gate is not None:
+            name = arch.module_name(arch.shared_gate.module)
+            self._shared_gate = parts[name.removeprefix(f"{arch.moe_module}.")] = module.get_submodule(name)
         setattr(module, arch.moe_module, _Recorder(parts))
         return shared
 
@@ -191,7 +195,11 @@ class DecoderLayer:
         """The residual stream [T, H] with what the shared expert makes of the block's input [T, H]."""
         if self._shared is None:
             return residual
-        return residual + torch.cat([self._shared(part) for part in x.split(step)])
+        outputs = []
+        for part in x.split(step):
+            output = self._shared(part)
+            outputs.append(output if self._shared_gate is None else self._shared_gate(part).sigmoid() * output)
+        return residual + torch.cat(outputs)
 
     @torch.no_grad()
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -183,7 +183,7 @@ class LayerQuantizer:
         self, decoder: DecoderLayer, layer: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """All of a layer that comes before its experts: the residual stream [T, H], and the KV scales that it takes."""
-        scheme = self.settings.kv_cache_scheme
+        scheme = self.settings.kv_cache_scheme if self.arch.has_kv_scales(layer) else None
         observer = KvObserver(decoder, scheme.model_dump()) if scheme else None
         residual = decoder.attend(hidden, self.lengths)
         if observer and (broken := observer.broken(self.lengths)):
@@ -198,12 +198,13 @@ class LayerQuantizer:
             hidden, kv_scales = self._attend(decoder, layer, hidden)
             self._check_finite(hidden, f"the output of layer {layer} is")
         tensors = content.rest | {f"{self.arch.attention_module}.{name}": s for name, s in kv_scales.items()}
-        statistics = {
-            "layer": layer,
-            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
-            "seconds": clock.seconds,
-        }
+        statistics = {"layer": layer, **self._kv_statistics(layer, kv_scales), "seconds": clock.seconds}
         return LayerResult(tensors, hidden, statistics)
+
+    def _kv_statistics(self, layer: int, scales: dict[str, torch.Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {"kv_scales": {name: float(scale) for name, scale in scales.items()}}
+        reason = self.arch.without_kv_scales(layer) if self.settings.kv_cache_scheme else None
+        return found | ({"no_kv_scales": reason} if reason else {})
 
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
@@ -230,7 +231,7 @@ class LayerQuantizer:
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
             found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
-            norm, applied = smooth_norm(own_norm, found[0].scales)
+            norm, applied = smooth_norm(own_norm, found[0].scales, arch.norm_offset)
             inner, rounded, evidence = found[1].scales, None, {}
             if settings.rounding == "nearest":
                 clock.step(SEARCHED[1], "comparing with round-to-nearest")
@@ -272,7 +273,7 @@ class LayerQuantizer:
             "tokens_per_expert": block.counts.tolist(),
             "topped_up": extra.counts if extra else [0] * block.counts.numel(),
             **statistics,
-            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            **self._kv_statistics(layer, kv_scales),
             "seconds": clock.seconds,
         }
         self._shares = dict(clock.seconds)

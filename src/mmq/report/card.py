@@ -145,11 +145,15 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"code": _code, "size": bytes_text, "duration": duration_text}
     template = environment.from_string(files("mmq.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    reasons = sorted({layer["no_kv_scales"] for layer in facts.all_layers if "no_kv_scales" in layer})
+    without = f"{'; '.join(reasons)}" if reasons else None
+    none_has = bool(facts.all_layers) and not any(layer["kv_scales"] for layer in facts.all_layers)
     recipe = _fenced(yaml.safe_dump(_public(facts.recipe), sort_keys=False, allow_unicode=True), "yaml")
     body = template.render(
         facts=facts,
         setting=setting,
-        awq=facts.recipe["awq"],
+        awq=facts.recipe["awq"] | ({"kv_cache_scheme": None} if none_has and without else {}),
+        no_kv_scales=without,
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
         layers=_layer_facts(facts.layers, facts.all_layers),

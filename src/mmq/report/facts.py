@@ -239,7 +239,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
             arch,
             "hybrid",
             settings.group_size,
-            settings.kv_cache_scheme is not None,
+            workspace.kv_cache_scheme is not None,
             source.format.storage,
             settings.shared_experts == "source",
         )

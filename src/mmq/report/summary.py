@@ -82,7 +82,7 @@ def summarize(workspace: Workspace, facts: RunFacts, gpus: Gpus | None = None) -
     tokens = positions = None
     warnings: list[str] = []
     if gpus is not None:
-        scales = settings.kv_cache_scheme is not None
+        scales = settings.kv_cache_scheme is not None and arch.has_kv_cache_scales
         tensors = tensors_of(
             dims,
             arch,

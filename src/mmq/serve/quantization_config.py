@@ -30,21 +30,21 @@ def output_config(
     """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
 
     Args:
-        kept: modules in a decoder layer that are block fp8, as in the source; none where all of it is bf16, as the awq
-            stage leaves it.
+        kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
-    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size)}
+    carried = [module for module in kept if architecture.is_extra(module)]
+    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
         groups["group_1"] = kept_scheme(architecture, kept, dynamic)
     hybrid = len(groups) > 1
-    scheme = recipe.awq.kv_cache_scheme
+    scheme = recipe.awq.kv_cache_scheme if architecture.has_kv_cache_scales else None
     quantization = QuantizationConfig(
         config_groups=groups,
         format=(CompressionFormat.mixed_precision if hybrid else CompressionFormat.pack_quantized).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
-        ignore=[architecture.head.removesuffix(".weight"), *ignored_layers(architecture)],
+        ignore=[architecture.head.removesuffix(".weight"), *ignored_extras(architecture, carried)],
     )
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     config["rope_parameters"] = rope_parameters(source, architecture)
@@ -55,19 +55,30 @@ def output_config(
     return config
 
 
-def experts_scheme(architecture: Architecture, group_size: int) -> QuantizationScheme:
-    """int4 experts. The pattern names no prefix: vLLM matches transformers' module names, sglang the hub's."""
+def experts_scheme(architecture: Architecture, group_size: int, elsewhere: Sequence[str] = ()) -> QuantizationScheme:
+    """int4 experts. The pattern names no prefix: vLLM matches transformers' module names, sglang the hub's.
+
+    Args:
+        elsewhere: beginnings of the names of experts that are not int4.
+    """
     linears = "|".join(re.escape(linear) for linear in sorted(architecture.expert_linears))
+    but = f"(?!{'|'.join(map(re.escape, elsewhere))})" if elsewhere else ""
     return QuantizationScheme(
-        targets=[rf"re:.*experts\.\d+\.({linears})$"],
+        targets=[rf"re:{but}.*experts\.\d+\.({linears})$"],
         weights=weight_args(group_size),
         format=CompressionFormat.pack_quantized.value,
     )
 
 
-def ignored_layers(architecture: Architecture) -> list[str]:
-    """Patterns of the layers past the last: what the groups' patterns would match there is not quantized."""
-    return [f"re:{re.escape(architecture.layer_prefix(layer))}.*" for layer in architecture.extra_at]
+def fp8_prefixes(architecture: Architecture, carried: Sequence[str]) -> list[str]:
+    """Of what is carried as it is, the beginnings under which modules are fp8."""
+    return [prefix for prefix in architecture.extra_prefixes if any(name.startswith(prefix) for name in carried)]
+
+
+def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[str]:
+    """Patterns of what is carried in bf16: what the groups' patterns would match there is not quantized."""
+    fp8 = fp8_prefixes(architecture, carried)
+    return [f"re:{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
 
 
 def kept_scheme(architecture: Architecture, kept: Sequence[str], dynamic_activations: bool) -> QuantizationScheme:
@@ -98,13 +109,29 @@ def kept_scheme(architecture: Architecture, kept: Sequence[str], dynamic_activat
 
 def kept_targets(architecture: Architecture, kept: Sequence[str]) -> list[str]:
     """Patterns of what keeps the source's fp8, a parent module each: under transformers' names and the hub's alike."""
+    attention = {module.rpartition(".")[0] for module in architecture.attention}
     by_parent: dict[str, list[str]] = {}
     for module in kept:
-        parent, _, linear = module.rpartition(".")
-        by_parent.setdefault(parent, []).append(linear.removesuffix("_proj"))
-    targets = []
-    for parent, linears in by_parent.items():
-        # An expert's linear layers lie deeper than a dense layer's, under the same parent.
-        above = ".*" if parent == architecture.attention_module else r".*\.\d+\."
-        targets.append(rf"re:{above}{re.escape(parent)}\.({'|'.join(map(re.escape, linears))})_proj$")
-    return targets
+        if architecture.is_extra(module):
+            above, _, linear = module.rpartition(".")
+            # One pattern for all experts.
+            parent = re.sub(r"\.\d+$", ".NUMBER", above) if _number_of_expert(architecture, module) else above
+            parent = re.escape(parent).replace("NUMBER", r"\d+")
+        else:
+            local, _, linear = architecture.split(module)[1].rpartition(".")
+            # An expert's linear layers lie deeper than a dense layer's, under the same parent.
+            parent = (".*" if local in attention else r".*\.\d+\.") + re.escape(local)
+        linears = by_parent.setdefault(parent, [])
+        if linear not in linears:
+            linears.append(linear)
+    return [f"re:{parent}\\.{_any_of(linears)}$" for parent, linears in by_parent.items()]
+
+
+def _number_of_expert(architecture: Architecture, module: str) -> bool:
+    return architecture.split_expert(architecture.split(module)[1] + ".weight") is not None
+
+
+def _any_of(linears: Sequence[str]) -> str:
+    """A pattern of some names; what all end in stands once."""
+    end = "_proj" if all(linear.endswith("_proj") for linear in linears) else ""
+    return f"({'|'.join(re.escape(linear.removesuffix(end)) for linear in linears)}){end}"

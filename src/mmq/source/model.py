@@ -152,18 +152,20 @@ class SourceModel:
         return int(self.config[self.architecture.experts_key])
 
     def kept_scales(self, shared: bool) -> dict[str, str]:
-        """fp8 weights of decoder layers that keep the source's bytes, and the names of their scales.
+        """fp8 weights that keep the source's bytes, and the names of their scales: of the decoder layers, then of what
+        is carried.
 
         Args:
             shared: what reads the norm before the experts keeps them too.
         """
-        arch, result = self.architecture, {}
+        arch: Architecture = self.architecture
+        result: dict[str, str] = {}
         for layer in range(self.layer_count()):
             prefix = arch.layer_prefix(layer)
             for weight in (*arch.kept(layer), *(arch.scaled(layer) if shared else ())):
                 if (name := prefix + weight.name) in self.scales:
                     result[name] = self.scales[name]
-        return result
+        return result | {name: scale for name, scale in self.scales.items() if arch.is_extra(name)}
 
     def layer_names(self, layer: int) -> list[str]:
         """Dequantized tensors of a decoder layer."""
@@ -200,7 +202,7 @@ class SourceModel:
         arch = self.architecture
         kept = {w.name for w in (*arch.kept(layer), *arch.scaled(layer))} if layer is not None else set()
         inside = layer is not None and layer < self.layer_count()
-        if not inside or not (local in kept or self.architecture.split_expert(local)):
+        if not arch.is_extra(name) and not (inside and (local in kept or arch.split_expert(local))):
             raise CheckpointError(f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer")
 
     def _check_rest(self) -> None:
@@ -215,7 +217,7 @@ class SourceModel:
                 raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
             layer, _ = self.architecture.split(name)
             inside = layer is not None and layer < self.layer_count()
-            if not inside and layer not in self.architecture.extra_at and self.architecture.looks_quantized(name):
+            if not inside and not self.architecture.is_extra(name) and self.architecture.looks_quantized(name):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} lies outside the decoder layers under the name of what is"
                     " quantized in them"
@@ -245,6 +247,10 @@ class SourceModel:
             raise CheckpointError(
                 f"{where}: num_attention_heads is {dims.heads}, not a multiple of num_key_value_heads = {dims.kv_heads}"
             )
+        if arch.latent and dims.heads != dims.kv_heads:
+            raise CheckpointError(
+                f"{where}: num_key_value_heads is {dims.kv_heads}, though all {dims.heads} heads share one latent"
+            )
         rope_parameters(config, arch)
 
     def _check_layers(self) -> None:
@@ -261,11 +267,13 @@ class SourceModel:
             }
             shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.kept(layer)}
             either = {prefix + weight.name for weight in (arch.shared.weights if arch.shared else ())}
+            either |= {prefix + weight.name for weight in arch.kept(layer) if weight.plain}
             for name in shapes.keys() - either:
                 if self.format.quantized and name in specs and name not in self.scales:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
-            norms = {prefix + w.name: dims.shape(w) for w in arch.attention_weights if len(w.shape) == 1}
+            norms = {prefix + w.name: dims.shape(w) for w in arch.attention_of(layer) if len(w.shape) != 2}
             norms[prefix + arch.smooth_norm] = (hidden,)
+            dtypes = {prefix + w.name: w.dtypes for w in arch.attention_of(layer)}
             shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.scaled(layer)}
             plain = [*norms, *(name for name in shapes if name in specs and name not in self.scales)]
             shapes |= norms
@@ -280,7 +288,7 @@ class SourceModel:
                         f" config.json's sizes make it {list(expected)}"
                     )
             for name in plain:
-                self._check_dtype(name, "BF16")
+                self._check_dtype(name, *dtypes.get(name, ("BF16",)))
             for name in router:
                 self._check_dtype(name, "BF16", "F32")
             for name in self.layer_names(layer):

@@ -211,6 +211,20 @@ def _tensors(
             return 0.2 * normal(count)
         return channels(count, 0.2, 3) if weight.shape == ("hidden",) else channels(count, 0.1, 2)
 
+    def norm_weight(weight: Weight) -> torch.Tensor:
+        """A norm or a bias as it is stored."""
+        offset = arch.norm_offset if weight.shape in (("hidden",), ("head",)) and weight.name.endswith("weight") else 0
+        return (vector(weight) - offset).to(torch.bfloat16)
+
+    def attention(weight: Weight, prefix: str) -> None:
+        shape = dims.shape(weight)
+        if weight.is_matrix:
+            matrix(prefix + weight.name, normal(*shape) * shape[1] ** -0.5)
+        elif len(shape) > 1:
+            tensors[prefix + weight.name] = (normal(*shape) * shape[-1] ** -0.5).to(torch.bfloat16)
+        else:
+            tensors[prefix + weight.name] = norm_weight(weight)
+
     def gated(names: list[str], width: int, gain: float) -> None:
         """A unit's gate, up and down, which read a norm's output of the magnitude 1 / gain."""
         gate, up, down = names
@@ -221,15 +235,11 @@ def _tensors(
     tensors[arch.embedding] = normal(dims.vocabulary, hidden).to(torch.bfloat16)
     for layer in range(dims.layers):
         prefix = arch.layer_prefix(layer)
-        for weight in arch.attention_weights:
-            if len(weight.shape) == 2:
-                out, width = dims.shape(weight)
-                matrix(prefix + weight.name, normal(out, width) * width**-0.5)
-            else:
-                tensors[prefix + weight.name] = vector(weight).to(torch.bfloat16)
+        for weight in arch.attention_of(layer):
+            attention(weight, prefix)
         norm = channels(hidden, 0.3, 25)
         gain = hidden**-0.5 / float(norm.square().mean().sqrt())
-        tensors[prefix + arch.smooth_norm] = norm.to(torch.bfloat16)
+        tensors[prefix + arch.smooth_norm] = (norm - arch.norm_offset).to(torch.bfloat16)
         if not arch.has_experts(layer):
             assert arch.dense is not None
             gated([prefix + weight.name for weight in arch.dense.weights], dims.dense, gain)
@@ -238,17 +248,23 @@ def _tensors(
         if arch.router_bias:
             tensors[prefix + arch.router_bias] = 8 + 0.1 * normal(dims.experts)
         if arch.shared:
-            gated([prefix + weight.name for weight in arch.shared.weights], dims.shared, gain)
+            gated([prefix + weight.name for weight in arch.shared.weights], dims.size(arch.shared.width), gain)
+        if arch.shared_gate:
+            tensors[prefix + arch.shared_gate.name] = (normal(*dims.shape(arch.shared_gate)) * gain).bfloat16()
         for expert in range(dims.experts):
             gated([prefix + weight.name.format(expert=expert) for weight in arch.experts.weights], inner, gain)
     for layer in arch.extra_at:
         prefix = arch.layer_prefix(layer)
+        plain = {arch.router, *(weight.name for weight in arch.extra_weights)}
         for weight in arch.layer_weights(layer, dims.experts):
             name = prefix + weight.name
             shape = dims.shape(weight)
             values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
-            tensors[name] = values.to(torch.float32 if weight.name == arch.router_bias else torch.bfloat16)
-    tensors[arch.final_norm] = channels(hidden, 0.1, 2).to(torch.bfloat16)
+            if weight.is_matrix and weight.name not in plain:
+                matrix(name, values)
+            else:
+                tensors[name] = values.to(torch.float32 if weight.name == arch.router_bias else torch.bfloat16)
+    tensors[arch.final_norm] = (channels(hidden, 0.1, 2) - arch.norm_offset).to(torch.bfloat16)
     tensors[arch.head] = (normal(dims.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors
 
@@ -268,8 +284,8 @@ def model_config(
         family.intermediate_key: sizes.intermediate,
         family.layers_key: sizes.layers,
         "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
+        "num_key_value_heads": sizes.heads if family.latent else sizes.kv_heads,
+        family.head_dim_key: sizes.head_dim,
         "rope_theta": 5000000,
         family.experts_key: sizes.experts,
         family.top_k_key: sizes.top_k,

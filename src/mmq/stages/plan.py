@@ -20,6 +20,7 @@ from mmq.families.sizes import (
     outside_bytes,
     tensors_of,
 )
+from mmq.families.table import Architecture
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.recipe import Recipe
@@ -58,12 +59,21 @@ def make_plan(
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),
+        "kv_cache": _kv_cache(recipe, arch, dims),
         "disk": _disk(recipe, dims, forms),
         "awq_memory": _awq_memory(recipe, dims, forms),
     }
     if gpus is not None:
         value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
     return value
+
+
+def _kv_cache(recipe: Recipe, arch: Architecture, dims: Dimensions) -> dict[str, Any]:
+    """How many layers get scales of an fp8 KV cache, and why others get none."""
+    wanted = recipe.awq.kv_cache_scheme is not None
+    scaled = dims.cached_layers if wanted and arch.has_kv_cache_scales else 0
+    reasons = {arch.without_kv_scales(layer) for layer in (*arch.linear_at, *range(dims.layers)[:1])} - {None}
+    return {"layers": dims.cached_layers, "with_scales": scaled, "without": sorted(map(str, reasons)) if wanted else []}
 
 
 def _components(forms: Forms) -> list[dict[str, Any]]:

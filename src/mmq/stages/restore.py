@@ -85,8 +85,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         reporter.unit(unit.name)
 
     in_threads(pending, restore, workspace.recipe.worker_count)
-    kept = [workspace.architecture.split(name)[1].removesuffix(".weight") for name in workspace.kept_scales]
-    kept = list(dict.fromkeys(kept))
+    kept = [name.removesuffix(".weight") for name in workspace.kept_scales]
     config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
 
@@ -106,7 +105,7 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     groups = [[arch.embedding]]
     for layer in range(source.layer_count()):
         prefix = arch.layer_prefix(layer)
-        tensors = [*arch.attention_inputs, *(weight.name for weight in arch.kept(layer))]
+        tensors = [*arch.attention_inputs(layer), *(weight.name for weight in arch.kept(layer))]
         tensors += [w.name for w in arch.scaled(layer) if prefix + w.name in workspace.kept_scales]
         groups.append([prefix + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:

@@ -45,7 +45,7 @@ def quantized_specs(workspace: Workspace, layer: int | None) -> list[TensorSpec]
         specs.append(TensorSpec(f"{tensor}_packed", "I32", (rows, columns // PACK)))
         specs.append(TensorSpec(f"{tensor}_scale", "BF16", (rows, columns // awq.group_size)))
         specs.append(TensorSpec(f"{tensor}_shape", "I64", (2,)))
-    if awq.kv_cache_scheme is not None:
+    if awq.kv_cache_scheme is not None and arch.has_kv_scales(layer):
         prefix = arch.layer_prefix(layer) + arch.attention_module
         specs += [TensorSpec(f"{prefix}.{scale}", "F32", (1,)) for scale in ("k_scale", "v_scale")]
     return specs

@@ -9,7 +9,7 @@ from pathlib import Path
 from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
-from mmq.recipe import Recipe
+from mmq.recipe import KvCacheScheme, Recipe
 from mmq.source.hub import is_hub_id, source_refused
 from mmq.source.model import SourceModel
 from mmq.source.tokenizer import CODE, TOKENIZER_FILES
@@ -64,10 +64,15 @@ class Workspace:
         return self.source.kept_scales(self.recipe.awq.shared_experts == "source")
 
     @property
+    def kv_cache_scheme(self) -> KvCacheScheme | None:
+        """The recipe's, where the family has a KV cache that servers take scales for."""
+        return self.recipe.awq.kv_cache_scheme if self.architecture.has_kv_cache_scales else None
+
+    @property
     def smooths_norm(self) -> bool:
         """Whether all that reads the norm before the experts can be scaled; what keeps fp8 bytes can't."""
         arch = self.architecture
-        kept = {arch.split(name)[1] for name in self.kept_scales}
+        kept = {arch.split(name)[1] for name in self.kept_scales if not arch.is_extra(name)}
         return kept.isdisjoint(arch.norm_readers(experts=0))
 
     @property
