@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
-from tests.families.forwards import READERS, hidden_states, keys_and_values, logits
-from tests.reference import Weights, dequantized, divergence, read_folder, rms_norm, round_to_nearest
+from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
+from tests.reference import Weights, dequantized, divergence, read_folder, round_to_nearest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -37,6 +37,7 @@ from mmq.workdir.workspace import Workspace
 # Kinds of attention whose KV cache gets no scales.
 WITHOUT_KV_SCALES = {
     "deepseek_v3": {"full": "vLLM takes no calibrated scales for the latent that this attention caches"},
+    "qwen3_next": {"linear": "linear attention has no KV cache"},
 }
 HELD_OUT = torch.arange(4, 100) * 5 % 500
 
@@ -76,6 +77,10 @@ CASES = {
         "fp8",
         settings={"q_lora_rank": None, "n_group": 1, "topk_group": 1},
         recipe={"shared_experts": "source"},
+    ),
+    "qwen3_next in fp8": Case("qwen3_next", "fp8", 3, {"full_attention_interval": 3, "mlp_only_layers": [1]}),
+    "qwen3_next in bf16, kinds of layers named": Case(
+        "qwen3_next", "bf16", 2, {"layer_types": ["full_attention", "linear_attention"]}
     ),
     "glm4_moe in bf16, in groups": Case(
         "glm4_moe", "bf16", 3, {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -131,7 +136,7 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
     settings = {key: value for key, value in made.config.items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     # transformers has no layers past the last.
-    past = f"model.layers.{made.case.layers}."
+    past = (f"model.layers.{made.case.layers}.", "mtp.")
     state = {name: t for name, t in made.source.items() if ".mlp.experts." not in name and not name.startswith(past)}
     for _, prefix, has_experts in made.layers():
         if has_experts:
@@ -208,13 +213,17 @@ def test_smoothing_alone_leaves_the_logits_unchanged(made: Made) -> None:
     smoothed, moved = dict(source), 0.0
     for _, prefix, has_experts in made.layers():
         norm = prefix + "post_attention_layernorm.weight"
-        applied = made.source[norm] / made.hybrid[norm]
+        offset = ARCHITECTURES[made.case.family].norm_offset
+        applied = (made.source[norm] + offset) / (made.hybrid[norm] + offset)
         if not has_experts:
             assert torch.equal(applied, torch.ones_like(applied))
             continue
         moved = max(moved, float(applied.log().abs().max()))
-        for name in (norm, *(prefix + reader for reader in made.case.readers)):
-            smoothed[name] = made.hybrid[name]
+        smoothed[norm] = made.hybrid[norm]
+        for name in (prefix + reader for reader in made.case.readers):
+            smoothed[name] = source[name] * applied
+            # In the files it is rounded once to what a server holds.
+            assert torch.equal(made.hybrid[name], smoothed[name].to(made.stored[name].dtype).float()), name
         for expert in range(made.config[ARCHITECTURES[made.case.family].experts_key]):
             for linear in ("gate_proj", "up_proj"):
                 name = f"{prefix}mlp.experts.{expert}.{linear}.weight"
@@ -272,13 +281,13 @@ def test_no_scales_where_no_server_takes_them(made: Made) -> None:
 
 
 def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
-    if "full" in WITHOUT_KV_SCALES.get(made.case.family, {}):
+    if "model.layers.0.self_attn.k_scale" not in made.stored:
         return
     tokens = calibration_tokens(made.workspace())
     largest = {"k_scale": 0.0, "v_scale": 0.0}
     for ids in tokens.ids.split(tokens.lengths):
         x = made.source["model.embed_tokens.weight"][ids]
-        x = rms_norm(x, made.source["model.layers.0.input_layernorm.weight"], made.config["rms_norm_eps"])
+        x = normed(x, made.source["model.layers.0.input_layernorm.weight"], made.config)
         for name, tensor in zip(largest, keys_and_values(x, made.source, "model.layers.0.", made.config), strict=True):
             largest[name] = max(largest[name], float(tensor.abs().max()))
     for name, value in largest.items():

@@ -25,8 +25,9 @@ OUTSIDE = "outside"
 # norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32. Where a server holds
 # the router in bf16, scales are powers of two, and nothing is rounded.
 READER_TOLERANCE = 1e-6
-# What was fp8 is rounded once to bf16.
-ROUNDED_TOLERANCE = 2**-8 + READER_TOLERANCE
+# The most that a rounding to bf16 changes: what was fp8 is rounded once, and what a norm with an offset scales by no
+# power of two is as well.
+ROUNDING = 2**-8
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
@@ -141,13 +142,14 @@ def _check_smoothing(
                 f"{prefix}{local} keeps its bytes, though {prefix}{arch.smooth_norm} is not the source's",
             )
             continue
-        rounded = originals[prefix + local].dtype == torch.float8_e4m3fn
+        roundings = int(originals[prefix + local].dtype == torch.float8_e4m3fn)
+        roundings += int(arch.norm_offset != 0 and results[prefix + local].dtype == torch.bfloat16)
         source = _source_values(originals, prefix + local, original.storage)
         weights = [source.astype(np.float64), float64(results[prefix + local])]
         before, after = (norm * weight for norm, weight in zip(norms, weights, strict=True))
         distance = np.abs(after - before) / np.maximum(np.abs(before), 1e-30)
         error = float(np.max(distance, where=before != 0, initial=0.0))
-        tolerance = ROUNDED_TOLERANCE if rounded else READER_TOLERANCE
+        tolerance = (1 + ROUNDING) ** roundings - 1 + READER_TOLERANCE
         report.require(
             bool(np.isfinite(after).all()) and error <= tolerance and not np.any(after[before == 0]),
             f"{prefix}{local} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",

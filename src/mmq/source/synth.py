@@ -222,6 +222,8 @@ def _tensors(
             matrix(prefix + weight.name, normal(*shape) * shape[1] ** -0.5)
         elif len(shape) > 1:
             tensors[prefix + weight.name] = (normal(*shape) * shape[-1] ** -0.5).to(torch.bfloat16)
+        elif not weight.name.endswith((".weight", "bias")):
+            tensors[prefix + weight.name] = (0.5 * normal(*shape)).to(torch.bfloat16)
         else:
             tensors[prefix + weight.name] = norm_weight(weight)
 
@@ -253,17 +255,14 @@ def _tensors(
             tensors[prefix + arch.shared_gate.name] = (normal(*dims.shape(arch.shared_gate)) * gain).bfloat16()
         for expert in range(dims.experts):
             gated([prefix + weight.name.format(expert=expert) for weight in arch.experts.weights], inner, gain)
-    for layer in arch.extra_at:
-        prefix = arch.layer_prefix(layer)
-        plain = {arch.router, *(weight.name for weight in arch.extra_weights)}
-        for weight in arch.layer_weights(layer, dims.experts):
-            name = prefix + weight.name
-            shape = dims.shape(weight)
+    for weight in arch.extra_tensors():
+        shape = dims.shape(weight)
+        for name in {weight.name.format(expert=expert): None for expert in range(dims.experts)}:
             values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
-            if weight.is_matrix and weight.name not in plain:
+            if weight.is_matrix:
                 matrix(name, values)
             else:
-                tensors[name] = values.to(torch.float32 if weight.name == arch.router_bias else torch.bfloat16)
+                tensors[name] = values.to(DTYPES[weight.dtypes[0]])
     tensors[arch.final_norm] = (channels(hidden, 0.1, 2) - arch.norm_offset).to(torch.bfloat16)
     tensors[arch.head] = (normal(dims.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors
