@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
 from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
@@ -20,13 +21,14 @@ from typer.testing import CliRunner
 from mmq.cli.app import app
 from mmq.errors import CheckpointError
 from mmq.families.registry import ARCHITECTURES, architecture_of
-from mmq.families.sizes import Dimensions, tensors_of
+from mmq.families.sizes import Dimensions
 from mmq.prove.forward import run_layer
 from mmq.prove.verify import verify_checkpoint
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.recipe import load
 from mmq.report.card import render
+from mmq.serve.outputs import output_tensors
 from mmq.source.formats import format_of
 from mmq.source.synth import STORED, Sizes, model_config, write_checkpoint, write_samples
 from mmq.stages.awq_checks import calibration_tokens
@@ -51,6 +53,7 @@ class Case:
     layers: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    restore: dict[str, Any] = field(default_factory=dict)
 
     @property
     def smooths(self) -> bool:
@@ -72,6 +75,9 @@ CASES = {
         "glm4_moe", "fp8", settings={"use_qk_norm": False}, recipe={"shared_experts": "source"}
     ),
     "deepseek_v3 with scales that are powers of two": Case("deepseek_v3", "fp8-powers-of-two", 3),
+    "qwen3_moe in compressed-tensors' blocks": Case("qwen3_moe", "ct-block"),
+    "glm4_moe by compressed-tensors' channels": Case("glm4_moe", "ct-channel", 3, {"use_qk_norm": False}),
+    "qwen3_moe in bf16, attention rounded to fp8": Case("qwen3_moe", "bf16", restore={"attention": "fp8_block"}),
     "deepseek_v3 without a query latent": Case(
         "deepseek_v3",
         "fp8",
@@ -126,7 +132,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         shuffle=True,
     )
     write_samples(folder / "samples.jsonl", SAMPLES)
-    run_stages(Workspace.of(load(write_recipe(folder, source="fp8", **case.recipe))), ["awq", "restore"])
+    recipe = write_recipe(folder, source="fp8", **case.recipe)
+    with recipe.open("a", encoding="utf-8") as file:
+        yaml.safe_dump({"restore": case.restore}, file)
+    run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
     config, before = read_folder(folder / "source")
     stored = read_folder(folder / "run/hybrid")[1]
     return Made(case, folder, config, dequantized(before), stored, dequantized(stored))
@@ -184,12 +193,21 @@ def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -
         if ".experts." not in name and before[name].dtype == torch.float8_e4m3fn and not name.endswith(smoothed)
     ]
     assert bool(kept) == (made.case.stored != "bf16")
+    suffix = format_of(made.config).storage.scale_suffix
     for name in kept:
         assert torch.equal(made.stored[name].view(torch.uint8), before[name].view(torch.uint8))
-        scale, original = made.stored[f"{name}_scale"], before[f"{name}_scale_inv"]
+        scale, original = made.stored[f"{name}_scale"], before[f"{name}{suffix}"]
         assert scale.dtype == original.dtype and torch.equal(scale, original)
     for name, tensor in before.items():
-        if ".experts." not in name and "scale" not in name and name not in kept and not name.endswith(smoothed):
+        if made.case.restore and ".self_attn." in name and tensor.ndim == 2:
+            found = made.hybrid[name]
+            # Rounded once, to four bits: half a unit in the last place of a block's largest is 16.
+            assert made.stored[name].dtype == torch.float8_e4m3fn
+            assert bool(
+                ((found - tensor.float()).abs() <= tensor.float().abs() / 16 + tensor.abs().max() / 2**18).all()
+            )
+            assert not torch.equal(found, tensor.float())
+        elif ".experts." not in name and "scale" not in name and name not in kept and not name.endswith(smoothed):
             assert torch.equal(made.stored[name], tensor) and made.stored[name].dtype == tensor.dtype, name
 
 
@@ -316,8 +334,7 @@ def test_the_plans_tensors_are_those_of_the_shards(made: Made, form: Any) -> Non
     dims = Dimensions.of(made.config, arch)
     folder = made.folder / ("source" if form == "source" else f"run/{form}")
     found = read_folder(folder)[1]
-    storage = format_of(made.config).storage
-    for tensors in tensors_of(dims, arch, form, storage=storage, kept_shared=not made.case.smooths):
+    for tensors in output_tensors(load(made.folder / "recipe.yaml"), made.config, arch, form):
         layers = range(dims.layers) if tensors.in_layer else range(1)
         experts = range(dims.experts) if "{expert}" in tensors.name else range(1)
         names = {tensors.name.format(layer=layer, expert=expert) for layer in layers for expert in experts}

@@ -187,12 +187,14 @@ def tensors_of(
     kv_scales: bool = True,
     storage: Storage = BLOCK_FP8,
     kept_shared: bool = False,
+    fp8_attention: bool = False,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
 
     Args:
         storage: of the source.
         kept_shared: a shared expert that reads the smoothed norm keeps its fp8 bytes, and the norm is not smoothed.
+        fp8_attention: of a source without scales, attention is rounded to block fp8.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
@@ -223,6 +225,9 @@ def tensors_of(
         elif form == "hybrid" and scales is not None and (kept_shared or not _is_scaled(arch, weight)):
             result.append(replace(weight, dtype=storage.dtype))
             result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
+        elif form == "hybrid" and fp8_attention and weight.component == "attention":
+            result.append(replace(weight, dtype=FP8))
+            result.append(_part(weight, "_scale", "F32", BLOCK_FP8.scale_shape(weight.shape)))
         else:
             result.append(weight)
     if kv_scales and arch.has_kv_cache_scales and form in ("awq", "hybrid"):
