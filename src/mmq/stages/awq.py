@@ -81,7 +81,8 @@ def plan(workspace: Workspace) -> Plan:
     device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
-    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu")
+    compensated = recipe.awq.rounding == "compensated"
+    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu", compensated)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device)
 
