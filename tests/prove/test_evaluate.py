@@ -430,6 +430,8 @@ def test_bad_input_is_refused(copy: Path, project: Path, tmp_path: Path) -> None
     missing = tmp_path / "missing.jsonl"
     assert f"there is no calibration file {missing}" in refused("eval", recipe, "--data", missing)
     assert "has 24 samples" in refused("eval", recipe, "--samples", 25)
+    message = refused("eval", recipe, "--sequence-length", 5000)
+    assert message == "the sequence length is 5000, the model has 4096 positions"
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "a"}\n', encoding="utf-8")
     assert "nothing to predict" in refused("eval", recipe, "--data", short)

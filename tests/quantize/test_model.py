@@ -22,6 +22,7 @@ from mmq.quantize.routed_experts import Weights as StackedWeights
 from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages import awq
+from mmq.stages.awq_checks import calibration_tokens
 from mmq.stages.pipeline import run_stages
 from mmq.storage.checkpoint import Checkpoint
 from mmq.workdir.workspace import Workspace
@@ -129,7 +130,7 @@ def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(
 
 def test_kv_scales_cover_keys_after_rotary_and_values(finished: Path, source: tuple[dict[str, Any], Weights]) -> None:
     config, weights = source
-    tokens = awq._tokens(Workspace.of(load(finished / "recipe.yaml")))
+    tokens = calibration_tokens(Workspace.of(load(finished / "recipe.yaml")))
     largest = {"k_scale": 0.0, "v_scale": 0.0}
     for ids in tokens.ids.split(tokens.lengths):
         x = weights["model.embed_tokens.weight"][ids]
@@ -158,7 +159,7 @@ def test_layers_are_calibrated_on_what_comes_before_them(
     monkeypatch.setattr(LayerQuantizer, "quantize", captive)
     workspace = Workspace.of(load(write_recipe(project, source="fp8", propagate_quantized=quantized)))
     run_stages(workspace, ["awq"])
-    tokens = awq._tokens(workspace)
+    tokens = calibration_tokens(workspace)
     first = tokens.ids[: tokens.lengths[0]]
     ours = dequantized(read_folder(project / "run/awq")[1])
     states = {name: hidden_states(first, w, config)[1] for name, w in (("quantized", ours), ("source", weights))}
@@ -199,7 +200,7 @@ def test_bf16_folder_holds_the_dequantized_weights_and_everything_else_byte_for_
 
 def test_statistics_say_what_happened(finished: Path) -> None:
     layers = json.loads((finished / "run/state/awq/layers.json").read_text())
-    tokens = awq._tokens(Workspace.of(load(finished / "recipe.yaml")))
+    tokens = calibration_tokens(Workspace.of(load(finished / "recipe.yaml")))
     for entry in layers:
         assert sum(entry["tokens_per_expert"]) == 2 * sum(tokens.lengths)
         assert 0 < entry["loss_chosen"] <= entry["loss_round_to_nearest"]

@@ -18,7 +18,7 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.recipe import KvCacheScheme, load
 from mmq.source.synth import Sizes, model_config, write_checkpoint
-from mmq.stages import awq
+from mmq.stages.awq_checks import calibration_tokens
 from mmq.tensors.int4 import fake_quantize_scaled, fits, quantize_stack
 from mmq.workdir.workspace import Workspace
 from reference import dequantized, read_folder
@@ -236,7 +236,7 @@ POISONS: dict[str, tuple[Change, str]] = {
 
 def special_token(project: Path) -> int:
     """A token that only sample BROKEN holds, in its second half."""
-    tokens = awq._tokens(Workspace.of(load(project / "recipe.yaml")))
+    tokens = calibration_tokens(Workspace.of(load(project / "recipe.yaml")))
     parts = [set(part.tolist()) for part in tokens.ids.split(tokens.lengths)]
     own = parts[BROKEN - 1] - set().union(*(part for number, part in enumerate(parts, 1) if number != BROKEN))
     return min(own)

@@ -10,7 +10,6 @@ from mmq.cli.options import Json, RecipePath, Set, mode, quiet_libraries
 from mmq.cli.output import Output, Rows, make_output
 from mmq.errors import LockedError
 from mmq.recipe import load
-from mmq.source.hub import is_hub_id, source_refused
 
 if TYPE_CHECKING:
     from mmq.source.tokens import Tokens
@@ -32,7 +31,7 @@ def calibration(recipe: RecipePath, set_: Set = None, json: Json = False) -> Non
         output = make_output(mode(json, False))
         workspace = Workspace.of(loaded, output)
         cache = workspace.folder(STATE) / CACHE_NAME
-        made = load_tokens(loaded, _tokenizer_folder(workspace), cache)
+        made = load_tokens(loaded, workspace.tokenizer_folder, cache)
         tokens = _keep(workspace, made, cache)
         found = describe(loaded, tokens)
         found["kept_in"] = str(kept_path(cache, tokens.inputs)) if tokens.cached else None
@@ -54,26 +53,6 @@ def _keep(workspace: Workspace, tokens: Tokens, cache: Path) -> Tokens:
             return save_tokens(tokens, cache)
     except LockedError:
         return tokens
-
-
-def _tokenizer_folder(workspace: Workspace) -> Path:
-    """The source's folder; of a hub id only what a tokenizer needs is fetched.
-
-    Raises:
-        RecipeError: it is not there.
-    """
-    name, revision = workspace.recipe.model.source, workspace.recipe.model.revision
-    if workspace.recipe.path(name).is_dir() or not is_hub_id(name):
-        return workspace.source_folder
-    from huggingface_hub import snapshot_download
-
-    from mmq.source.tokenizer import CODE, TOKENIZER_FILES
-
-    wanted = [*TOKENIZER_FILES, *([CODE] if workspace.recipe.model.trust_remote_code else [])]
-    with source_refused(
-        f"{name} is neither a folder (looked at {workspace.recipe.path(name)}), nor is its tokenizer found on the hub"
-    ):
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def _rows(found: dict[str, Any]) -> Rows:

@@ -75,7 +75,7 @@ def _run(
         names = stages_of(run.recipe) if whole else [command]
         workspace = Workspace.of(run.recipe, run.output, offline=dry_run)
         if dry_run:
-            _show_plans(workspace, names, run.output)
+            _show_plans(workspace, names, run.output, restart, shown)
             return
         with run.output.live():
             run_stages(workspace, names, restart)
@@ -97,9 +97,10 @@ def _run(
             run.hint({"dequant": "awq", "awq": "restore", "restore": "verify"}[command])
 
 
-def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
-    from mmq.stages.pipeline import describe, plans
+def _show_plans(workspace: Workspace, names: list[str], output: Output, restart: bool, shown: Mode) -> None:
+    from mmq.stages.pipeline import checked, describe, plans
 
+    checks = checked(workspace, names, restart)
     described = [describe(workspace, plan) for plan in plans(workspace, names)]
     rows: list[dict[str, Any]] = [
         {
@@ -114,4 +115,7 @@ def _show_plans(workspace: Workspace, names: list[str], output: Output) -> None:
         }
         for plan in described
     ]
-    output.result({"plan": described}, "Plan (nothing was touched)", rows)
+    looked_at = [{"stage": passed.stage or "all", "checked": passed.check, "found": passed.found} for passed in checks]
+    if shown is not Mode.JSON:
+        output.result({}, "Checked", looked_at)
+    output.result({"plan": described, "checks": looked_at}, "Plan (nothing was touched)", rows)

@@ -122,6 +122,18 @@ def largest_position(config: dict[str, Any], architecture: Architecture) -> int 
     return max(known, default=None)
 
 
+def check_length(length: int, name: str, config: dict[str, Any], architecture: Architecture) -> int | None:
+    """Positions as of `largest_position`.
+
+    Raises:
+        CheckpointError: the recipe's `name` asks for sequences beyond them.
+    """
+    positions = largest_position(config, architecture)
+    if positions is not None and length > positions:
+        raise CheckpointError(f"{name} is {length}, the model has {positions} positions")
+    return positions
+
+
 def _together(config: dict[str, Any]) -> dict[str, Any]:
     """All settings under the names of `rope_parameters`; what is null is not given."""
     given: dict[str, Any] = {}

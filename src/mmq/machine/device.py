@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import resource
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -47,6 +48,23 @@ def free_device(device: torch.device) -> int:
     """Bytes that a GPU has left, those that torch holds without using them included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def total_device(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory, whoever holds them; None for a CPU."""
+    return torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else None
+
+
+def total_host() -> int | None:
+    """Bytes of memory and swap that this machine, or this process's control group, has; None where it isn't said."""
+    known = []
+    with suppress(OSError, ValueError, LookupError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        known.append(sizes["MemTotal"] + sizes.get("SwapTotal", 0))
+    with suppress(OSError, ValueError):  # `max` where there is no limit
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    return min(known, default=None)
 
 
 def release_memory() -> None:

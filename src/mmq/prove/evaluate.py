@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmq.errors import CalibrationError, CheckpointError, JournalError
+from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, release_memory
 from mmq.prove.forward import Head, run_layer
 from mmq.prove.measures import Measured, measure, predictions, relative_error
@@ -170,6 +171,8 @@ class _Evaluation:
         self.configs = {
             key: transformers_config(self.arch, weights.checkpoint.config) for key, weights in self.weights.items()
         }
+        length = settings.sequence_length or workspace.recipe.awq.calibration.sequence_length
+        check_length(length, "the sequence length", self.source.config, self.arch)
         self.kv_scheme: dict[str, Any] | None = (hybrid.config.get("quantization_config") or {}).get("kv_cache_scheme")
         self.variants = [SOURCE, HYBRID_MODEL, *([HYBRID_FP8_KV] if self.kv_scheme else []), NEAREST]
         self.device = present_device(workspace.recipe.awq.device)

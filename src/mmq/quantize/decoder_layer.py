@@ -54,10 +54,15 @@ def embed(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     Raises:
         CalibrationError: the tokenizer made a token that the model does not know.
     """
-    largest = int(ids.max())
-    if largest >= table.shape[0]:
-        raise CalibrationError(f"the tokenizer made token {largest}, the model knows {table.shape[0]}")
+    check_tokens(table.shape[0], ids)
     return table[ids]
+
+
+def check_tokens(rows: int, ids: torch.Tensor) -> None:
+    """Raises CalibrationError where one of int64 [T] has no row in embeddings of so many."""
+    largest = int(ids.max())
+    if largest >= rows:
+        raise CalibrationError(f"the tokenizer made token {largest}, the model knows {rows}")
 
 
 class _Recorder(torch.nn.Module):

@@ -201,7 +201,11 @@ class Fp8Source:
             raise CheckpointError(
                 f"{where}: {arch.top_k_key} is {shown(config[arch.top_k_key])}, with {experts} experts"
             )
-        Dimensions.of(config, arch)
+        dims = Dimensions.of(config, arch)
+        if dims.heads % dims.kv_heads:
+            raise CheckpointError(
+                f"{where}: num_attention_heads is {dims.heads}, not a multiple of num_key_value_heads = {dims.kv_heads}"
+            )
         rope_parameters(config, arch)
 
     def _check_layers(self) -> None:

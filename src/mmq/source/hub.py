@@ -27,8 +27,11 @@ def source_refused(sentence: str) -> Iterator[None]:
         raise RecipeError(f"model.source: {sentence}: {one_line(error)}") from None
 
 
-def source_config(recipe: Recipe) -> dict[str, Any]:
+def source_config(recipe: Recipe, offline: bool = False) -> dict[str, Any]:
     """The source's config.json: of the folder, or of a hub id, from its cache before the hub itself.
+
+    Args:
+        offline: from the cache alone.
 
     Raises:
         MmqError: there is none.
@@ -48,5 +51,7 @@ def source_config(recipe: Recipe) -> dict[str, Any]:
         try:
             path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision, local_files_only=True)
         except LocalEntryNotFoundError:
+            if offline:
+                raise
             path = hf_hub_download(name, CONFIG_NAME, revision=recipe.model.revision)
     return read_json(Path(path))

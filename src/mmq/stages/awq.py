@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from mmq.errors import CheckpointError, DeviceMemoryError, JournalError, one_line
+from mmq.errors import DeviceMemoryError, JournalError, one_line
 from mmq.machine.device import (
     free_device,
     named_device,
@@ -33,12 +33,14 @@ from mmq.machine.transfer import Lane
 from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
+from mmq.quantize.rounding import EVIDENCE
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.block_fp8 import Fp8Source
-from mmq.source.calibration import load_tokens
 from mmq.source.samples import most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
+from mmq.stages.awq_checks import calibration_tokens, check_groups, dequant_output, widest_layer
+from mmq.stages.awq_checks import checks as checks
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.storage.atomic import make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
@@ -50,6 +52,7 @@ from mmq.workdir.output_shards import layer_unit, layers_and_rest, quantized_spe
 from mmq.workdir.workspace import AWQ, BF16, STATE, Workspace
 
 name = "awq"
+output = AWQ
 OUTSIDE = "outside"
 # Of a GPU's memory, what libraries take for themselves.
 SPARE_MEMORY = 2**30
@@ -62,15 +65,17 @@ OPERATIONS_PER_BYTE = 1000
 def plan(workspace: Workspace) -> Plan:
     """One unit per decoder layer and one for all that lies outside them."""
     source, recipe = workspace.source, workspace.recipe
-    _check_shapes(source, recipe.awq.group_size)
+    check_groups(source, recipe.awq.group_size)
     fp8 = recipe.awq.source == "fp8"
     tokens = most_tokens(recipe)
     arithmetic = tokens * operations_per_token(source, recipe.awq.n_grid) // OPERATIONS_PER_BYTE
     units = []
+    tensors: list[str] = []
     for layer in layers_and_rest(workspace):
         names = source.outside_names() if layer is None else source.layer_names(layer)
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
         specs = quantized_specs(workspace, layer)
+        tensors += (spec.name for spec in specs)
         written = shard_size(specs)
         if layer is None:
             units.append(Unit(OUTSIDE, read, written))
@@ -83,15 +88,29 @@ def plan(workspace: Workspace) -> Plan:
     largest = max(unit.written for unit in units)
     compensated = recipe.awq.rounding == "compensated"
     memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu", compensated)
+    # The hidden states after a layer and, until its journal entry is written, those after the layer before it.
+    states = 2 * hidden_states * torch.bfloat16.itemsize
+    if compensated:
+        states += source.layer_count() * _evidence_bytes(source)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
-    return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device)
+    return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
+
+
+def _evidence_bytes(source: Fp8Source) -> int:
+    """At most, of the tokens of a layer that verify gets, with the scales of all experts' down inputs in fp32."""
+    arch, config = source.architecture, source.config
+    width = int(config[arch.hidden_key]) * torch.bfloat16.itemsize
+    inner = source.specs[f"{arch.expert_weight(0, 0, arch.down)}.weight"].shape[1]
+    # index and weight of each choice: at most as many as there are experts.
+    choices = source.expert_count() * (torch.int64.itemsize + torch.float32.itemsize)
+    return EVIDENCE * (width + choices) + source.expert_count() * inner * torch.float32.itemsize
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
     awq = workspace.recipe.awq
     return {
         "model.source": workspace.source.checkpoint.fingerprint(),
-        "awq.calibration": _tokens(workspace).fingerprint(),
+        "awq.calibration": calibration_tokens(workspace).fingerprint(),
         "awq.n_grid": awq.n_grid,
         "awq.duo_scaling": awq.duo_scaling,
         "awq.search": awq.search,
@@ -155,7 +174,7 @@ class _Stage:
         self.stopping = threading.Event()
         self.files = LayerFiles.of(workspace, name)
         make_folder(self.files.folder)
-        tokens = _tokens(workspace)
+        tokens = calibration_tokens(workspace)
         self.quantizer = LayerQuantizer(
             workspace.architecture,
             self.source.config,
@@ -433,19 +452,8 @@ def _weights(workspace: Workspace) -> _Weights:
     """The dequantized folder, or the fp8 source itself. Raises JournalError where the former is not complete."""
     if workspace.recipe.awq.source == "fp8":
         return workspace.source
-    dequant = workspace.journal.stage("dequant")
-    if not dequant.complete:
-        raise JournalError(f"{workspace.folder(BF16)} is not complete; run `mmq dequant` first, or set awq.source: fp8")
-    dequant.check_files(BF16)
+    dequant_output(workspace)
     return _Bf16Folder(Checkpoint.open(workspace.folder(BF16)))
-
-
-def _tokens(workspace: Workspace) -> Tokens:
-    """The run's calibration tokens, made once or kept from an earlier run; `_Stage` keeps them."""
-    if workspace.calibration is None:
-        cache = workspace.folder(STATE) / CACHE_NAME
-        workspace.calibration = load_tokens(workspace.recipe, workspace.source.checkpoint.folder, cache)
-    return workspace.calibration
 
 
 def operations_per_token(source: Fp8Source, n_grid: int) -> int:
@@ -454,21 +462,6 @@ def operations_per_token(source: Fp8Source, n_grid: int) -> int:
     arch, config = source.architecture, source.config
     matrix = int(config[arch.hidden_key]) * int(config[arch.intermediate_key])
     return n_grid * int(config[arch.top_k_key]) * len(arch.expert_linears) * matrix
-
-
-def widest_layer(source: Fp8Source) -> int:
-    """Bytes of the largest dequantized layer."""
-    return max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
-
-
-def _check_shapes(source: Fp8Source, group_size: int) -> None:
-    for linear in source.architecture.expert_linears:
-        spec = source.specs[f"{source.architecture.expert_weight(0, 0, linear)}.weight"]
-        if spec.shape[1] % group_size:
-            raise CheckpointError(
-                f"{source.checkpoint.folder}: {spec.name} has {spec.shape[1]} input channels, not a multiple of"
-                f" awq.group_size = {group_size}"
-            )
 
 
 def _summary(statistics: dict[str, Any]) -> dict[str, Any]:

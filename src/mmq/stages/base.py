@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +54,8 @@ class Plan:
         folder: the output folder.
         units: all units, in order.
         host_memory, device_memory: estimated peaks in bytes; the device's is 0 where the stage needs none.
+        state: bytes that it keeps below the work_dir's state/ while it works.
+        tensors: names of all that it writes.
     """
 
     stage: str
@@ -62,6 +64,8 @@ class Plan:
     units: list[Unit]
     host_memory: int
     device_memory: int = 0
+    state: int = 0
+    tensors: list[str] = field(default_factory=list)
 
     @property
     def read(self) -> int:
@@ -72,10 +76,33 @@ class Plan:
         return sum(unit.written for unit in self.units)
 
 
-class Stage(Protocol):
-    """A stage of the pipeline."""
+@dataclass(frozen=True)
+class Check:
+    """Something that a stage will read, use or refuse, looked at before anything is written.
+
+    Attributes:
+        name: what it is, for people.
+        look: says in a few words what was found, or raises MmqError with the sentence that the stage would end with.
+        weights: it needs the source's shards, which may have to be fetched for it.
+    """
 
     name: str
+    look: Callable[[Workspace], str]
+    weights: bool = True
+
+
+class Stage(Protocol):
+    """A stage of the pipeline.
+
+    Attributes:
+        output: its folder, below the work_dir.
+    """
+
+    name: str
+    output: str
+
+    def checks(self, workspace: Workspace, before: Set[str]) -> list[Check]:
+        """What it will refuse; `before` are the stages of this command that run before it and have work left."""
 
     def plan(self, workspace: Workspace) -> Plan:
         """From headers alone; writes nothing."""
@@ -91,10 +118,19 @@ class Stopped(MmqError):
     """Another worker failed; this one gave up."""
 
 
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def free_disk(folder: Path) -> int:
     """Free bytes on the disk that would hold `folder`."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def disk_of(folder: Path) -> int:
+    """The system's number of the disk that would hold `folder`."""
+    return existing_part(folder).stat().st_dev
 
 
 def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Set
 from typing import Any
 
 import torch
 
-from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import finish_folder
 from mmq.storage.shards import TensorSpec, shard_size, write_shard
 from mmq.workdir.journal import StageJournal
 from mmq.workdir.workspace import BF16, Workspace
 
 name = "dequant"
+output = BF16
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -31,7 +33,12 @@ def plan(workspace: Workspace) -> Plan:
     open_shards = sum(sorted(unit.read for unit in units)[-workspace.recipe.worker_count :])
     # Mapped source shards count against the process though the system may drop them; then one tensor a worker.
     memory = BASE_MEMORY + open_shards + 2 * largest * workspace.recipe.worker_count
-    return Plan(name, source.checkpoint.folder, workspace.folder(BF16), units, memory)
+    return Plan(name, source.checkpoint.folder, workspace.folder(BF16), units, memory, tensors=[*source.specs])
+
+
+def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
+    """The source's headers are all that it depends on."""
+    return []
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from mmq.recipe import Recipe
 from mmq.stages import awq, dequant, restore
 from mmq.stages.base import Plan, Stage, execute, free_disk
+from mmq.stages.preflight import Passed, check_outputs, preflight
 from mmq.workdir.lock import lock
 from mmq.workdir.workspace import Workspace
 
@@ -21,9 +22,18 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
     """Run or resume stages under the work_dir's lock. Raises MmqError."""
+    stages = [STAGES[name] for name in names]
+    check_outputs(workspace, stages)
     with lock(workspace.work_dir, workspace.reporter):
-        for name in names:
-            execute(STAGES[name], workspace, restart)
+        preflight(workspace, stages, restart=restart)
+        for stage in stages:
+            execute(stage, workspace, restart)
+
+
+def checked(workspace: Workspace, names: list[str], restart: bool = False) -> list[Passed]:
+    """The checks of a run of these stages that touches nothing; those before them are taken to have run."""
+    earlier = [*STAGES][: [*STAGES].index(names[0])]
+    return preflight(workspace, [STAGES[name] for name in names], earlier, restart)
 
 
 def plans(workspace: Workspace, names: Iterable[str]) -> list[Plan]:

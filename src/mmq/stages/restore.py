@@ -8,13 +8,14 @@ first.
 from __future__ import annotations
 
 import threading
+from collections.abc import Set
 from typing import Any
 
 import torch
 
 from mmq.errors import CheckpointError, JournalError
 from mmq.serve.quantization_config import output_config
-from mmq.stages.base import BASE_MEMORY, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.workdir.journal import StageJournal
@@ -22,18 +23,25 @@ from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest,
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
+output = HYBRID
 
 
 def plan(workspace: Workspace) -> Plan:
     """One output shard per decoder layer and one for the rest, as the awq stage has them."""
     source = workspace.source
     units = []
+    tensors: list[str] = []
     for layer in layers_and_rest(workspace):
         specs = hybrid_specs(workspace, layer)
+        tensors += (spec.name for spec in specs)
         units.append(Unit(shard_name(workspace, layer), sum(spec.nbytes for spec in specs), shard_size(specs)))
     largest = max(spec.nbytes for spec in source.specs.values())
     memory = BASE_MEMORY + workspace.recipe.worker_count * (largest + max(unit.read for unit in units))
-    return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory)
+    return Plan(name, workspace.folder(AWQ), workspace.folder(HYBRID), units, memory, tensors=tensors)
+
+
+def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
+    return [] if "awq" in before else [Check("awq output", _awq_output, weights=False)]
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
@@ -46,10 +54,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source, reporter = workspace.source, workspace.reporter
+    _awq_output(workspace)
     awq_journal = workspace.journal.stage("awq")
-    if not awq_journal.complete:
-        raise JournalError(f"{plan.source} is not complete; run `mmq awq` first")
-    awq_journal.check_files(AWQ)
     quantized = Checkpoint.open(plan.source)
     pending = [unit for unit in plan.units if unit.name not in journal.units]
     if pending:
@@ -81,6 +87,15 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     in_threads(pending, restore, workspace.recipe.worker_count)
     config = output_config(workspace.architecture, workspace.recipe, source.config, hybrid=True)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
+
+
+def _awq_output(workspace: Workspace) -> str:
+    """The awq stage's files are whole. Raises JournalError."""
+    folder, journal = workspace.folder(AWQ), workspace.journal.stage("awq")
+    if not journal.complete:
+        raise JournalError(f"{folder} is not complete; run `mmq awq` first")
+    journal.check_files(AWQ)
+    return f"{len(journal.units)} units in {folder}"
 
 
 def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:

@@ -69,6 +69,15 @@ class StageJournal:
             self.begun, self.fingerprint = True, fingerprint
             self._journal.save()
             return
+        self.check_fingerprint(fingerprint)
+        self.check_files()
+
+    def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
+        """Compare with what the stage was begun with.
+
+        Raises:
+            JournalError: something else.
+        """
         for field in sorted(set(fingerprint) | set(self.fingerprint)):
             then, now = self.fingerprint.get(field), fingerprint.get(field)
             if then != now:
@@ -76,7 +85,6 @@ class StageJournal:
                     f"{self.name} was begun with {field} = {_show(then)}, now it is {_show(now)}: going on would mix"
                     f" two runs; set it back, or run `mmq {self.name} --restart` to begin {self.name} anew"
                 )
-        self.check_files()
 
     def check_files(self, folder: str = "") -> None:
         """Look at a finished stage's files: all that were not removed on purpose, or those below `folder`.

@@ -12,11 +12,14 @@ from mmq.families.table import Architecture
 from mmq.recipe import Recipe
 from mmq.source.block_fp8 import Fp8Source
 from mmq.source.hub import is_hub_id, source_refused
+from mmq.source.tokenizer import CODE, TOKENIZER_FILES
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
 from mmq.workdir.journal import Journal
 from mmq.workdir.progress import Listener, Reporter
 
+# Weights that are not read.
+OTHER_FORMATS = ["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"]
 BF16, AWQ, HYBRID, STATE = "bf16", "awq", "hybrid", "state"
 
 
@@ -26,7 +29,7 @@ class Workspace:
 
     Attributes:
         offline: never fetch the source from the hub.
-        calibration: the tokens, once the awq stage has made them.
+        calibration: the tokens, once they are made.
     """
 
     recipe: Recipe
@@ -76,15 +79,42 @@ class Workspace:
             return folder
         if not is_hub_id(name):
             raise RecipeError(f"model.source: there is no folder {folder}")
-        from huggingface_hub import snapshot_download
-
         where = "in the hub's cache" if self.offline else "on the hub"
         with source_refused(f"{name} is neither a folder (looked at {folder}) nor found {where}"):
-            return Path(
-                snapshot_download(
-                    name,
-                    revision=self.recipe.model.revision,
-                    local_files_only=self.offline,
-                    ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"],
-                )
+            return self._snapshot(ignore=OTHER_FORMATS)
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the source is a folder, not something on the hub."""
+        return self.recipe.path(self.recipe.model.source).is_dir()
+
+    @cached_property
+    def tokenizer_folder(self) -> Path:
+        """The source's folder; of a hub id only what a tokenizer needs is fetched.
+
+        Raises:
+            RecipeError: it is not there, or a stage would write into it.
+        """
+        name = self.recipe.model.source
+        if self.has_source or not is_hub_id(name):
+            return self.source_folder
+        wanted = [*TOKENIZER_FILES, *([CODE] if self.recipe.model.trust_remote_code else [])]
+        where = "in the hub's cache" if self.offline else "on the hub"
+        with source_refused(
+            f"{name} is neither a folder (looked at {self.recipe.path(name)}), nor is its tokenizer found {where}"
+        ):
+            return self._snapshot(allow=wanted)
+
+    def _snapshot(self, allow: list[str] | None = None, ignore: list[str] | None = None) -> Path:
+        from huggingface_hub import snapshot_download
+
+        model = self.recipe.model
+        return Path(
+            snapshot_download(
+                model.source,
+                revision=model.revision,
+                local_files_only=self.offline,
+                allow_patterns=allow,
+                ignore_patterns=ignore,
             )
+        )
