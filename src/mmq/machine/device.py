@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -79,8 +80,10 @@ def release_memory() -> None:
 @cache
 def _spare_libraries() -> None:
     """What is alive after the first layer is mostly what the libraries' imports made: to search it for cycles again
-    after every layer would take longer than a small layer."""
+    after every layer would take longer than a small layer. At the end they are let go of again: libraries that watch
+    for objects left over (triton 3.9, by nanobind) tell of each on stderr."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def peak_host() -> int:
