@@ -253,18 +253,20 @@ def test_kinds_and_samples_make_up_the_whole(evaluated: Path) -> None:
 
 
 def test_two_results_are_compared_sample_by_sample(evaluated: Path, tmp_path: Path) -> None:
-    """The same model rounded to nearest, against the compensated one, both by the command."""
+    """The same model rounded the other way, against the one rounded as by default, both by the command."""
     folder = tmp_path / "two"
     shutil.copytree(evaluated, folder)
-    other = folder / "nearest.yaml"
+    other = folder / "other.yaml"
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["work_dir"], recipe["awq"]["rounding"], recipe["awq"]["source"] = "nearest", "nearest", "fp8"
+    own = load(folder / "recipe.yaml").awq.rounding
+    recipe["awq"]["rounding"] = "compensated" if own == "nearest" else "nearest"
+    recipe["work_dir"], recipe["awq"]["source"] = "other", "fp8"
     other.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     succeed("run", other, "--quiet")
     output = succeed("eval", folder / "recipe.yaml", "--against", other, *OPTIONS[:-1])
     assert "p = " in output and "nearer in" in output
     found = json.loads((folder / "run/comparison.json").read_text(encoding="utf-8"))["found"]
-    theirs = json.loads((folder / "nearest/eval.json").read_text(encoding="utf-8"))
+    theirs = json.loads((folder / "other/eval.json").read_text(encoding="utf-8"))
     both = [metrics_of(folder), {entry["variant"]: entry for entry in theirs["variants"]}]
     assert [entry["variant"] for entry in found] == [HYBRID_MODEL.name, HYBRID_FP8_KV.name]
     for entry in found:
