@@ -78,6 +78,7 @@ CASES = {
     "qwen3_moe in compressed-tensors' blocks": Case("qwen3_moe", "ct-block"),
     "glm4_moe by compressed-tensors' channels": Case("glm4_moe", "ct-channel", 3, {"use_qk_norm": False}),
     "qwen3_moe in bf16, attention rounded to fp8": Case("qwen3_moe", "bf16", restore={"attention": "fp8_block"}),
+    "deepseek_v3, errors compensated": Case("deepseek_v3", "fp8", 3, recipe={"rounding": "compensated"}),
     "deepseek_v3 without a query latent": Case(
         "deepseek_v3",
         "fp8",
