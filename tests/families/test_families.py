@@ -355,6 +355,10 @@ def test_the_plan_and_the_card_tell_of_it(made: Made) -> None:
     verify_checkpoint(made.workspace())
     card = render(made.workspace())
     assert f"{parameters['experts']:,}" in card
+    assert ("attention in fp8" in card) == (made.case.stored != "bf16" or bool(made.case.restore))
+    assert ("rounded to block fp8" in card) == bool(made.case.restore)
+    assert ("scaled with the norm that they read" in card) == ("shared experts" in parameters and made.case.smooths)
+    assert ("the norm that they read is not smoothed" in card) == (not made.case.smooths)
 
 
 def test_a_recipe_finds_family_and_format(made: Made, tmp_path: Path) -> None:

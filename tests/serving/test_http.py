@@ -117,7 +117,7 @@ def completions(server: Server, texts: list[str]) -> list[dict[str, Any]]:
         )["choices"][0]  # type: ignore[no-any-return]
 
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(complete, texts[:8]))
+        return list(pool.map(complete, [*texts, *(text[60:] for text in texts)][:8]))
 
 
 def tokens(choice: dict[str, Any]) -> list[int]:
