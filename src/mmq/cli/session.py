@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmq
 from mmq.cli.errors import ending, handled
+from mmq.cli.launch import rank
 from mmq.cli.options import quiet_libraries, recipe_arguments
 from mmq.cli.output import Logged, Mode, Output, make_output
 from mmq.cli.streams import Terminated
@@ -68,6 +69,11 @@ def session(
     with handled(resume):
         recipe = load(path, overrides)
         quiet_libraries()
+        if rank():
+            # The leading one speaks for all, and its log is theirs.
+            if log_file:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            mode, log_file = Mode.QUIET, None
         if log_file is None:
             yield Session(recipe, make_output(mode), again)
             return

@@ -15,7 +15,7 @@ import torch
 
 from mmq.errors import CheckpointError, JournalError
 from mmq.serve.quantization_config import output_config
-from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.workdir.journal import StageJournal
@@ -57,7 +57,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     _awq_output(workspace)
     awq_journal = workspace.journal.stage("awq")
     quantized = Checkpoint.open(plan.source)
-    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    pending = own_units(workspace, plan, journal)
     if pending:
         check_attention(workspace, quantized)
 
@@ -81,10 +81,13 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 origin = origins[spec.name]
                 shard.add(spec.name, originals[origin] if origin else results[spec.name])
                 done += 2 * spec.nbytes
-        journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
-        reporter.unit(unit.name)
+        finish_unit(workspace, journal, unit.name, {f"{HYBRID}/{unit.name}": shard.record})
 
     in_threads(pending, restore, workspace.recipe.worker_count)
+
+
+def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    source = workspace.source
     config = output_config(workspace.architecture, workspace.recipe, source.config, hybrid=True)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
 
