@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.families.sizes import Dimensions
 from mmq.quantize.layer import LayerContent
-from mmq.source.block_fp8 import SCALE_SUFFIX
+from mmq.source.formats import SCALE_SUFFIX
 from mmq.source.synth import FP8_MAX, Sizes, model_config, write_tokenizer
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
@@ -67,14 +68,13 @@ class Draw:
 
     def outside_experts(self, shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         """A layer's tensors but for its experts, matrices in fp32, by their names in the layer."""
-        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        hidden = shape.hidden
-        for linear, (rows, columns) in zip(
-            ARCH.attention, ((query, hidden), (key, hidden), (key, hidden), (hidden, query)), strict=True
-        ):
-            yield f"{linear}.weight", self.normal(rows, columns) * columns**-0.5
-        for norm, size in zip(ARCH.attention_inputs, (hidden, query, key), strict=True):
-            yield norm, self.channels(size, 0.1, 2).to(torch.bfloat16)
+        hidden, dims = shape.hidden, Dimensions.of(model_config(shape.sizes(1)), ARCH)
+        for weight in ARCH.attention_weights:
+            size = dims.shape(weight)
+            if weight.is_matrix:
+                yield weight.name, self.normal(*size) * size[1] ** -0.5
+            else:
+                yield weight.name, self.channels(*size, 0.1, 2).to(torch.bfloat16)
         norm = self.channels(hidden, 0.3, 25)
         yield ARCH.smooth_norm, norm.to(torch.bfloat16)
         yield ARCH.router, self.normal(shape.experts, hidden) * (hidden**-0.5 / norm.square().mean().sqrt())

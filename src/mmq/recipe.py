@@ -151,6 +151,11 @@ class Awq(Section):
         "nearest",
         description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
+    shared_experts: Literal["scaled", "source"] = Field(
+        "scaled",
+        description="an fp8 shared expert, which reads the smoothed norm too, becomes bf16 and is scaled with it, or"
+        " keeps the source's bytes, and the norm is not smoothed",
+    )
     propagate_quantized: bool = Field(
         True, description="calibrate each layer on the outputs of the quantized layers before it"
     )

@@ -82,8 +82,16 @@ def summarize(workspace: Workspace, facts: RunFacts, gpus: Gpus | None = None) -
     tokens = positions = None
     warnings: list[str] = []
     if gpus is not None:
-        scales = settings.kv_cache_scheme is not None
-        tensors = tensors_of(dims, arch, "hybrid", settings.group_size, scales)
+        scales = settings.kv_cache_scheme is not None and arch.has_kv_cache_scales
+        tensors = tensors_of(
+            dims,
+            arch,
+            "hybrid",
+            settings.group_size,
+            scales,
+            source.format.storage,
+            settings.shared_experts == "source",
+        )
         item = CACHE_BYTES["fp8" if scales else "bf16"]
         tokens = serving(tensors, dims, gpus, DEFAULT_UTILIZATION, DEFAULT_RESERVE, item).tokens
         warnings += [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, count)]

@@ -40,7 +40,7 @@ from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
-from mmq.source.block_fp8 import Fp8Source
+from mmq.source.model import SourceModel
 from mmq.source.samples import most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages.awq_checks import calibration_tokens, check_groups, dequant_output, widest_layer
@@ -92,7 +92,8 @@ def plan(workspace: Workspace) -> Plan:
         if layer is None:
             units.append(Unit(OUTSIDE, read, written))
         else:
-            units.append(Unit(layer_unit(layer), read, written, arithmetic))
+            searched = arithmetic if source.architecture.has_experts(layer) else 0
+            units.append(Unit(layer_unit(layer), read, written, searched))
     widest = widest_layer(source)
     hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
@@ -116,6 +117,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,
+        # Of families that have none it decides nothing, and runs that were begun before there was the key go on.
+        **({"awq.shared_experts": awq.shared_experts} if workspace.architecture.shared else {}),
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
         "seed": workspace.recipe.seed,
@@ -135,7 +138,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     """config.json and the index; the layers' statistics in one file. No hidden states are needed any more."""
-    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, hybrid=False)
+    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, [])
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
     files, layers = LayerFiles.of(workspace, name), range(workspace.source.layer_count())
@@ -174,7 +177,7 @@ class _Stage:
 
     def __init__(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         self.workspace, self.plan, self.journal = workspace, plan, journal
-        self.source: Fp8Source = workspace.source
+        self.source: SourceModel = workspace.source
         self.team = workspace.team
         self.experts = self.team.part(self.source.expert_count())
         self.layers = range(self.source.layer_count())
@@ -195,6 +198,7 @@ class _Stage:
             self._say,
             self._excluded(),
             self.team,
+            workspace.smooths_norm,
         )
         self.hidden = self._hidden_states(tokens)
         self.two_layers_fit = self._fit_memory()
@@ -405,9 +409,10 @@ class _Stage:
         """
         checkpoint = self.weights.checkpoint
         whole = set()
-        if not isinstance(self.weights, Fp8Source):
+        if not isinstance(self.weights, SourceModel):
             dequant = self.workspace.journal.stage("dequant")
-            for shard in sorted({*map(checkpoint.shard_of, names)}):
+            # Of several ranks each looks at its part of the shards, whose other tensors the others read.
+            for shard in sorted({*map(checkpoint.shard_of, names)})[self.team.rank :: self.team.size]:
                 if self.stopping.is_set():
                     return
                 if dequant.check_content(f"{BF16}/{shard}"):
@@ -430,7 +435,7 @@ class _Stage:
         arch, source = self.workspace.architecture, self.source
         names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
         hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
-        experts = self.experts
+        experts = self.experts if arch.has_experts(layer) else range(0)
         with self.weights.checkpoint.reader() as reader, self.up.running():
             content = LayerContent(
                 torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
@@ -448,7 +453,8 @@ class _Stage:
                 (arch.down, content.down),
             ):
                 weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
-                self.weights.read_stack(reader, weights, self.up, target)
+                if weights:
+                    self.weights.read_stack(reader, weights, self.up, target)
         return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
@@ -505,7 +511,7 @@ def _weights(workspace: Workspace) -> _Weights:
     return _Bf16Folder(Checkpoint.open(workspace.folder(BF16)))
 
 
-def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+def operations_per_token(source: SourceModel, n_grid: int) -> int:
     """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
     nearly all of what a layer computes."""
     arch, config = source.architecture, source.config
@@ -515,6 +521,8 @@ def operations_per_token(source: Fp8Source, n_grid: int) -> int:
 
 def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
     """What is worth showing of a layer."""
+    if "tokens_per_expert" not in statistics:
+        return {"experts": "none", "seconds": round(sum(statistics["seconds"].values()), 1)}
     before, after = statistics["loss_round_to_nearest"], statistics["loss_chosen"]
     return {
         "loss": "-" if after is None else f"{after:.3e}",

@@ -1,8 +1,8 @@
-"""Stage 3, restore: the source's own fp8 attention back into the quantized checkpoint.
+"""Stage 3, restore: the source's own bytes of all but the experts back into the quantized checkpoint.
 
-Norms, router and experts come from the awq output, smoothed together; attention, embeddings, head and the router's bias
-are the source's bytes. That is only right if awq left everything that attention depends on alone, which is checked
-first.
+Norms, router and experts come from the awq output, smoothed together; attention, dense layers, embeddings, head and the
+router's bias are the source's bytes. That is only right if awq left everything that attention depends on alone, which
+is checked first.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source = workspace.source
-    config = output_config(workspace.architecture, workspace.recipe, source.config, hybrid=True)
+    kept = [name.removesuffix(".weight") for name in workspace.kept_scales]
+    config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
 
 
@@ -106,8 +107,10 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     source, arch = workspace.source, workspace.architecture
     groups = [[arch.embedding]]
     for layer in range(source.layer_count()):
-        tensors = [*arch.attention_inputs, *(f"{linear}.weight" for linear in arch.attention)]
-        groups.append([arch.layer_prefix(layer) + local for local in tensors])
+        prefix = arch.layer_prefix(layer)
+        tensors = [*arch.attention_inputs(layer), *(weight.name for weight in arch.kept(layer))]
+        tensors += [w.name for w in arch.scaled(layer) if prefix + w.name in workspace.kept_scales]
+        groups.append([prefix + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:
         for names in groups:
             scales = [source.scales[tensor] for tensor in names if tensor in source.scales]
@@ -125,10 +128,11 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
 def _original(workspace: Workspace, name: str) -> str | None:
     """The source's tensor whose bytes a tensor of the hybrid checkpoint has; None for what awq made."""
     source, arch = workspace.source, workspace.architecture
-    component = arch.component(name)
-    if component == "attention" and name.endswith(SCALE_NAME):
-        return source.scales[name.removesuffix(SCALE_NAME) + "weight"]
-    if component in ("attention", "embeddings", "head") or arch.split(name)[1] == arch.router_bias:
+    weight = name.removesuffix(SCALE_NAME) + "weight" if name.endswith(SCALE_NAME) else name
+    layer, local = arch.split(weight)
+    if weight in workspace.kept_scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
+        return name if weight == name else source.scales[weight]
+    if arch.component(name) in ("embeddings", "head") or local == arch.router_bias:
         return name
     return None
 
