@@ -3,10 +3,10 @@
     python scripts/bench_scaling.py                                    # 1 and 2 processes on a CPU, one thread each
     python scripts/bench_scaling.py --processes 1 2 4 8 --device cuda --preset gpu
 
-Every number of processes quantizes the same layer, in turns; what is printed are ratios to one process. `wall` is of the
-clock, and says what is to be had where the processor's cores are free. `busy` is of the processor time that the busiest
-rank took, which other programs on the machine don't change: what the ranks could reach if none waited for a core.
-`waited` is the share of the time that a rank's computations stood still for the others.
+Every number of processes quantizes the same layer, in turns; what is printed are ratios to one process. `wall` is of
+the clock, and says what is to be had where the processor's cores are free. `busy` is of the processor time that the
+busiest rank took, which other programs on the machine don't change: what the ranks could reach if none waited for a
+core. `waited` is the share of the time that a rank's computations stood still for the others.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmq.cli.launch import is_launched, launch
 from mmq.cli.options import Devices, DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
@@ -67,11 +66,11 @@ def _run(
     gpus: str | None = None,
     devices: int | None = None,
 ) -> None:
-    options = [*(["--gpus", gpus] if gpus else []), *(["--devices", str(devices)] if devices else [])]
-    if devices and devices > 1 and not dry_run and not is_launched():
-        launch(devices)
+    options = ["--gpus", gpus] if gpus else []
     # A plan touches nothing, a log file neither.
-    with session(command, path, overrides, shown, None if dry_run else log_file, options) as run:
+    with session(
+        command, path, overrides, shown, None if dry_run else log_file, options, None if dry_run else devices
+    ) as run:
         from mmq.machine.team import Team
         from mmq.serve.memory import Gpus
         from mmq.stages.pipeline import run_stages, stages_of
@@ -87,13 +86,14 @@ def _run(
         workspace = Workspace.of(run.recipe, run.output, team=team)
         with run.output.live():
             run_stages(workspace, names, restart)
-            if not team.leads:
-                return
             if whole:
                 from mmq.cli.report import write_and_note
                 from mmq.cli.verify import verify_and_report
 
                 verify_and_report(workspace, run.output)
+            if not team.leads:
+                return
+            if whole:
                 facts, _ = write_and_note(workspace, run.output)
         if whole:
             from mmq.report.summary import summarize
