@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -35,6 +37,7 @@ def handled(resume: str = "") -> Iterator[None]:
     numbers = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, _terminate) for number in numbers}
     _received.clear()
+    unraisable, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         yield
     except BaseException as error:
@@ -44,8 +47,10 @@ def handled(resume: str = "") -> Iterator[None]:
             raise
         _leave(error, *end)
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # A launcher's signal, when all ends anyway, must not cut the end short.
+            signal.signal(number, signal.SIG_IGN if is_launched() else handler)
 
 
 def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
@@ -75,6 +80,16 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
     _received.append(number)
     raise Terminated(number)
+
+
+def _raise_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that comes while compiled code calls Python's is dropped there: send it once more."""
+    if isinstance(lost.exc_value, Terminated):
+        number = lost.exc_value.number
+        signal.signal(number, _terminate)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def _leave(error: BaseException, message: str, code: int) -> NoReturn:

@@ -31,7 +31,7 @@ def launch(processes: int) -> NoReturn:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # What went wrong the leading process says; the launcher would say it again, with its own code's lines.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         min_nodes=1,
@@ -46,9 +46,10 @@ def launch(processes: int) -> NoReturn:
         elastic_launch(config, sys.executable)("-m", "mmq", *sys.argv[1:])
     except ChildFailedError as error:
         codes = {number: failure.exitcode for number, failure in error.failures.items()}
+        # The leading rank has said why, unless it was the one that died.
         code = codes.get(0, next(iter(codes.values())))
-        if 0 in codes and code < 0:
-            sys.stderr.write(f"error: rank 0 was killed by {signal.Signals(-code).name}\n")
+        if code == -signal.SIGKILL:
+            sys.stderr.write("error: rank 0 was killed; finished shards and layers are safe\n")
         sys.exit(code if code >= 0 else 128 - code)
     except SignalException as error:
         sys.exit(128 + error.sigval)

@@ -148,10 +148,8 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     plan, team, journal = stage.plan(workspace), workspace.team, workspace.journal.stage(stage.name)
     if team.leads:
         _begin(stage, workspace, plan, journal, restart)
-    known = team.leader_says(workspace.journal.as_json() if team.leads else None)
-    if not team.leads:
-        workspace.journal.take(known)
-        journal = workspace.journal.stage(stage.name)
+    _share_journal(workspace)
+    journal = workspace.journal.stage(stage.name)
     if journal.complete:
         return
     with _taking_letters(workspace, journal):
@@ -161,7 +159,15 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
         stage.complete(workspace, plan, journal)
         journal.finish()
         workspace.reporter.finish(stage.name)
-    team.together()
+    _share_journal(workspace)
+
+
+def _share_journal(workspace: Workspace) -> None:
+    """All ranks know what the leading one's journal says."""
+    team = workspace.team
+    known = team.leader_says(workspace.journal.as_json() if team.leads else None)
+    if not team.leads:
+        workspace.journal.take(known)
 
 
 def _begin(stage: Stage, workspace: Workspace, plan: Plan, journal: StageJournal, restart: bool) -> None:
