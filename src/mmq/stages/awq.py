@@ -97,7 +97,7 @@ def plan(workspace: Workspace) -> Plan:
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
 
-def _evidence_bytes(source: Fp8Source) -> int:
+def _evidence_bytes(source: SourceModel) -> int:
     """At most, of the tokens of a layer that verify gets, with the scales of all experts' down inputs in fp32."""
     arch, config = source.architecture, source.config
     width = int(config[arch.hidden_key]) * torch.bfloat16.itemsize
