@@ -87,6 +87,8 @@ def test_awq_memory_by_hand() -> None:
     assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 126)
     assert awq_memory(100, 10, 500, 100, True) == AwqMemory(7110, 100 + 20 + 9000 + 12)
     assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 7, False, compensated=True) == AwqMemory(100 + 30 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 10**9, True, compensated=True) == AwqMemory(200, 100 + 10 + 70 + 210)
 
 
 def test_calibration_tokens_are_counted_where_no_number_is_given(project: Path) -> None:

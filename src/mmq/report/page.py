@@ -63,6 +63,7 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     evaluation = facts.evaluation
+    kinds, worst = (evaluate.kind_rows(evaluation), evaluate.worst(evaluation)) if evaluation else ([], [])
     return template.render(
         source=facts.source,
         subtitle=f"{'Finished' if facts.complete else 'Not finished yet'}: {facts.work_dir}",
@@ -83,6 +84,8 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         components=components_table(facts),
         layers=layers_table(facts),
         evaluation=Table("evaluation", evaluate.rows(evaluation), words=("variant",)) if evaluation else None,
+        kinds=Table("kinds", kinds, words=("KL by kind of text",)) if kinds else None,
+        worst=Table("worst", worst, words=("name",)) if worst else None,
         evaluated=_evaluated(evaluation) if evaluation else "",
         checks=checks_table(facts),
         stages=stages_table(facts),

@@ -38,6 +38,7 @@ from mmq.machine.transfer import Lane
 from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
+from mmq.quantize.rounding import EVIDENCE
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.model import SourceModel
@@ -99,11 +100,24 @@ def plan(workspace: Workspace) -> Plan:
     device = named_device(recipe.awq.device)
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
-    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu")
+    compensated = recipe.awq.rounding == "compensated"
+    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu", compensated)
     # The hidden states after a layer and, until its journal entry is written, those after the layer before it.
     states = 2 * hidden_states * torch.bfloat16.itemsize
+    if compensated:
+        states += source.layer_count() * _evidence_bytes(source)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
+
+
+def _evidence_bytes(source: SourceModel) -> int:
+    """At most, of the tokens of a layer that verify gets, with the scales of all experts' down inputs in fp32."""
+    arch, config = source.architecture, source.config
+    width = int(config[arch.hidden_key]) * torch.bfloat16.itemsize
+    inner = source.specs[f"{arch.expert_weight(0, 0, arch.down)}.weight"].shape[1]
+    # index and weight of each choice: at most as many as there are experts.
+    choices = source.expert_count() * (torch.int64.itemsize + torch.float32.itemsize)
+    return EVIDENCE * (width + choices) + source.expert_count() * inner * torch.float32.itemsize
 
 
 def fingerprint(workspace: Workspace) -> dict[str, Any]:

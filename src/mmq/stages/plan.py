@@ -118,11 +118,11 @@ def _awq_memory(recipe: Recipe, dims: Dimensions, forms: Forms) -> list[dict[str
     device = recipe.awq.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise RecipeError(f"awq.device is {device!r}; it must be auto, cpu, cuda or cuda:N")
-    shard = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
-    result = []
+    shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
+    compensated, result = recipe.awq.rounding == "compensated", []
     for kind in ("cpu", "cuda") if device == "auto" else (device.partition(":")[0],):
         budget = recipe.awq.memory_budget or DEFAULT_BUDGET[kind]
         hidden_states = most_tokens(recipe) * dims.hidden
-        memory = awq_memory(layer_bytes(forms["bf16"], dims), shard, hidden_states, budget, kind == "cuda")
+        memory = awq_memory(layer, shard, hidden_states, budget, kind == "cuda", compensated)
         result.append({"device": kind, "host_memory": BASE_MEMORY + memory.host, "device_memory": memory.device})
     return result
