@@ -1,9 +1,9 @@
 """Kills ranks at any moment, goes on with another number of them, and compares: python scripts/crash_ranks.py
 
 A round runs `mmq run --devices N` on a synthetic model and, after a random delay, kills a random rank with SIGKILL, or
-stops the launcher by SIGTERM or Ctrl-C; then goes on with another number of ranks, up to four times, until the run comes
-to its end. Whoever is killed, all must end soon, with one sentence that names the rank, and in the end every byte must
-be as one undisturbed process writes it. Exits with 1 where anything was not as it must be.
+stops the launcher by SIGTERM or Ctrl-C; then goes on with another number of ranks, up to four times, until the run
+comes to its end. Whoever is killed, all must end soon, with one sentence that names the rank, and in the end every byte
+must be as one undisturbed process writes it. Exits with 1 where anything was not as it must be.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from llmcompressor.modifiers.quantization.calibration import (
 )
 
 from mmq.errors import CheckpointError
-from mmq.machine.team import Team
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer, batches
 
 # Observers whose statistics are extremes, which need no order: several ranks' can be put together.
@@ -54,7 +54,7 @@ class KvObserver:
             register(attention, hook)
         self._attention = attention
 
-    def broken(self, lengths: list[int], team: Team) -> list[int]:
+    def broken(self, lengths: list[int], team: Team = ALONE) -> list[int]:
         """Which samples had NaN or infinite keys or values: indices into the lengths of the one `attend` since."""
         none = torch.empty(0, dtype=torch.bool, device=self._device)
         finite = torch.cat([none, *self._finite["k"]]) & torch.cat([none, *self._finite["v"]])
@@ -68,7 +68,7 @@ class KvObserver:
         """Note which sequences of a batch [B, heads, T, dim] are finite."""
         self._finite[name].append(torch.isfinite(states).flatten(1).all(1))
 
-    def scales(self, team: Team) -> dict[str, torch.Tensor]:
+    def scales(self, team: Team = ALONE) -> dict[str, torch.Tensor]:
         """`k_scale` and `v_scale`, float32 [1], from all that was observed, on several ranks of which
         the observer is one of ORDERLESS."""
         result = {}
