@@ -32,7 +32,7 @@ PATIENCE = float(os.environ.get("MMQ_RANK_TIMEOUT", "1800"))
 # Seconds from a rank's end until the others have heard why, or take it that none will say; and from a signal.
 LAST_WORDS, STOPPED = 5.0, 1.0
 # Seconds between two signs of life.
-HEARTBEAT = 2.0
+HEARTBEAT, TOLD_EVERY = 2.0, 0.5
 FAILED = "failed"
 
 
@@ -46,7 +46,8 @@ class Team:
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, name: str = "main") -> None:
         self.rank, self.size, self.waited = rank, size, 0.0
-        self._store, self._name, self._said, self._taken, self._where = store, name, 0, 0, ""
+        self._store, self._name, self._said, self._taken = store, name, 0, 0
+        self._where, self._told = "", 0.0
 
     @classmethod
     def join(cls, device: str) -> Team:
@@ -176,6 +177,8 @@ class Team:
     def at(self, where: str) -> None:
         """Say where this rank is, for who asks when it is missed."""
         self._where = where
+        if self.size > 1 and time.monotonic() - self._told > TOLD_EVERY:
+            self._live_once()
 
     def whereabouts(self, rank: int) -> str:
         """Where a rank said last that it is; empty where it said nothing."""
@@ -183,12 +186,14 @@ class Team:
 
     def _live(self) -> None:
         """Give signs of life until the process, or the store, ends."""
-        number = 0
         with suppress(RuntimeError):
             while True:
-                self._store.set(f"alive/{self.rank}", f"{number} {self._where}")
-                number += 1
+                self._live_once()
                 time.sleep(HEARTBEAT)
+
+    def _live_once(self) -> None:
+        self._told = time.monotonic()
+        self._store.set(f"alive/{self.rank}", f"{self._told} {self._where}")
 
     def post(self, letter: Any) -> None:
         """Send rank 0 something that it takes when it can."""
