@@ -21,11 +21,11 @@ from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.sizes import Dimensions
 from mmq.quantize.layer import LayerContent
 from mmq.source.formats import SCALE_SUFFIX
-from mmq.source.synth import FP8_MAX, Sizes, model_config, write_tokenizer
+from mmq.source.synth import Sizes, model_config, write_tokenizer
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import save_tensors
-from mmq.tensors.fp8 import BLOCK
+from mmq.tensors.fp8 import BLOCK, LARGEST
 
 ARCH = MINIMAX_M2
 SHARD_BYTES = 2**30
@@ -159,6 +159,6 @@ def to_block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [out, in], both multiples of 128 -> float8_e4m3fn [out, in] and float32 block scales."""
     rows, columns = weight.shape
     blocks = weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scale = blocks.abs().amax((1, 3)) / FP8_MAX
+    scale = blocks.abs().amax((1, 3)) / LARGEST
     codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(rows, columns), scale

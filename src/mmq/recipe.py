@@ -176,6 +176,10 @@ class Awq(Section):
 class Restore(Section):
     """Stage 3: the original fp8 attention back into the quantized checkpoint."""
 
+    attention: Literal["source", "fp8_block"] = Field(
+        "source",
+        description="attention has the source's bytes; that of a bf16 source may be rounded to fp8 in 128x128 blocks",
+    )
     attention_activations: Literal["dynamic", "none"] = Field(
         "dynamic",
         description="dynamic group-128 fp8 activations as the source declares, or the model card's weight-only form",

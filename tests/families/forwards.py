@@ -19,6 +19,11 @@ def gated(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+def normed(x: torch.Tensor, weight: torch.Tensor, config: Config) -> torch.Tensor:
+    """RMSNorm; Qwen3-Next's multiply by one plus their weight."""
+    return rms_norm(x, weight + 1 if config["model_type"] == "qwen3_next" else weight, config["rms_norm_eps"])
+
+
 def heads(
     x: torch.Tensor, weights: Weights, prefix: str, name: str, count: int, config: Config, turns: bool = True
 ) -> torch.Tensor:
@@ -27,7 +32,7 @@ def heads(
     projected = projected + weights.get(f"{prefix}self_attn.{name}_proj.bias", torch.zeros(()))
     result = projected.view(-1, count, config["head_dim"])
     norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
-    result = rms_norm(result, norm, config["rms_norm_eps"]) if norm is not None else result
+    result = normed(result, norm, config) if norm is not None else result
     result = result.transpose(0, 1)
     turning = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
     return rotate(result, config | {"rotary_dim": turning}) if turns else result
@@ -41,16 +46,59 @@ def keys_and_values(x: torch.Tensor, weights: Weights, prefix: str, config: Conf
 
 
 def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    if f"{prefix}linear_attn.A_log" in weights:
+        return linear_attention(x, weights, prefix, config)
     if "kv_lora_rank" in config:
         return latent_attention(x, weights, prefix, config)
     count = config["num_attention_heads"]
+    gate = None
+    if config["model_type"] == "qwen3_next":
+        # Each head's query and, after it, its gate.
+        both = weights[f"{prefix}self_attn.q_proj.weight"].unflatten(0, (count, 2, -1))
+        gate = (x @ both[:, 1].flatten(0, 1).T).sigmoid()
+        weights = weights | {f"{prefix}self_attn.q_proj.weight": both[:, 0].flatten(0, 1)}
     query = heads(x, weights, prefix, "q", count, config)
     repeat = count // config["num_key_value_heads"]
     key, value = (t.repeat_interleave(repeat, 0) for t in keys_and_values(x, weights, prefix, config))
     scores = query @ key.transpose(1, 2) * config["head_dim"] ** -0.5
     future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    output = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
-    return output.transpose(0, 1).flatten(1) @ weights[prefix + "self_attn.o_proj.weight"].T
+    output = (scores.masked_fill(future, -torch.inf).softmax(-1) @ value).transpose(0, 1).flatten(1)
+    return (output if gate is None else output * gate) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def linear_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """The gated delta rule, token by token: S decays, and what it says of a key moves toward the key's value."""
+    own = {name: weights[f"{prefix}linear_attn.{name}"] for name in (
+        "in_proj_qkvz.weight", "in_proj_ba.weight", "out_proj.weight", "conv1d.weight", "A_log", "dt_bias",
+        "norm.weight",
+    )}  # fmt: skip
+    keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
+    dim, wide, share = config["linear_key_head_dim"], config["linear_value_head_dim"], values // keys
+    # Side by side for each key head: query, key, its value heads' values, and their gates.
+    q, k, v, z = (
+        (x @ own["in_proj_qkvz.weight"].T).unflatten(1, (keys, -1)).split([dim, dim, share * wide, share * wide], -1)
+    )
+    b, a = (x @ own["in_proj_ba.weight"].T).unflatten(1, (keys, -1)).split([share, share], -1)
+    mixed, kernel = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1), config["linear_conv_kernel_dim"]
+    before = torch.cat([mixed.new_zeros(kernel - 1, mixed.shape[1]), mixed])
+    taps = own["conv1d.weight"][:, 0]
+    mixed = F.silu(sum(before[tap : tap + len(x)] * taps[:, tap] for tap in range(kernel)))
+    q, k, v = mixed.split([keys * dim, keys * dim, values * wide], 1)
+    unit = [
+        t / (t.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+        for t in (q.unflatten(1, (keys, -1)), k.unflatten(1, (keys, -1)))
+    ]
+    q, k = (t.repeat_interleave(share, 1) for t in unit)
+    v, rate = v.unflatten(1, (values, -1)), b.flatten(1).sigmoid()
+    decay = (-own["A_log"].exp() * F.softplus(a.flatten(1) + own["dt_bias"])).exp()
+    state, outputs = x.new_zeros(values, dim, wide), []
+    for token in range(len(x)):
+        state = state * decay[token, :, None, None]
+        missing = v[token] - torch.einsum("hkv,hk->hv", state, k[token])
+        state = state + torch.einsum("hk,hv->hkv", k[token], rate[token, :, None] * missing)
+        outputs.append(torch.einsum("hkv,hk->hv", state, q[token]) * dim**-0.5)
+    output = rms_norm(torch.stack(outputs), own["norm.weight"], config["rms_norm_eps"])
+    return (output * F.silu(z.reshape(output.shape))).flatten(1) @ own["out_proj.weight"].T
 
 
 def turned_in_pairs(x: torch.Tensor, config: Config) -> torch.Tensor:
@@ -141,8 +189,22 @@ def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> 
     return output + gated(x, weights, prefix + "mlp.shared_experts.")
 
 
+def qwen3_next(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """As Qwen3-MoE, and a shared expert weighed by the sigmoid of one number a token."""
+    output = qwen3_moe(x, weights, prefix, config)
+    if f"{prefix}mlp.shared_expert_gate.weight" not in weights:
+        return output
+    share = (x @ weights[f"{prefix}mlp.shared_expert_gate.weight"].T).sigmoid()
+    return output + share * gated(x, weights, f"{prefix}mlp.shared_expert.")
+
+
 # DeepSeek V3 routes as GLM does.
-BLOCKS: dict[str, Block] = {"qwen3_moe": qwen3_moe, "glm4_moe": glm4_moe, "deepseek_v3": glm4_moe}
+BLOCKS: dict[str, Block] = {
+    "qwen3_moe": qwen3_moe,
+    "glm4_moe": glm4_moe,
+    "deepseek_v3": glm4_moe,
+    "qwen3_next": qwen3_next,
+}
 # What reads the norm before the block beside the experts' gate and up, in a layer with experts.
 READERS = {
     "qwen3_moe": ["mlp.gate.weight"],
@@ -153,22 +215,28 @@ READERS = {
     ],
 }
 READERS["deepseek_v3"] = READERS["glm4_moe"]
+READERS["qwen3_next"] = [
+    "mlp.gate.weight",
+    "mlp.shared_expert.gate_proj.weight",
+    "mlp.shared_expert.up_proj.weight",
+    "mlp.shared_expert_gate.weight",
+]
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:
     """The residual stream before each layer and after the last, [T, H] each."""
-    eps, block = config["rms_norm_eps"], BLOCKS[config["model_type"]]
+    block = BLOCKS[config["model_type"]]
     states = [weights["model.embed_tokens.weight"][ids]]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         x = states[-1]
-        x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
-        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
-        states.append(x + block(normed, weights, prefix, config))
+        x = x + attention(normed(x, weights[prefix + "input_layernorm.weight"], config), weights, prefix, config)
+        inner = normed(x, weights[prefix + "post_attention_layernorm.weight"], config)
+        states.append(x + block(inner, weights, prefix, config))
     return states
 
 
 def logits(ids: torch.Tensor, weights: Weights, config: Config) -> torch.Tensor:
     """[T] -> [T, vocabulary]."""
-    last = rms_norm(hidden_states(ids, weights, config)[-1], weights["model.norm.weight"], config["rms_norm_eps"])
+    last = normed(hidden_states(ids, weights, config)[-1], weights["model.norm.weight"], config)
     return last @ weights["lm_head.weight"].T

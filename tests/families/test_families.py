@@ -10,23 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
-from tests.families.forwards import READERS, hidden_states, keys_and_values, logits
-from tests.reference import Weights, dequantized, divergence, read_folder, rms_norm, round_to_nearest
+from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
+from tests.reference import Weights, dequantized, divergence, read_folder, round_to_nearest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from mmq.cli.app import app
 from mmq.errors import CheckpointError
 from mmq.families.registry import ARCHITECTURES, architecture_of
-from mmq.families.sizes import Dimensions, tensors_of
+from mmq.families.sizes import Dimensions
 from mmq.prove.forward import run_layer
 from mmq.prove.verify import verify_checkpoint
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.recipe import load
 from mmq.report.card import render
+from mmq.serve.outputs import output_tensors
 from mmq.source.formats import format_of
 from mmq.source.synth import STORED, Sizes, model_config, write_checkpoint, write_samples
 from mmq.stages.awq_checks import calibration_tokens
@@ -37,6 +39,7 @@ from mmq.workdir.workspace import Workspace
 # Kinds of attention whose KV cache gets no scales.
 WITHOUT_KV_SCALES = {
     "deepseek_v3": {"full": "vLLM takes no calibrated scales for the latent that this attention caches"},
+    "qwen3_next": {"linear": "linear attention has no KV cache"},
 }
 HELD_OUT = torch.arange(4, 100) * 5 % 500
 
@@ -50,6 +53,7 @@ class Case:
     layers: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    restore: dict[str, Any] = field(default_factory=dict)
 
     @property
     def smooths(self) -> bool:
@@ -71,11 +75,19 @@ CASES = {
         "glm4_moe", "fp8", settings={"use_qk_norm": False}, recipe={"shared_experts": "source"}
     ),
     "deepseek_v3 with scales that are powers of two": Case("deepseek_v3", "fp8-powers-of-two", 3),
+    "qwen3_moe in compressed-tensors' blocks": Case("qwen3_moe", "ct-block"),
+    "glm4_moe by compressed-tensors' channels": Case("glm4_moe", "ct-channel", 3, {"use_qk_norm": False}),
+    "qwen3_moe in bf16, attention rounded to fp8": Case("qwen3_moe", "bf16", restore={"attention": "fp8_block"}),
+    "deepseek_v3, errors compensated": Case("deepseek_v3", "fp8", 3, recipe={"rounding": "compensated"}),
     "deepseek_v3 without a query latent": Case(
         "deepseek_v3",
         "fp8",
         settings={"q_lora_rank": None, "n_group": 1, "topk_group": 1},
         recipe={"shared_experts": "source"},
+    ),
+    "qwen3_next in fp8": Case("qwen3_next", "fp8", 3, {"full_attention_interval": 3, "mlp_only_layers": [1]}),
+    "qwen3_next in bf16, kinds of layers named": Case(
+        "qwen3_next", "bf16", 2, {"layer_types": ["full_attention", "linear_attention"]}
     ),
     "glm4_moe in bf16, in groups": Case(
         "glm4_moe", "bf16", 3, {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -121,7 +133,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         shuffle=True,
     )
     write_samples(folder / "samples.jsonl", SAMPLES)
-    run_stages(Workspace.of(load(write_recipe(folder, source="fp8", **case.recipe))), ["awq", "restore"])
+    recipe = write_recipe(folder, source="fp8", **case.recipe)
+    with recipe.open("a", encoding="utf-8") as file:
+        yaml.safe_dump({"restore": case.restore}, file)
+    run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
     config, before = read_folder(folder / "source")
     stored = read_folder(folder / "run/hybrid")[1]
     return Made(case, folder, config, dequantized(before), stored, dequantized(stored))
@@ -131,7 +146,7 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
     settings = {key: value for key, value in made.config.items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     # transformers has no layers past the last.
-    past = f"model.layers.{made.case.layers}."
+    past = (f"model.layers.{made.case.layers}.", "mtp.")
     state = {name: t for name, t in made.source.items() if ".mlp.experts." not in name and not name.startswith(past)}
     for _, prefix, has_experts in made.layers():
         if has_experts:
@@ -179,12 +194,21 @@ def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -
         if ".experts." not in name and before[name].dtype == torch.float8_e4m3fn and not name.endswith(smoothed)
     ]
     assert bool(kept) == (made.case.stored != "bf16")
+    suffix = format_of(made.config).storage.scale_suffix
     for name in kept:
         assert torch.equal(made.stored[name].view(torch.uint8), before[name].view(torch.uint8))
-        scale, original = made.stored[f"{name}_scale"], before[f"{name}_scale_inv"]
+        scale, original = made.stored[f"{name}_scale"], before[f"{name}{suffix}"]
         assert scale.dtype == original.dtype and torch.equal(scale, original)
     for name, tensor in before.items():
-        if ".experts." not in name and "scale" not in name and name not in kept and not name.endswith(smoothed):
+        if made.case.restore and ".self_attn." in name and tensor.ndim == 2:
+            found = made.hybrid[name]
+            # Rounded once, to four bits: half a unit in the last place of a block's largest is 16.
+            assert made.stored[name].dtype == torch.float8_e4m3fn
+            assert bool(
+                ((found - tensor.float()).abs() <= tensor.float().abs() / 16 + tensor.abs().max() / 2**18).all()
+            )
+            assert not torch.equal(found, tensor.float())
+        elif ".experts." not in name and "scale" not in name and name not in kept and not name.endswith(smoothed):
             assert torch.equal(made.stored[name], tensor) and made.stored[name].dtype == tensor.dtype, name
 
 
@@ -208,13 +232,17 @@ def test_smoothing_alone_leaves_the_logits_unchanged(made: Made) -> None:
     smoothed, moved = dict(source), 0.0
     for _, prefix, has_experts in made.layers():
         norm = prefix + "post_attention_layernorm.weight"
-        applied = made.source[norm] / made.hybrid[norm]
+        offset = ARCHITECTURES[made.case.family].norm_offset
+        applied = (made.source[norm] + offset) / (made.hybrid[norm] + offset)
         if not has_experts:
             assert torch.equal(applied, torch.ones_like(applied))
             continue
         moved = max(moved, float(applied.log().abs().max()))
-        for name in (norm, *(prefix + reader for reader in made.case.readers)):
-            smoothed[name] = made.hybrid[name]
+        smoothed[norm] = made.hybrid[norm]
+        for name in (prefix + reader for reader in made.case.readers):
+            smoothed[name] = source[name] * applied
+            # In the files it is rounded once to what a server holds.
+            assert torch.equal(made.hybrid[name], smoothed[name].to(made.stored[name].dtype).float()), name
         for expert in range(made.config[ARCHITECTURES[made.case.family].experts_key]):
             for linear in ("gate_proj", "up_proj"):
                 name = f"{prefix}mlp.experts.{expert}.{linear}.weight"
@@ -272,13 +300,13 @@ def test_no_scales_where_no_server_takes_them(made: Made) -> None:
 
 
 def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
-    if "full" in WITHOUT_KV_SCALES.get(made.case.family, {}):
+    if "model.layers.0.self_attn.k_scale" not in made.stored:
         return
     tokens = calibration_tokens(made.workspace())
     largest = {"k_scale": 0.0, "v_scale": 0.0}
     for ids in tokens.ids.split(tokens.lengths):
         x = made.source["model.embed_tokens.weight"][ids]
-        x = rms_norm(x, made.source["model.layers.0.input_layernorm.weight"], made.config["rms_norm_eps"])
+        x = normed(x, made.source["model.layers.0.input_layernorm.weight"], made.config)
         for name, tensor in zip(largest, keys_and_values(x, made.source, "model.layers.0.", made.config), strict=True):
             largest[name] = max(largest[name], float(tensor.abs().max()))
     for name, value in largest.items():
@@ -307,8 +335,7 @@ def test_the_plans_tensors_are_those_of_the_shards(made: Made, form: Any) -> Non
     dims = Dimensions.of(made.config, arch)
     folder = made.folder / ("source" if form == "source" else f"run/{form}")
     found = read_folder(folder)[1]
-    storage = format_of(made.config).storage
-    for tensors in tensors_of(dims, arch, form, storage=storage, kept_shared=not made.case.smooths):
+    for tensors in output_tensors(load(made.folder / "recipe.yaml"), made.config, arch, form):
         layers = range(dims.layers) if tensors.in_layer else range(1)
         experts = range(dims.experts) if "{expert}" in tensors.name else range(1)
         names = {tensors.name.format(layer=layer, expert=expert) for layer in layers for expert in experts}

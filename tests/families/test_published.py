@@ -47,6 +47,13 @@ PUBLISHED = {
         "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256, "vocab_size": 129280,
         "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
     }),
+    "Qwen3-Next-80B-A3B": (81_324_862_720, {
+        "model_type": "qwen3_next", "hidden_size": 2048, "intermediate_size": 5120, "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512, "num_hidden_layers": 48, "num_experts": 512, "vocab_size": 151936,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256, "full_attention_interval": 4,
+        "linear_num_key_heads": 16, "linear_key_head_dim": 128, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+    }),
     "Kimi-K2": (1_026_408_232_448, DEEPSEEK | {
         "model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "num_attention_heads": 64,
         "num_key_value_heads": 64, "n_routed_experts": 384, "vocab_size": 163840, "first_k_dense_replace": 1,

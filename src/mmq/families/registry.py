@@ -15,11 +15,12 @@ from mmq.families.deepseek_v3 import DEEPSEEK_V3
 from mmq.families.glm4_moe import GLM4_MOE
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.qwen3_moe import QWEN3_MOE
+from mmq.families.qwen3_next import QWEN3_NEXT
 from mmq.families.table import Architecture
 
 GROUP = "mmq.families"
 ARCHITECTURES: dict[str, Architecture] = {
-    table.model_type: table for table in (MINIMAX_M2, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3)
+    table.model_type: table for table in (MINIMAX_M2, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3_NEXT)
 }
 
 

@@ -100,9 +100,8 @@ class Dimensions:
         dense = _count(config, arch.dense_key) if arch.dense_at else 0
         if len(arch.dense_at) >= layers:
             raise CheckpointError("config.json: no layer has experts")
-        used = {word for layer in (0, *arch.extra_at) for own in arch.layer_weights(layer, 1) for word in own.shape}
-        for weight in (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ())):
-            used |= set(weight.shape)
+        given = (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ()))
+        used = {word for weight in (*given, *arch.extra_tensors()) for word in weight.shape}
         words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
         latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
         return cls(
@@ -188,12 +187,14 @@ def tensors_of(
     kv_scales: bool = True,
     storage: Storage = BLOCK_FP8,
     kept_shared: bool = False,
+    fp8_attention: bool = False,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
 
     Args:
         storage: of the source.
         kept_shared: a shared expert that reads the smoothed norm keeps its fp8 bytes, and the norm is not smoothed.
+        fp8_attention: of a source without scales, attention is rounded to block fp8.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
@@ -224,6 +225,9 @@ def tensors_of(
         elif form == "hybrid" and scales is not None and (kept_shared or not _is_scaled(arch, weight)):
             result.append(replace(weight, dtype=storage.dtype))
             result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
+        elif form == "hybrid" and fp8_attention and weight.component == "attention":
+            result.append(replace(weight, dtype=FP8))
+            result.append(_part(weight, "_scale", "F32", BLOCK_FP8.scale_shape(weight.shape)))
         else:
             result.append(weight)
     if kv_scales and arch.has_kv_cache_scales and form in ("awq", "hybrid"):
@@ -304,16 +308,9 @@ def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors,
             yield of_layers(weight, dims.dense_layers)
     for weight in arch.experts.weights:
         yield of_layers(weight, dims.expert_layers * dims.experts)
-    # Layers past the last are carried as they are.
-    plain = {arch.router, *(weight.name for weight in arch.extra_weights)}
-    for layer in arch.extra_at:
-        prefix = arch.layer_prefix(layer)
-        for weight in arch.layer_weights(layer, experts=0):
-            dtype = "F32" if weight.name == arch.router_bias else "BF16"
-            matrix = weight.is_matrix and weight.name not in plain
-            yield tensors(prefix + weight.name, dims.shape(weight), 1, dtype=dtype), matrix
-        for weight in arch.experts.weights:
-            yield tensors(prefix + weight.name, dims.shape(weight), dims.experts), True
+    for weight in arch.extra_tensors():
+        count = dims.experts if "{expert}" in weight.name else 1
+        yield tensors(weight.name, dims.shape(weight), count, dtype=weight.dtypes[0]), weight.is_matrix
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 NUMBER = "(0|[1-9][0-9]{0,8})"
 # No model has more, and what is listed layer by layer stays small.
 MOST_LAYERS = 10**6
+# No layer of a model: one past the last, with experts and full attention.
+BEYOND = MOST_LAYERS + 1
 
 # What every family may use. hidden: the residual stream. query, key: all heads of queries, of keys or values, side by
 # side. head: one head. experts: how many there are. expert, dense: the inner width of a routed expert, of a dense
@@ -160,6 +162,8 @@ class Architecture:
         extra_weights: of a layer past the last, beside what a layer with experts has; such layers, which predict
             further tokens, are carried as they are.
         carried: beginnings of names outside the decoder layers that are carried as they are, and the component of each.
+        carried_layers: of these, layers that are wired as a decoder layer with experts and full attention.
+        carried_weights: the other tensors there that releases have, by their full names.
         dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
         default_rotary_share: the share of head dimensions that turn where config.json names none.
@@ -204,6 +208,8 @@ class Architecture:
     shared: Mlp | None = None
     shared_gate: Weight | None = None
     carried: tuple[tuple[str, str], ...] = ()
+    carried_layers: tuple[str, ...] = ()
+    carried_weights: tuple[Weight, ...] = ()
     extra_weights: tuple[Weight, ...] = ()
     extra_at: tuple[int, ...] = ()
     default_rotary_share: float = 1.0
@@ -307,7 +313,8 @@ class Architecture:
     @property
     def powers_of_two(self) -> bool:
         """Whether the norm's scales must be such: what reads it in bf16 would be rounded by others, and another router
-        chooses other experts."""
+        chooses other experts. With `norm_offset` the rounded norm leaves most channels such a scale only nearly; the
+        router is then rounded as a server would, and calibrated with."""
         return self.router_served == "BF16" or self.shared is not None
 
     def has_experts(self, layer: int) -> bool:
@@ -336,7 +343,7 @@ class Architecture:
         return any(name.endswith(f".{weight.name}") for weight in self._beside_experts)
 
     def layer_weights(self, layer: int, experts: int) -> Iterator[Weight]:
-        """All tensors of a layer, by kind: attention, norm, router, shared expert, experts or dense MLP, extras."""
+        """All tensors of a layer, by kind: attention, norm, router, shared expert, experts or dense MLP."""
         yield from self.attention_of(layer)
         yield Weight(self.smooth_norm, ("hidden",))
         if self.dense and layer in self.dense_at:
@@ -344,7 +351,7 @@ class Architecture:
             return
         yield Weight(self.router, ("experts", "hidden"))
         if self.router_bias:
-            yield Weight(self.router_bias, ("experts",))
+            yield Weight(self.router_bias, ("experts",), dtypes=("F32",))
         if self.shared:
             yield from self.shared.weights
         if self.shared_gate:
@@ -352,8 +359,16 @@ class Architecture:
         for expert in range(experts):
             for weight in self.experts.weights:
                 yield Weight(weight.name.format(expert=expert), weight.shape)
-        if layer in self.extra_at:
-            yield from self.extra_weights
+
+    def extra_tensors(self) -> Iterator[Weight]:
+        """What is carried as it is, as releases have it, by full names; `{expert}` stands for each expert's number."""
+        layers = [(self.layer_prefix(layer), self.extra_weights) for layer in self.extra_at]
+        for prefix, more in [*layers, *((prefix, ()) for prefix in self.carried_layers)]:
+            plain = {self.router, *(weight.name for weight in more)}
+            for weight in (*self.layer_weights(BEYOND, experts=0), *self.experts.weights, *more):
+                yield replace(weight, name=prefix + weight.name, plain=weight.plain or weight.name in plain)
+        for weight in self.carried_weights:
+            yield replace(weight, plain=True)
 
     def norm_readers(self, experts: int) -> Iterator[str]:
         """Every weight of a layer with experts whose columns the smoothed norm multiplies."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from mmq.families.sizes import Storage
+from mmq.families.sizes import BLOCK_FP8, Storage
 from mmq.families.table import Architecture
 from mmq.prove.findings import Report
 from mmq.storage.checkpoint import Checkpoint
@@ -27,12 +27,19 @@ class Original:
 
     Attributes:
         shared: what reads the norm before the experts keeps its bytes where it is fp8.
+        rounded: attention is bf16 there, and block fp8 in the result.
     """
 
     arch: Architecture
     checkpoint: Checkpoint
     storage: Storage
     shared: bool
+    rounded: bool = False
+
+    def rounded_at(self, layer: int) -> list[str]:
+        """A layer's matrices that were rounded to block fp8."""
+        attention = self.arch.attention_of(layer) if self.rounded else ()
+        return [self.arch.layer_prefix(layer) + weight.name for weight in attention if weight.is_matrix]
 
 
 def kept_scales(original: Original, layer: int) -> dict[str, str | None]:
@@ -42,6 +49,8 @@ def kept_scales(original: Original, layer: int) -> dict[str, str | None]:
     for weight in (*arch.kept(layer), *arch.scaled(layer)):
         name = arch.layer_prefix(layer) + weight.name
         fp8 = storage.scale_suffix is not None and source.specs[name].dtype == "F8_E4M3"
+        if name in original.rounded_at(layer):
+            continue
         if (fp8 and original.shared) or weight in arch.kept(layer):
             result[name] = f"{name}{storage.scale_suffix}" if fp8 else None
     return result
@@ -74,7 +83,10 @@ def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str
         layer, local = layer_of(arch, source, name), arch.split(name)[1]
         if name in dropped:
             continue
-        if name in kept:
+        if layer is not None and name in original.rounded_at(layer):
+            expected[name] = ("F8_E4M3", spec.shape)
+            expected[f"{stem}.weight_scale"] = ("F32", BLOCK_FP8.scale_shape(spec.shape))
+        elif name in kept:
             expected[name] = ("BF16" if kept[name] is None else "F8_E4M3", spec.shape)
             if scale := kept[name]:
                 expected[f"{stem}.weight_scale"] = (source.specs[scale].dtype, storage.scale_shape(spec.shape))
@@ -151,6 +163,7 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
         for name, scale in kept_scales(original, layer).items()
         if scale is not None
     }
+    kept |= {name.removesuffix(".weight") for layer in layers for name in original.rounded_at(layer)}
     kept |= {name.removesuffix(".weight") for name in carried_scales(original)}
     if kept:
         kinds["attention"] = kept

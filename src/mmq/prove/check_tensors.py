@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mmq.errors import MmqError
-from mmq.families.sizes import Storage
+from mmq.families.sizes import BLOCK, Storage
 from mmq.families.table import Architecture
 from mmq.machine.team import ALONE, Team
 from mmq.machine.threads import each
@@ -26,8 +26,9 @@ OUTSIDE = "outside"
 # norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32. Where a server holds
 # the router in bf16, scales are powers of two, and nothing is rounded.
 READER_TOLERANCE = 1e-6
-# What was fp8 is rounded once to bf16.
-ROUNDED_TOLERANCE = 2**-8 + READER_TOLERANCE
+# The most that a rounding to bf16 changes: what was fp8 is rounded once, and what a norm with an offset scales by no
+# power of two is as well.
+ROUNDING = 2**-8
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
@@ -97,6 +98,8 @@ def _check_layer(report: Report, original: Original, result: Checkpoint, layer: 
                 report.require(sha256(results[after]) == digest, f"{after} is not the source's {before}")
                 report.attention[after] = digest
                 report.count("attention tensors equal to the source's bytes")
+        for name in original.rounded_at(layer):
+            _check_rounded(report, name, float32(originals[name]), results)
         routed = arch.has_experts(layer)
         same = [arch.router_bias] if routed else [arch.smooth_norm]
         for local in [*arch.attention_inputs(layer), *filter(None, same)]:
@@ -145,13 +148,14 @@ def _check_smoothing(
                 f"{prefix}{local} keeps its bytes, though {prefix}{arch.smooth_norm} is not the source's",
             )
             continue
-        rounded = originals[prefix + local].dtype == torch.float8_e4m3fn
+        roundings = int(originals[prefix + local].dtype == torch.float8_e4m3fn)
+        roundings += int(arch.norm_offset != 0 and results[prefix + local].dtype == torch.bfloat16)
         source = _source_values(originals, prefix + local, original.storage)
         weights = [source.astype(np.float64), float64(results[prefix + local])]
         before, after = (norm * weight for norm, weight in zip(norms, weights, strict=True))
         distance = np.abs(after - before) / np.maximum(np.abs(before), 1e-30)
         error = float(np.max(distance, where=before != 0, initial=0.0))
-        tolerance = ROUNDED_TOLERANCE if rounded else READER_TOLERANCE
+        tolerance = (1 + ROUNDING) ** roundings - 1 + READER_TOLERANCE
         report.require(
             bool(np.isfinite(after).all()) and error <= tolerance and not np.any(after[before == 0]),
             f"{prefix}{local} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",
@@ -244,6 +248,28 @@ def _check_experts(
         judged.check(report, layer)
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
+
+
+def _check_rounded(report: Report, name: str, weight: Array, results: TensorReader) -> None:
+    """Block fp8 must be the nearest to the source's bf16, and each block's scale no larger than it must be.
+
+    An e4m3 has three bits after the first, so that the nearest is off by 1 / 16 of a number at most, and by half of
+    2^-9 steps near zero.
+    """
+    scale = float32(results[f"{name}_scale"])
+    rows, columns = weight.shape
+    high, wide = (np.arange(size) // BLOCK for size in (rows, columns))
+    steps = scale[high][:, wide]
+    error = np.abs(fp8_values(results[name], results[f"{name}_scale"]) - weight)
+    far = np.count_nonzero(~(error <= np.maximum(np.abs(weight) / 16, steps * 2**-10) * (1 + 1e-5)))
+    report.require(far == 0, f"{name}: {far} of {weight.size} fp8 codes are not the nearest to the source's weights")
+    largest = np.zeros(scale.shape)
+    np.maximum.at(largest, (high[:, None], wide[None, :]), np.abs(weight))
+    report.require(
+        bool((scale > 0).all()) and bool((scale <= np.maximum(largest / 448, 1e-12) * (1 + 1e-5)).all()),
+        f"{name}_scale: a block's scale is not what its largest weight asks for",
+    )
+    report.count("attention tensors rounded to the nearest fp8")
 
 
 def _source_values(originals: TensorReader, name: str, storage: Storage) -> Array:

@@ -42,7 +42,7 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         report.count("tensors in index and shards", len(result.specs))
         arch = workspace.architecture
         shared = workspace.recipe.awq.shared_experts == "source"
-        original = Original(arch, source, workspace.source.format.storage, shared)
+        original = Original(arch, source, workspace.source.format.storage, shared, bool(workspace.rounded))
         check_names(report, original, result, workspace.kv_cache_scheme is not None)
         check_config(report, original, result)
         if not report.problems:

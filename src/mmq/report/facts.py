@@ -15,9 +15,9 @@ from typing import Any
 
 from mmq.errors import CheckpointError, JournalError, MmqError
 from mmq.families import sizes
-from mmq.families.sizes import Dimensions, tensors_of
 from mmq.families.table import Architecture
 from mmq.prove import evaluate, verify
+from mmq.serve.outputs import output_tensors
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
@@ -232,17 +232,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
     if result is not None:
         after = _summed(result.specs.values(), arch)
     else:
-        settings = workspace.recipe.awq
-        dims = Dimensions.of(source.config, arch)
-        tensors = tensors_of(
-            dims,
-            arch,
-            "hybrid",
-            settings.group_size,
-            workspace.kv_cache_scheme is not None,
-            source.format.storage,
-            settings.shared_experts == "source",
-        )
+        tensors = output_tensors(workspace.recipe, source.config, arch, "hybrid")
         after = {name: _Sum(0, own.nbytes, own.dtypes) for name, own in sizes.components(tensors).items()}
     found = [
         Component(

@@ -18,9 +18,10 @@ from compressed_tensors.quantization import (
 )
 
 from mmq.families.rotary import rope_parameters
+from mmq.families.sizes import BLOCK_FP8, Storage
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
-from mmq.tensors.fp8 import BLOCK
+from mmq.source.formats import format_of
 from mmq.tensors.int4 import weight_args
 
 
@@ -36,7 +37,7 @@ def output_config(
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
-        groups["group_1"] = kept_scheme(architecture, kept, dynamic)
+        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(source))
     hybrid = len(groups) > 1
     scheme = recipe.awq.kv_cache_scheme if architecture.has_kv_cache_scales else None
     quantization = QuantizationConfig(
@@ -81,28 +82,27 @@ def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[s
     return [f"re:{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
 
 
-def kept_scheme(architecture: Architecture, kept: Sequence[str], dynamic_activations: bool) -> QuantizationScheme:
-    """Block-fp8 attention, dense layers and shared experts; with dynamic activations, as the source's
-    `activation_scheme: dynamic` says."""
-    activations = QuantizationArgs(
-        num_bits=8,
-        type=QuantizationType.FLOAT,
-        strategy=QuantizationStrategy.GROUP,
-        group_size=BLOCK,
-        symmetric=True,
-        dynamic=True,
-    )
+def _fp8_storage(source: dict[str, Any]) -> Storage:
+    """How what is fp8 in the result is stored: as in the source, or in blocks where it has none."""
+    found = format_of(source)
+    return found.storage if found.quantized else BLOCK_FP8
+
+
+def kept_scheme(
+    architecture: Architecture, kept: Sequence[str], dynamic_activations: bool, storage: Storage = BLOCK_FP8
+) -> QuantizationScheme:
+    """fp8 attention, dense layers and shared experts, in blocks or by rows; with dynamic activations, as the source's
+    `activation_scheme: dynamic` says: in groups as wide as a block, or by tokens."""
+    weights: dict[str, Any] = {"strategy": QuantizationStrategy.CHANNEL}
+    activations: dict[str, Any] = {"strategy": QuantizationStrategy.TOKEN}
+    if all(storage.block):
+        weights = {"strategy": QuantizationStrategy.BLOCK, "block_structure": list(storage.block)}
+        activations = {"strategy": QuantizationStrategy.GROUP, "group_size": storage.block[1]}
+    fp8: dict[str, Any] = {"num_bits": 8, "type": QuantizationType.FLOAT, "symmetric": True}
     return QuantizationScheme(
         targets=kept_targets(architecture, kept),
-        weights=QuantizationArgs(
-            num_bits=8,
-            type=QuantizationType.FLOAT,
-            strategy=QuantizationStrategy.BLOCK,
-            block_structure=[BLOCK, BLOCK],
-            symmetric=True,
-            dynamic=False,
-        ),
-        input_activations=activations if dynamic_activations else None,
+        weights=QuantizationArgs(**fp8, **weights, dynamic=False),
+        input_activations=QuantizationArgs(**fp8, **activations, dynamic=True) if dynamic_activations else None,
         format=CompressionFormat.float_quantized.value,
     )
 

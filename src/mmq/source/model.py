@@ -167,6 +167,16 @@ class SourceModel:
                     result[name] = self.scales[name]
         return result | {name: scale for name, scale in self.scales.items() if arch.is_extra(name)}
 
+    def attention_matrices(self) -> frozenset[str]:
+        """All of attention's matrices in the decoder layers but those that are too narrow for fp8."""
+        arch, layers = self.architecture, range(self.layer_count())
+        return frozenset(
+            arch.layer_prefix(layer) + weight.name
+            for layer in layers
+            for weight in arch.attention_of(layer)
+            if weight.is_matrix
+        )
+
     def layer_names(self, layer: int) -> list[str]:
         """Dequantized tensors of a decoder layer."""
         return self._by_layer[layer]
@@ -267,7 +277,7 @@ class SourceModel:
             }
             shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.kept(layer)}
             either = {prefix + weight.name for weight in (arch.shared.weights if arch.shared else ())}
-            either |= {prefix + weight.name for weight in arch.kept(layer) if weight.plain}
+            either |= {prefix + w.name for w in arch.kept(layer) if w.plain or self.format.partly}
             for name in shapes.keys() - either:
                 if self.format.quantized and name in specs and name not in self.scales:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")

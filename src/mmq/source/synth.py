@@ -21,11 +21,12 @@ from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.sizes import Dimensions
 from mmq.families.table import Architecture, Weight
 from mmq.shipped import TRAINED
-from mmq.source.formats import FINE_GRAINED_FP8, PLAIN_BF16, SourceFormat
+from mmq.source.formats import CT_BLOCK_FP8, CT_CHANNEL_FP8, FINE_GRAINED_FP8, PLAIN_BF16, SourceFormat
 from mmq.storage.atomic import copy_file, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import DTYPES, save_tensors
-from mmq.tensors.fp8 import BLOCK
+from mmq.tensors import fp8
+from mmq.tensors.fp8 import BLOCK, block_scales
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}]~b]{{ message.role }}\n{{ message.content }}"
@@ -40,7 +41,6 @@ TRAINING_TEXT = (
     "SELECT layer, expert, count(*) FROM routing GROUP BY layer, expert ORDER BY count(*) DESC;",
     "量化 校准 专家 路由 注意力 Квантование весов модели",
 )
-FP8_MAX = 448.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,39 @@ BLOCK_FP8_SETTINGS = {
     "weight_block_size": [BLOCK, BLOCK],
     "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
 }
+
+
+def compressed_settings(weights: Mapping[str, Any], activations: Mapping[str, Any]) -> dict[str, Any]:
+    """quantization_config of compressed-tensors' fp8, as llm-compressor writes it."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True, "observer": "minmax"}
+    group = {
+        "targets": ["Linear"],
+        "weights": common | {"dynamic": False} | dict(weights),
+        "input_activations": common | {"dynamic": True} | dict(activations),
+        "output_activations": None,
+        "format": "float-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["re:.*gate$", "lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+CT_BLOCK_SETTINGS = compressed_settings(
+    {"strategy": "block", "block_structure": [BLOCK, BLOCK]}, {"strategy": "group", "group_size": BLOCK}
+)
+CT_CHANNEL_SETTINGS = compressed_settings({"strategy": "channel"}, {"strategy": "token"})
 # What `mmq synth --format` offers.
 STORED = {
     "fp8": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS),
     "fp8-bf16-scales": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS, "BF16"),
     "fp8-powers-of-two": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS, powers_of_two=True),
+    "ct-block": Stored(CT_BLOCK_FP8, CT_BLOCK_SETTINGS, "BF16"),
+    "ct-channel": Stored(CT_CHANNEL_FP8, CT_CHANNEL_SETTINGS, "BF16"),
     "bf16": Stored(PLAIN_BF16),
 }
 
@@ -172,16 +200,10 @@ def write_samples(path: Path, count: int, seed: int = 0) -> None:
 
 def quantize_block(weight: torch.Tensor, stored: Stored = STORED["fp8"]) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [out, in] -> float8_e4m3fn [out, in] and the scales of its blocks."""
-    storage = stored.format.storage
-    rows, columns = storage.scale_shape(tuple(weight.shape))
-    high, wide = (share or size for size, share in zip(weight.shape, storage.block, strict=True))
-    padded = torch.zeros(rows * high, columns * wide)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    blocks = padded.view(rows, high, columns, wide)
-    scale = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp(min=1e-12)
+    block = stored.format.storage.block
+    scale = block_scales(weight, block)
     scale = scale.log2().ceil().exp2() if stored.powers_of_two else scale.to(DTYPES[stored.scale_dtype]).float()
-    quantized = (blocks / scale[:, None, :, None]).view_as(padded)[: weight.shape[0], : weight.shape[1]]
-    return quantized.to(torch.float8_e4m3fn).contiguous(), scale.to(DTYPES[stored.scale_dtype])
+    return fp8.quantize_block(weight, scale, block), scale.to(DTYPES[stored.scale_dtype])
 
 
 def _tensors(
@@ -222,6 +244,8 @@ def _tensors(
             matrix(prefix + weight.name, normal(*shape) * shape[1] ** -0.5)
         elif len(shape) > 1:
             tensors[prefix + weight.name] = (normal(*shape) * shape[-1] ** -0.5).to(torch.bfloat16)
+        elif not weight.name.endswith((".weight", "bias")):
+            tensors[prefix + weight.name] = (0.5 * normal(*shape)).to(torch.bfloat16)
         else:
             tensors[prefix + weight.name] = norm_weight(weight)
 
@@ -253,17 +277,14 @@ def _tensors(
             tensors[prefix + arch.shared_gate.name] = (normal(*dims.shape(arch.shared_gate)) * gain).bfloat16()
         for expert in range(dims.experts):
             gated([prefix + weight.name.format(expert=expert) for weight in arch.experts.weights], inner, gain)
-    for layer in arch.extra_at:
-        prefix = arch.layer_prefix(layer)
-        plain = {arch.router, *(weight.name for weight in arch.extra_weights)}
-        for weight in arch.layer_weights(layer, dims.experts):
-            name = prefix + weight.name
-            shape = dims.shape(weight)
+    for weight in arch.extra_tensors():
+        shape = dims.shape(weight)
+        for name in {weight.name.format(expert=expert): None for expert in range(dims.experts)}:
             values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
-            if weight.is_matrix and weight.name not in plain:
+            if weight.is_matrix:
                 matrix(name, values)
             else:
-                tensors[name] = values.to(torch.float32 if weight.name == arch.router_bias else torch.bfloat16)
+                tensors[name] = values.to(DTYPES[weight.dtypes[0]])
     tensors[arch.final_norm] = (channels(hidden, 0.1, 2) - arch.norm_offset).to(torch.bfloat16)
     tensors[arch.head] = (normal(dims.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors

@@ -105,7 +105,7 @@ def plan(workspace: Workspace) -> Plan:
     # The hidden states after a layer and, until its journal entry is written, those after the layer before it.
     states = 2 * hidden_states * torch.bfloat16.itemsize
     if compensated:
-        states += source.layer_count() * _evidence_bytes(source)
+        states += sum(map(source.architecture.has_experts, range(source.layer_count()))) * _evidence_bytes(source)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
@@ -114,7 +114,7 @@ def _evidence_bytes(source: SourceModel) -> int:
     """At most, of the tokens of a layer that verify gets, with the scales of all experts' down inputs in fp32."""
     arch, config = source.architecture, source.config
     width = int(config[arch.hidden_key]) * torch.bfloat16.itemsize
-    inner = source.specs[f"{arch.expert_weight(0, 0, arch.down)}.weight"].shape[1]
+    inner = int(config[arch.intermediate_key])
     # index and weight of each choice: at most as many as there are experts.
     choices = source.expert_count() * (torch.int64.itemsize + torch.float32.itemsize)
     return EVIDENCE * (width + choices) + source.expert_count() * inner * torch.float32.itemsize

@@ -18,7 +18,6 @@ from mmq.families.sizes import (
     disk_bytes,
     layer_bytes,
     outside_bytes,
-    tensors_of,
 )
 from mmq.families.table import Architecture
 from mmq.quantize.memory import awq_memory
@@ -26,7 +25,7 @@ from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.recipe import Recipe
 from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
-from mmq.source.formats import format_of
+from mmq.serve.outputs import output_tensors
 from mmq.source.hub import source_config
 from mmq.source.samples import most_tokens
 from mmq.stages.base import BASE_MEMORY, free_disk
@@ -47,15 +46,9 @@ def make_plan(
     """
     config = source_config(recipe)
     arch = architecture_of(config)
-    dims, storage = Dimensions.of(config, arch), format_of(config).storage
+    dims = Dimensions.of(config, arch)
     rope_parameters(config, arch)
-    scales = recipe.awq.kv_cache_scheme is not None
-    forms = {
-        form: tensors_of(
-            dims, arch, form, recipe.awq.group_size, scales, storage, recipe.awq.shared_experts == "source"
-        )
-        for form in FORMS
-    }
+    forms = {form: output_tensors(recipe, config, arch, form) for form in FORMS}
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),

@@ -18,8 +18,9 @@ from mmq.serve.quantization_config import output_config
 from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
+from mmq.tensors.fp8 import block_scales, quantize_block
 from mmq.workdir.journal import StageJournal
-from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
+from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, scale_name, shard_name
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
@@ -49,6 +50,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "model.source": workspace.source.checkpoint.fingerprint(),
         "awq (its output)": workspace.journal.stage("awq").digest(AWQ),
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
+        # Where it is the default nothing depends on it, and runs that were begun before there was the key go on.
+        **({"restore.attention": "fp8_block"} if workspace.rounded else {}),
     }
 
 
@@ -79,7 +82,12 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 check_stop(stop)
                 reporter.step(unit.name, "copying", done, total, spec.name)
                 origin = origins[spec.name]
-                shard.add(spec.name, originals[origin] if origin else results[spec.name])
+                tensor = originals[origin] if origin else results[spec.name]
+                if origin in workspace.rounded:
+                    # A shard has its scales where they fit in, not beside their weights.
+                    scale = block_scales(tensor)
+                    tensor = scale if spec.name == scale_name(origin) else quantize_block(tensor, scale)
+                shard.add(spec.name, tensor)
                 done += 2 * spec.nbytes
         finish_unit(workspace, journal, unit.name, {f"{HYBRID}/{unit.name}": shard.record})
 
@@ -88,9 +96,16 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source = workspace.source
-    kept = [name.removesuffix(".weight") for name in workspace.kept_scales]
+    kept = [name.removesuffix(".weight") for name in (*workspace.kept_scales, *_in_order(workspace))]
     config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
+
+
+def _in_order(workspace: Workspace) -> list[str]:
+    """What is rounded to fp8, by layers and as the table has it."""
+    arch, layers = workspace.architecture, range(workspace.source.layer_count())
+    names = (arch.layer_prefix(layer) + weight.name for layer in layers for weight in arch.attention_of(layer))
+    return [name for name in names if name in workspace.rounded]
 
 
 def _awq_output(workspace: Workspace) -> str:
@@ -130,6 +145,8 @@ def _original(workspace: Workspace, name: str) -> str | None:
     source, arch = workspace.source, workspace.architecture
     weight = name.removesuffix(SCALE_NAME) + "weight" if name.endswith(SCALE_NAME) else name
     layer, local = arch.split(weight)
+    if weight in workspace.rounded:
+        return weight
     if weight in workspace.kept_scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
         return name if weight == name else source.scales[weight]
     if arch.component(name) in ("embeddings", "head") or local == arch.router_bias:

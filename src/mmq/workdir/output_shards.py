@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmq.families.sizes import BLOCK_FP8
 from mmq.storage.shards import TensorSpec
 from mmq.workdir.workspace import Workspace
 
@@ -57,7 +58,10 @@ def hybrid_specs(workspace: Workspace, layer: int | None) -> list[TensorSpec]:
     specs = []
     for spec in quantized_specs(workspace, layer):
         scale = workspace.kept_scales.get(spec.name)
-        if scale is None:
+        if spec.name in workspace.rounded:
+            specs.append(TensorSpec(spec.name, BLOCK_FP8.dtype, spec.shape))
+            specs.append(TensorSpec(scale_name(spec.name), "F32", BLOCK_FP8.scale_shape(spec.shape)))
+        elif scale is None:
             specs.append(spec)
         else:
             specs.append(originals[spec.name])

@@ -68,6 +68,21 @@ class Workspace:
         """fp8 weights of the source whose bytes the hybrid checkpoint has, and the names of their scales."""
         return self.source.kept_scales(self.recipe.awq.shared_experts == "source")
 
+    @cached_property
+    def rounded(self) -> frozenset[str]:
+        """Attention's matrices that are bf16 in the source and block fp8 in the hybrid checkpoint.
+
+        Raises:
+            RecipeError: the recipe asks for it, and the source is no bf16 checkpoint.
+        """
+        if self.recipe.restore.attention == "source":
+            return frozenset()
+        if self.source.format.quantized:
+            raise RecipeError(
+                f"restore.attention is fp8_block, which is for bf16 sources; this one is {self.source.format.name}"
+            )
+        return self.source.attention_matrices()
+
     @property
     def kv_cache_scheme(self) -> KvCacheScheme | None:
         """The recipe's, where the family has a KV cache that servers take scales for."""
