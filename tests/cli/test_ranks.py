@@ -15,8 +15,13 @@ import pytest
 
 from conftest import SAMPLES, cpu_only, write_recipe
 from faults.harness import FOLDERS, differences, leftovers
+from mmq.errors import RecipeError
+from mmq.machine.team import Team
+from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
+from mmq.stages.pipeline import STAGES
 from mmq.workdir.lock import lock_holder
+from mmq.workdir.workspace import Workspace
 
 # Experts and sequences that don't divide by the ranks.
 ODD = Sizes(layers=2, hidden=128, intermediate=128, experts=11, top_k=2, heads=2, kv_heads=1, head_dim=64)
@@ -98,19 +103,20 @@ def test_a_signal_to_the_launcher_ends_all_in_order(odd: Path) -> None:
 
 
 @cpu_only
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (["--devices", "12"], "12 ranks can't share 11 experts a layer; start at most as many"),
-        (["--devices", "2", "--set", "awq.kv_cache_scheme.observer=minmax"], "minmax follows the order of the samples"),
-        (["--devices", "2", "--set", "awq.n_grid=0"], "awq.n_grid"),
-    ],
-)
-def test_what_several_ranks_refuse(odd: Path, given: list[str], sentence: str) -> None:
-    stderr = run(MMQ, odd, "refused", *given, code=2)
-    assert sentence in stderr
-    assert stderr.count("error: ") == 1
+def test_what_two_ranks_can_not_put_together_is_refused_once(odd: Path) -> None:
+    observer = ["--devices", "2", "--set", "awq.kv_cache_scheme.observer=minmax"]
+    stderr = run(MMQ, odd, "refused", *observer, code=2)
+    assert "minmax follows the order of the samples, which 2 ranks share" in stderr
+    assert len(stderr.splitlines()) == 1
     assert not (odd / "refused" / "awq").exists()
+
+
+def test_more_ranks_than_experts_are_refused(odd: Path) -> None:
+    workspace = Workspace.of(load(odd / "recipe.yaml"))
+    workspace.team = Team(0, 12)
+    (check,) = (check for check in STAGES["awq"].checks(workspace, set()) if check.name == "ranks")
+    with pytest.raises(RecipeError, match="12 ranks can't share 11 experts a layer"):
+        check.look(workspace)
 
 
 def ranks_of(launcher: int) -> dict[int, int]:
