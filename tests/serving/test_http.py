@@ -28,8 +28,8 @@ from serving.streamed import Cache, log_probabilities
 
 VERSION = "0.32.0"
 STARTING = 900  # seconds at most, of which most goes into importing
-# Mean and median of the difference per token, in nats. See test_vllm_client for what it is made of: here vLLM's own
-# kernel rounds the experts' activations to int8.
+# Mean and median of the difference per token, in nats; found 0.079 and 0.038, against a bf16 cache 0.178 and 0.080.
+# See test_vllm_client for what it is made of: here vLLM's own kernel rounds the experts' activations to int8.
 TOLERANCE = (0.13, 0.06)
 NEW = 16
 
@@ -139,7 +139,7 @@ def test_log_probabilities_are_those_of_the_streamed_evaluation(
     assert float(found.mean()) < TOLERANCE[0] and float(found.median()) < TOLERANCE[1]
     other = differences(server, completions, Cache.BF16)
     print(f"with a bf16 cache: mean {other.mean():.4f}, median {other.median():.4f}")
-    assert float(other.median()) > float(found.median())
+    assert float(other.mean()) > TOLERANCE[0] and float(other.median()) > TOLERANCE[1]
 
 
 def test_eight_at_once_are_as_one_after_the_other(
