@@ -347,7 +347,6 @@ class _Stage:
 
     def _say(self, layer: int, part: str, share: float, at: str) -> None:
         self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
-        self.team.at(f"{layer_unit(layer)}: {part}{f', {at}' if at else ''}")
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.
