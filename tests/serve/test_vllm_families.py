@@ -53,6 +53,18 @@ def test_names_of_kv_scales_that_no_loader_knows(sources: Sources) -> None:
     assert support(Sources(), ARCHITECTURES["glm4_moe"]).faults == ()
 
 
+def test_a_loader_that_passes_over_scales(sources: Sources) -> None:
+    """Qwen3-MoE's before pull request 35656, and after it."""
+    old = GATE.format(dtype="", loader="self.quant_config.get_cache_scale") + (
+        "def load(weights):\n    ignore_suffixes = ('.bias', '.k_scale', '.v_scale')\n"
+    )
+    path = sources.folders[0] / "model_executor/models/qwen3_moe.py"
+    path.write_text(old)
+    assert "no names of KV scales" in support(Sources(), ARCHITECTURES["qwen3_moe"]).faults[0]
+    path.write_text(old + "    return maybe_remap_kv_scale_name(weights, {})\n")
+    assert support(Sources(), ARCHITECTURES["qwen3_moe"]).faults == ()
+
+
 def test_a_router_in_another_dtype(sources: Sources) -> None:
     (sources.folders[0] / "model_executor/models/qwen3_moe.py").write_text(
         GATE.format(dtype=", params_dtype=torch.float32", loader="get_cache_scale")

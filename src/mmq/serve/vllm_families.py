@@ -39,14 +39,28 @@ def support(sources: Sources, arch: Architecture) -> Support:
     if module is None:
         return Support(arch.model_type, None, None, False, (f"it has no {arch.causal_lm}",))
     router = _router_dtype(sources, module)
-    names = {name for place in (module, f"{MODELS}.utils") for node in sources.body(place) for name in _names(node)}
-    scales = any(name in names for name in SCALE_NAMES)
+    own, common = ({name for node in sources.body(at) for name in _names(node)} for at in (module, f"{MODELS}.utils"))
+    scales = any(name in own | common for name in SCALE_NAMES) and not _drops_scales(sources, module, own)
     faults = []
     if router is not None and router != arch.router_served:
         faults.append(f"it holds the router in {router}, mmq smooths for {arch.router_served}")
     if not scales and arch.has_kv_cache_scales:
         faults.append("its loader knows no names of KV scales: the cache would run at scale 1")
     return Support(arch.model_type, module.removeprefix(f"{MODELS}."), router, scales, tuple(faults))
+
+
+def _drops_scales(sources: Sources, module: str, names: set[str]) -> bool:
+    """Whether a model's own loader passes over names that end in `.k_scale` and never renames them: so Qwen3-MoE's did
+    before vLLM's pull request 35656."""
+    passed = {
+        part.value
+        for statement in sources.body(module)
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for part in node.value.elts
+        if isinstance(part, ast.Constant)
+    }
+    return ".k_scale" in passed and "maybe_remap_kv_scale_name" not in names
 
 
 def _module_of(sources: Sources, causal_lm: str) -> str | None:
