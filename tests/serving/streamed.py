@@ -13,7 +13,7 @@ from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache, regi
 
 from mmq.families.registry import architecture_of
 from mmq.prove.forward import Head, run_layer
-from mmq.prove.weights import HybridWeights, read_layer
+from mmq.prove.weights import HybridWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.storage.checkpoint import Checkpoint
@@ -42,9 +42,11 @@ def log_probabilities(folder: Path, sequences: list[list[int]], cache: Cache) ->
         head = Head(arch, config, reader[arch.final_norm].clone(), reader[arch.head].clone())
     for layer in range(config.num_hidden_layers):
         content = read_layer(weights, arch, layer, device)
-        scales = {name: content.rest.pop(f"self_attn.{name}") for name in ("k_scale", "v_scale")}
+        scales = take_kv_scales(arch, content)
         decoder = DecoderLayer(arch, config, layer, content.rest, device)
-        if cache is Cache.NEAREST:
+        if not scales:
+            pass
+        elif cache is Cache.NEAREST:
             quantize_kv_cache(decoder, checkpoint.config["quantization_config"]["kv_cache_scheme"], scales)
         elif cache is Cache.TOWARD_ZERO:
             _truncate_kv_cache(decoder, config, scales)
