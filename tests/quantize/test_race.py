@@ -7,23 +7,12 @@ import torch
 from transformers.activations import ACT2FN
 
 import stock_awq
+from bench_race import heavy_tailed
 from conftest import DEVICE
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.race import PARTS, Runner, parts, race, surely_worse
 from mmq.quantize.routed_experts import ExpertBlock, Weights, sampled
 from mmq.quantize.search import StackedAWQModifier, awq_mappings, lines
-
-
-def heavy_tailed(tokens: int, hidden: int, seed: int) -> torch.Tensor:
-    """A residual stream with a few shared directions; neighbours are alike, and some tokens are large."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    stream = normal(tokens, hidden) + normal(tokens, 24) @ normal(24, hidden) * 0.6
-    stream *= normal(tokens // 64, 1).mul(0.7).exp().repeat_interleave(64, 0) * normal(tokens, 1).mul(0.5).exp()
-    return stream.to(torch.bfloat16)
 
 
 def make_block(seed: int, shares: tuple[float, ...], tokens: int = 2048) -> ExpertBlock:

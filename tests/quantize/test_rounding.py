@@ -8,13 +8,18 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from cli.test_cli import cli, refused, succeed
 from conftest import digests
+from mmq.prove.findings import Report
+from mmq.prove.judged import judged_layer
 from mmq.quantize.rounding import held_back
+from mmq.recipe import load
+from mmq.workdir.workspace import Workspace
 from stages.test_resume import stopped
 from storage.test_storage import edit_tensors
 
@@ -110,6 +115,48 @@ def test_verify_finds_an_expert_that_is_anothers(copy: Path, linear: str) -> Non
     for expert in (3, 5):
         assert f"experts.{expert}." in result.stderr
     assert "as the nearest ones" in result.stderr
+    assert "codes or scales are not those that were judged" in result.stderr
+    assert "loss_chosen on the tokens kept as evidence" in result.stderr
+
+
+def test_verify_finds_a_single_code(copy: Path) -> None:
+    name = EXPERT.format(7, "w2")
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name] = tensors[name].clone()
+            tensors[name][11, 5] ^= 1 << 9
+
+    edit_tensors(copy / "run/hybrid", flip)
+    result = cli("verify", copy / "recipe.yaml", "--quiet")
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stderr.splitlines() if "  - " in line)
+    assert "experts.7: codes or scales are not those that were judged" in line
+
+
+@pytest.mark.parametrize("kind", ["record", "evidence"])
+def test_verify_wants_what_judged(copy: Path, kind: str) -> None:
+    """Tokens or statistics that the stage did not write prove nothing."""
+    state = copy / "run/state/awq"
+    path = next(path for path in sorted(state.glob("*0001*")) if (path.suffix == ".json") == (kind == "record"))
+    path.write_bytes(path.read_bytes().replace(b"e", b"f", 1) if kind == "record" else path.read_bytes()[:-1] + b"!")
+    result = cli("verify", copy / "recipe.yaml", "--quiet")
+    assert result.exit_code == 1 and path.name in result.stderr
+    path.unlink()
+    assert f"{path} is gone" in cli("verify", copy / "recipe.yaml", "--quiet").stderr
+
+
+def test_verify_does_not_believe_the_statistics(trained: Path) -> None:
+    """The losses that numpy finds from source, result and tokens, against those of the statistics; and a false one."""
+    recipe = load(trained / "recipe.yaml")
+    for layer in range(3):
+        judged = judged_layer(Workspace.of(recipe), layer)
+        assert judged is not None and judged.compensated and len(judged.x) == 256
+        report = Report(trained, trained)
+        judged.outputs = {kind: np.zeros(judged.x.shape) for kind in ("source", "stored", "nearest")}
+        judged.outputs["source"] += 1
+        judged.check(report, layer)
+        assert len(report.problems) == 2
 
 
 def test_every_eighth_sample_is_held_back() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from mmq.families.table import Architecture
 from mmq.machine.threads import each
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
+from mmq.prove.judged import Judged, round_to_nearest
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.progress import Reporter
@@ -34,14 +36,14 @@ def check_tensors(
     arch: Architecture,
     source: Checkpoint,
     result: Checkpoint,
-    compensated: bool,
+    judged: Callable[[int], Judged | None],
     workers: int,
     reporter: Reporter,
 ) -> None:
     """All that needs the tensors' bytes, layer by layer on threads.
 
     Args:
-        compensated: codes make up for each other's errors, so that many are not the nearest to their weights.
+        judged: what is known of a layer's rounding; None where every code must be the nearest.
     """
     sizes: dict[int | None, int] = {None: 0}
     for checkpoint in (source, result):
@@ -59,7 +61,7 @@ def check_tensors(
             if layer is None:
                 _check_outside(part, arch, source, result)
             else:
-                _check_layer(part, arch, source, result, compensated, layer)
+                _check_layer(part, arch, source, result, layer, judged(layer))
         except MmqError as error:
             part.problems.append(str(error))
         reporter.unit(units[layer])
@@ -75,7 +77,7 @@ def check_tensors(
 
 
 def _check_layer(
-    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, compensated: bool, layer: int
+    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, layer: int, judged: Judged | None
 ) -> None:
     prefix = arch.layer_prefix(layer)
     with source.reader() as originals, result.reader() as results:
@@ -95,7 +97,7 @@ def _check_layer(
         applied = _check_smoothing(report, arch, prefix, originals, results)
         entry: dict[str, Any] = {
             "layer": layer,
-            "expert_error": _check_experts(report, arch, layer, applied, compensated, originals, results),
+            "expert_error": _check_experts(report, arch, layer, applied, judged, originals, results),
         }
         parent = arch.attention[0].rpartition(".")[0]
         for scale in ("k_scale", "v_scale"):
@@ -130,12 +132,14 @@ def _check_experts(
     arch: Architecture,
     layer: int,
     applied: Array,
-    compensated: bool,
+    judged: Judged | None,
     originals: TensorReader,
     results: TensorReader,
 ) -> dict[str, float | None]:
-    """Every int4 code must be the nearest to the source's weight as the smoothing left it; where codes make up for each
-    other's errors, a linear layer's weights as a whole must be near.
+    """Every int4 code must be the nearest to the source's weight as the smoothing left it.
+
+    Where codes make up for each other's errors they are not: then a linear layer's weights as a whole must be near, the
+    codes those that were judged, and the block's loss from the files what the statistics say.
 
     Args:
         applied: float64 [H], the scale that the norm left to gate and up.
@@ -152,11 +156,19 @@ def _check_experts(
             linear: fp8_values(originals[f"{base}.weight"], originals[f"{base}.weight_scale_inv"])
             for linear, base in bases.items()
         }
+        stored: dict[str, Array] = {}
+        if judged:
+            linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
+            judged.add("source", expert, *linears)
+            judged.add(
+                "nearest",
+                expert,
+                *(round_to_nearest(weight, _group_size(results, bases[arch.gate])) for weight in linears),
+            )
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
-        if compensated:
-            up = int4_codes(results[f"{bases[arch.up]}.weight_packed"], results[f"{bases[arch.up]}.weight_scale"])
-            rows = _fitted_rows(smoothed[arch.up], up[0] * up[1])
+        if judged:
+            rows = 1 / judged.inner[expert]
         else:
             rows = _row_scales(smoothed[arch.up], float32(results[f"{bases[arch.up]}.weight_scale"]))
         lost = np.isnan(rows)
@@ -167,39 +179,44 @@ def _check_experts(
             shape = results[f"{base}.weight_shape"].tolist()
             report.require(shape == list(expected.shape), f"{base}.weight_shape is {shape}, not {list(expected.shape)}")
             codes, steps = int4_codes(results[f"{base}.weight_packed"], results[f"{base}.weight_scale"])
-            difference = codes * steps - expected
+            stored[linear] = codes * steps
+            difference = stored[linear] - expected
             if linear == arch.down:
                 # Up's row is zero, and so is all that this column is multiplied by.
                 difference[:, lost] = 0
-            if compensated:
-                nearest = np.clip(np.rint(expected / steps), codes.min(), codes.max()) * steps - expected
+            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
+            report.require(bool((steps > 0).all()), f"{base}: a group scale is not positive")
+            if judged and judged.compensated:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    nearest = np.clip(np.rint(expected / steps), -8, 7) * steps - expected
                 changed, least = (float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest))
                 report.require(
                     changed <= MOST_COMPENSATED * least + NEGLIGIBLE,
                     f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's"
                     f" weights as the nearest ones, in squares; compensation makes it at most {MOST_COMPENSATED} times",
                 )
-            else:
-                far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
-                report.require(
-                    far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
-                )
-            squares[linear] += [np.square(part, dtype=np.float64).sum() for part in (difference, expected)]
+                continue
+            far = np.count_nonzero(~(np.abs(difference) <= np.maximum(FARTHEST * steps, NEGLIGIBLE)))
+            report.require(
+                far == 0, f"{base}: {far} of {codes.size} int4 codes are not the nearest to the source's weights"
+            )
+        if judged:
+            names = [(arch.gate, arch.up), (arch.down,)]
+            parts = [(group, kind) for group in names for kind in ("packed", "scale")]
+            tensors = [results[f"{bases[linear]}.weight_{kind}"] for group, kind in parts for linear in group]
+            judged.check_codes(report, expert, bases[arch.gate].rpartition(".")[0], tensors)
+            judged.add("stored", expert, stored[arch.gate], stored[arch.up], stored[arch.down], applied)
+        compensated = judged is not None and judged.compensated
         report.count(f"experts whose int4 {'weights are near' if compensated else 'codes are the nearest'}")
+    if judged:
+        judged.check(report, layer)
     errors = {linear: float(np.sqrt(wrong / max(total, 1e-300))) for linear, (wrong, total) in squares.items()}
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
 
 
-def _fitted_rows(weight: Array, stored: Array) -> Array:
-    """The scale of each row of a weight that fits what is stored best, by least squares; NaN for a row of zeros.
-
-    Source: for s that minimizes |q - s w|^2, s = <q, w> / <w, w>.
-    """
-    products = (stored.astype(np.float64) * weight).sum(1)
-    squares = np.square(weight, dtype=np.float64).sum(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found: Array = products / squares
-    return np.where(found > 0, found, np.nan)
+def _group_size(results: TensorReader, base: str) -> int:
+    """Input channels that share a scale."""
+    return int(results[f"{base}.weight_packed"].shape[1]) * 8 // int(results[f"{base}.weight_scale"].shape[1])
 
 
 def _row_scales(weight: Array, steps: Array) -> Array:

@@ -13,22 +13,23 @@ from mmq.errors import CheckpointError
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def _raw(tensor: torch.Tensor) -> Array:
+def raw(tensor: torch.Tensor) -> Array:
+    """The bytes of a tensor: uint8 [n]."""
     array: Array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return array
 
 
 def sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(_raw(tensor).data).hexdigest()
+    return hashlib.sha256(raw(tensor).data).hexdigest()
 
 
 def float32(tensor: torch.Tensor) -> Array:
     """bf16 or fp32 -> fp32: a bf16 is the upper half of a float."""
-    raw = _raw(tensor)
+    bits = raw(tensor)
     if tensor.dtype == torch.bfloat16:
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
     if tensor.dtype == torch.float32:
-        return raw.view(np.float32).reshape(tensor.shape)
+        return bits.view(np.float32).reshape(tensor.shape)
     raise CheckpointError(f"a tensor of dtype {tensor.dtype} stands where bf16 or fp32 must be")
 
 
@@ -53,12 +54,12 @@ def fp8_values(weight: torch.Tensor, scale: torch.Tensor) -> Array:
     """float32 [out, in]: value times its 128x128 block's scale."""
     rows, columns = weight.shape
     blocks = np.repeat(np.repeat(float32(scale), 128, axis=0)[:rows], 128, axis=1)[:, :columns]
-    return E4M3[_raw(weight)].reshape(rows, columns) * blocks
+    return E4M3[raw(weight)].reshape(rows, columns) * blocks
 
 
 def int4_codes(packed: torch.Tensor, scale: torch.Tensor) -> tuple[Array, Array]:
     """float32 [out, in] codes and the step of each, from int32 words of eight codes, lowest bits first, each plus 8."""
-    words = _raw(packed).view(np.uint32).reshape(packed.shape)
+    words = raw(packed).view(np.uint32).reshape(packed.shape)
     codes = (words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32)) & 15
     values = codes.reshape(words.shape[0], -1).astype(np.float32) - 8
     scales = float32(scale)

@@ -6,12 +6,14 @@ stages' tensor code can't hide itself.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mmq.errors import CheckpointError, JournalError
 from mmq.prove.check_config import check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
+from mmq.prove.judged import judged_layer
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
 from mmq.workdir.workspace import HYBRID, Workspace
@@ -42,9 +44,8 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
         check_config(report, arch, source, result)
         if not report.problems:
-            compensated = workspace.recipe.awq.rounding == "compensated"
-            workers = workspace.recipe.worker_count
-            check_tensors(report, arch, source, result, compensated, workers, workspace.reporter)
+            judged = partial(judged_layer, workspace)
+            check_tensors(report, arch, source, result, judged, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -77,11 +77,13 @@ class LayerResult:
         tensors: what the layer's shard holds, by names in the layer, where they were computed.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
+        evidence: what verify needs to find a loss of the statistics again; see `rounding.Verdict`.
     """
 
     tensors: dict[str, torch.Tensor]
     hidden: torch.Tensor
     statistics: dict[str, Any]
+    evidence: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 class NotFiniteError(CalibrationError):
@@ -197,7 +199,7 @@ class LayerQuantizer:
             found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
             norm, applied = smooth_norm(own_norm, found[0].scales)
-            inner, rounded = found[1].scales, None
+            inner, rounded, evidence = found[1].scales, None, {}
             if settings.rounding == "nearest":
                 clock.step(SEARCHED[1], "comparing with round-to-nearest")
                 better, statistics = self._better(block, reference, *found)
@@ -208,6 +210,9 @@ class LayerQuantizer:
                 verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
+                evidence = verdict.evidence
+                if rounded:
+                    statistics["evidence"]["codes"] = rounded.digests()
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
         with clock.part("quantizing"):
             if rounded is None:
@@ -236,7 +241,7 @@ class LayerQuantizer:
             "seconds": clock.seconds,
         }
         self._shares = dict(clock.seconds)
-        return LayerResult(tensors, hidden, statistics)
+        return LayerResult(tensors, hidden, statistics, evidence)
 
     def _search(self, clock: _Clock, block: ExpertBlock, reference: list[torch.Tensor]) -> tuple[Found, Found]:
         """The norm's and the inner scales that are best for rounding to nearest."""

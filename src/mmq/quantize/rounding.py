@@ -13,9 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
+import xxhash
 
 from mmq.machine.threads import each
-from mmq.quantize.routed_experts import CPU_STEP_ELEMENTS, ExpertBlock, Smoothed, Weights
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
 from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
@@ -24,6 +25,8 @@ from mmq.tensors.rounding import factorize, round_compensated, searched_scale, s
 # added to it. docs/quality.md has what other values give.
 SHRINKAGE, DAMPING = 0.5, 0.1
 HELD_BACK = 8  # one sample in as many
+CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
+EVIDENCE = 256  # at most as many tokens are kept for verify to compute the block's loss from the files by
 ROUNDED = 0.9  # the share of the time that rounding takes, before judging
 
 
@@ -76,6 +79,16 @@ class Rounded(Weights):
         packed, scale = (tensors[which][first:last].to(device) for tensors in (self.packed, self.scale))
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
+    def digests(self) -> list[str]:
+        """xxh3-128 of each expert's codes and scales: of gate and up, then of down."""
+        found = []
+        for expert in range(self.packed[0].shape[0]):
+            digest = xxhash.xxh3_128()
+            for tensor in (part[expert] for pair in zip(self.packed, self.scale, strict=True) for part in pair):
+                digest.update(tensor.view(torch.uint8).numpy().data)
+            found.append(digest.hexdigest())
+        return found
+
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
         gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
@@ -111,8 +124,8 @@ class Compensation:
         per_expert = self.least(hidden, inner)
         room = block.working_memory // 2
         if block.x.device.type == "cpu":
-            most = max(1, 8 * CPU_STEP_ELEMENTS // per_expert)
-            self.step = max(1, min(experts, room // per_expert, most))
+            # Small steps, so that there are some for every thread; their size depends on no number of threads.
+            self.step = max(1, min(-(-experts // CPU_STEPS), room // per_expert))
             self.workers = max(
                 1, min(torch.get_num_threads(), -(-experts // self.step), room // (self.step * per_expert))
             )
@@ -139,8 +152,18 @@ class Compensation:
         """
         results = [Rounded(self.block, smoothing) for smoothing in smoothings]
         steps = range(0, self.block.gate_up.shape[0], self.step)
-        cores = max(1, torch.get_num_threads() // self.workers)
-        each(partial(self._fit_step, results, say), steps, self.workers, cores)
+        fit = partial(self._fit_step, results, say)
+        if self.block.x.device.type != "cpu":
+            for first in steps:
+                fit(first)
+            return results
+        # A worker has one of torch's threads: MKL's Cholesky gives other last bits on two.
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(1)
+            each(fit, steps, self.workers)
+        finally:
+            torch.set_num_threads(threads)
         return results
 
     def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], first: int) -> None:
@@ -210,12 +233,15 @@ class Verdict:
         smoothed: whether they are those that the search found, not ones.
         rounded: the experts, compensated, or None where rounding to nearest was best.
         statistics: JSON: the mean squared error of the block's output on those samples, of every way that was tried.
+        evidence: some of the tokens (`x` bf16 [n, H], `index` and `weight` [n, k]) and `inner`, the scales of down's
+            inputs, on the host: what verify needs to compute `statistics["evidence"]` from the files.
     """
 
     smoothing: Smoothing
     smoothed: bool
     rounded: Rounded | None
     statistics: dict[str, Any]
+    evidence: dict[str, torch.Tensor]
 
 
 def judge(
@@ -257,14 +283,16 @@ def judge(
         *((f"{name}nearest", smoothing, None) for name, smoothing in zip(names, smoothings, strict=False)),
         *((f"{name}compensated", result.smoothing, result) for name, result in zip(names, rounded, strict=False)),
     ]
-    values = []
+    losses = []
     for _, smoothing, result in ways:
         weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
-        loss = jury.losses(jury.shares[0], weights, wanted).sum(dtype=torch.float64) / wanted.numel()
-        values.append(float(loss.nan_to_num(nan=torch.inf, posinf=torch.inf)))
+        losses.append(jury.losses(jury.shares[0], weights, wanted))
+    values = [_mean(loss, wanted.shape[1]) for loss in losses]
     best = min(range(len(ways)), key=values.__getitem__)
     _, smoothing, result = ways[best]
     smoothed = smoothing is not plain
+    kept = torch.arange(0, len(judging), -(-len(judging) // EVIDENCE), device=device)
+    shown = [losses[way][kept] for way in (0, best)]
     statistics = {
         "rounding": "nearest" if result is None else "compensated",
         "loss_tokens": len(judging),
@@ -273,8 +301,20 @@ def judge(
         "loss_chosen": _finite(values[best]),
         "losses": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
         "identity_kept": not smoothed,
+        "evidence": {
+            "tokens": len(kept),
+            "loss_round_to_nearest": _finite(_mean(shown[0], wanted.shape[1])),
+            "loss_chosen": _finite(_mean(shown[1], wanted.shape[1])),
+        },
     }
-    return Verdict(smoothing, smoothed, result, statistics)
+    evidence = {"x": jury.x[kept], "index": jury.index[kept], "weight": jury.weight[kept], "inner": smoothing.inner}
+    return Verdict(smoothing, smoothed, result, statistics, {name: t.cpu() for name, t in evidence.items()})
+
+
+def _mean(losses: torch.Tensor, width: int) -> float:
+    """Mean squared error of an output, from the sums float32 [n] of tokens; infinity where it is not a number."""
+    mean = losses.sum(dtype=torch.float64) / (losses.numel() * width)
+    return float(mean.nan_to_num(nan=torch.inf, posinf=torch.inf))
 
 
 def _finite(value: float) -> float | None:

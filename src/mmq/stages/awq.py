@@ -424,6 +424,9 @@ class _Stage:
             self.files.in_journal(hidden_path): hidden,
             self.files.in_journal(statistics_path): write_json(statistics_path, result.statistics),
         }
+        if result.evidence:
+            evidence_path = self.files.evidence(layer)
+            files[self.files.in_journal(evidence_path)] = save_tensors(evidence_path, result.evidence)
         if layer:
             self.journal.forget_files(layer_unit(layer - 1), [self.files.in_journal(self.files.hidden(layer - 1))])
         self.journal.finish_unit(layer_unit(layer), files)

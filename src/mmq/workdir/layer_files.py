@@ -28,6 +28,10 @@ class LayerFiles:
         """JSON of what was found in a layer."""
         return self.folder / f"{layer_unit(layer)}.json"
 
+    def evidence(self, layer: int) -> Path:
+        """Tokens that a layer's rounding was judged by, for verify."""
+        return self.folder / f"evidence-{layer:05d}.safetensors"
+
     def in_journal(self, path: Path) -> str:
         """A file under its name in the journal."""
         return path.relative_to(self.work_dir).as_posix()

@@ -14,6 +14,14 @@ TILE, COLUMNS, WARPS = 2048, 512, 4
 # Rows at a time where they are summed.
 SUMMED_ROWS = 16
 _BF16 = torch.finfo(torch.bfloat16)
+# What the kernels know of int4.
+_FORMAT = {
+    "EPSILON": _BF16.eps,
+    "TINY": _BF16.tiny,
+    "HALF": HALF_RANGE,
+    "LOWEST": float(Q_MIN),
+    "HIGHEST": float(Q_MAX),
+}
 _SMALLEST = torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item()
 
 
@@ -92,6 +100,13 @@ def _fake_quantize(
     tl.store(out + (expert * out_expert + start * out_row) + (row * out_row + column), result, mask=inside)
 
 
+def _tiles(rows: int, groups: int, group_size: int) -> tuple[int, int, int, int]:
+    """Rows and groups of a program, and how many programs cover a matrix's rows and its groups."""
+    together = min(max(1, COLUMNS // group_size), triton.next_power_of_2(groups))
+    tall = max(1, TILE // (together * group_size))
+    return tall, together, programs(rows, tall), programs(groups, together)
+
+
 def fake_quantize_scaled(
     weight: torch.Tensor, scales: torch.Tensor, group_size: int, out: torch.Tensor, change: bool
 ) -> None:
@@ -100,9 +115,7 @@ def fake_quantize_scaled(
     by_channel = scales.expand(*scales.shape[:-1], columns).contiguous()
     inverse = by_channel.reciprocal()
     groups = columns // group_size
-    together = min(max(1, COLUMNS // group_size), triton.next_power_of_2(groups))
-    tall = max(1, TILE // (together * group_size))
-    row_blocks, column_blocks = programs(rows, tall), programs(groups, together)
+    tall, together, row_blocks, column_blocks = _tiles(rows, groups, group_size)
     with torch.cuda.device_of(weight):
         _fake_quantize[(experts * row_blocks * column_blocks,)](
             weight,
@@ -118,11 +131,7 @@ def fake_quantize_scaled(
             out.stride(0),
             out.stride(1),
             columns if by_channel.numel() > columns else 0,
-            EPSILON=_BF16.eps,
-            TINY=_BF16.tiny,
-            HALF=HALF_RANGE,
-            LOWEST=float(Q_MIN),
-            HIGHEST=float(Q_MAX),
+            **_FORMAT,
             CHANGE=change,
             ROWS=tall,
             GROUPS=together,
@@ -205,9 +214,7 @@ def quantize_in_place(
     by_channel = factors.expand(*factors.shape[:-1], columns).contiguous()
     packed = torch.empty(experts, rows, columns // 8, dtype=torch.int32, device=weight.device)
     steps = torch.empty(experts, rows, groups, dtype=torch.bfloat16, device=weight.device)
-    together = min(max(1, COLUMNS // group_size), triton.next_power_of_2(groups))
-    tall = max(1, TILE // (together * group_size))
-    row_blocks, column_blocks = programs(rows, tall), programs(groups, together)
+    tall, together, row_blocks, column_blocks = _tiles(rows, groups, group_size)
     with torch.cuda.device_of(weight):
         _quantize_in_place[(experts * row_blocks * column_blocks,)](
             weight,
@@ -222,11 +229,7 @@ def quantize_in_place(
             weight.stride(0),
             weight.stride(1),
             columns if by_channel.numel() > columns else 0,
-            EPSILON=_BF16.eps,
-            TINY=_BF16.tiny,
-            HALF=HALF_RANGE,
-            LOWEST=float(Q_MIN),
-            HIGHEST=float(Q_MAX),
+            **_FORMAT,
             DIVIDED=divisors is not None,
             ROWS=tall,
             GROUPS=together,
