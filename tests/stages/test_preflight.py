@@ -223,3 +223,19 @@ def test_restart_checks_what_is_complete(finished_copy: Path) -> None:
     result = cli("run", finished_copy / "recipe.yaml", "--restart", "--quiet")
     assert result.exit_code == 2 and "is not JSON" in result.stderr
     assert (finished_copy / "run/bf16/config.json").exists() and (finished_copy / "run/hybrid/config.json").exists()
+
+
+def test_other_settings_of_a_later_stage_are_met_before_an_earlier_one_writes(finished_copy: Path) -> None:
+    """bf16/ is gone and would be made anew for hours before awq met the other grid."""
+    path = finished_copy / "recipe.yaml"
+    edit_json(finished_copy / "run/journal.json", lambda content: content["stages"].pop("dequant"))
+    shutil.rmtree(finished_copy / "run/bf16")
+    said = refused("run", path, *BF16, "--set", "awq.n_grid=7")
+    assert said.startswith("awq was begun with awq.n_grid = 20, now it is 7")
+    assert said == refused("run", path, *BF16, "--set", "awq.n_grid=7", "--dry-run")
+    assert not (finished_copy / "run/bf16").exists()
+    # restore's input may come out as it was; what else it was begun with is compared.
+    edit_json(finished_copy / "run/journal.json", lambda content: content["stages"].pop("awq"))
+    succeed("run", path, "--dry-run")
+    said = refused("run", path, "--dry-run", "--set", "restore.attention_activations=none")
+    assert said.startswith("restore was begun with restore.attention_activations")

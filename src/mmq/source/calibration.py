@@ -18,7 +18,7 @@ from mmq.source.tokenizer import CODE, encode, load_tokenizer, render_chats, tok
 from mmq.source.tokens import Sample, Tokens, kept_path, read_kept
 
 # Of the kept sets: one that another way of reading or encoding has made must not be taken.
-FORMAT = 1
+FORMAT = 2
 
 
 def load_tokens(recipe: Recipe, tokenizer_folder: Path, cache: Path | None = None) -> Tokens:

@@ -56,7 +56,10 @@ def render(chats: list[Chat], special_tokens: dict[str, Any]) -> list[str]:
     if not chats:
         return []
     # What JSON lacks, such as a table's dates, goes as its text, which is what a template would print of it.
-    lines = [json.dumps([chat.template, chat.messages, chat.tools, special_tokens], default=str) for chat in chats]
+    lines = [
+        json.dumps([chat.template, [*map(_called, chat.messages)], chat.tools, special_tokens], default=str)
+        for chat in chats
+    ]
     # -P: never import from the current folder, which may be the checkpoint's.
     command = [sys.executable, "-P", "-m", "mmq.source.chat_template", str(SECONDS)]
     run = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False)
@@ -71,6 +74,24 @@ def render(chats: list[Chat], special_tokens: dict[str, Any]) -> list[str]:
         reason = one_line(run.stderr.decode(errors="replace")[-300:]) or f"exit status {run.returncode}"
         raise CalibrationError(f"{where}: the process that renders the chat template ended: {reason}")
     return [answer["text"] for answer in answers]
+
+
+def _called(message: Any) -> Any:
+    """A message with its tool calls' arguments as objects. OpenAI's protocol has them as JSON in a string, templates go
+    through their items; vLLM parses them before rendering, and so what is calibrated on is what is served."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    return message | {"tool_calls": [*map(_parsed, calls)]} if isinstance(calls, list) else message
+
+
+def _parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _answer(line: bytes) -> dict[str, str]:

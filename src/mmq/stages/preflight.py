@@ -14,6 +14,7 @@ from pathlib import Path
 from mmq.errors import CheckpointError, DiskSpaceError, RecipeError
 from mmq.stages.base import Check, Plan, Stage, disk_of, existing_part, free_disk
 from mmq.text import bytes_text
+from mmq.workdir.journal import OUTPUT_OF
 from mmq.workdir.workspace import STATE, Workspace
 
 
@@ -85,15 +86,17 @@ def _source(workspace: Workspace) -> str:
 
 
 def _journal(workspace: Workspace, stages: Sequence[Stage], restart: bool) -> str:
-    """What was begun was begun with these inputs. Behind the first stage with work left they are yet to be made."""
-    begun = []
+    """What was begun was begun with these inputs; what a stage before it is yet to make may come out as it was."""
+    begun, remade = [], False
     for stage in stages if not restart else ():
         own = workspace.journal.stage(stage.name)
         if own.units or own.complete:
-            own.check_fingerprint(stage.fingerprint(workspace))
+            fingerprint = stage.fingerprint(workspace)
+            if remade:
+                fingerprint |= {field: own.fingerprint.get(field) for field in fingerprint if field.endswith(OUTPUT_OF)}
+            own.check_fingerprint(fingerprint)
             begun.append(f"{stage.name}: {'complete' if own.complete else f'{len(own.units)} units done'}")
-        if not own.complete:
-            break
+        remade = remade or not own.complete
     return ", ".join(begun) or "nothing was begun"
 
 

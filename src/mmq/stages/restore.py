@@ -18,7 +18,7 @@ from mmq.serve.quantization_config import output_config
 from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
-from mmq.workdir.journal import StageJournal
+from mmq.workdir.journal import OUTPUT_OF, StageJournal
 from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
@@ -47,7 +47,7 @@ def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
     return {
         "model.source": workspace.source.checkpoint.fingerprint(),
-        "awq (its output)": workspace.journal.stage("awq").digest(AWQ),
+        f"awq {OUTPUT_OF}": workspace.journal.stage("awq").digest(AWQ),
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
     }
 
