@@ -85,7 +85,10 @@ def test_the_messages_of_the_page_are_those_that_are_said(
     patterns = {text: re.compile(".*".join(map(re.escape, text.split("...")))) for text in templates}
     found = list(messages(project, finished_copy))
     monkeypatch.setattr("mmq.stages.base.free_disk", lambda _: 10)
-    found.append(said("dequant", project / "recipe.yaml"))
+    monkeypatch.setattr("mmq.stages.preflight.free_disk", lambda _: 10)
+    found += [said(command, project / "recipe.yaml") for command in ("dequant", "run")]
+    longest = "awq.calibration.sequence_length=100000"
+    found.append(said("awq", project / "recipe.yaml", "--set", "awq.source=fp8", "--set", longest))
     unsaid = [text for text, pattern in patterns.items() if not any(pattern.fullmatch(message) for message in found)]
     assert not unsaid, json.dumps(found, indent=1)
     undocumented = [message for message in found if not any(p.fullmatch(message) for p in patterns.values())]
