@@ -132,6 +132,15 @@ def test_a_file_in_the_place_of_an_output_is_refused(project: Path) -> None:
     (project / "run").mkdir()
     (project / "run" / "hybrid").write_text("", encoding="utf-8")
     assert "run/hybrid is no folder" in refused("run", project / "recipe.yaml")
+    (project / "run" / "hybrid").unlink()
+    # What a run writes at its end, after hours.
+    (project / "run" / "report").write_text("", encoding="utf-8")
+    assert "run/report is no folder" in refused("run", project / "recipe.yaml")
+    (project / "run" / "report").unlink()
+    (project / "run" / "verify.json").mkdir()
+    message = refused("run", project / "recipe.yaml", "--dry-run")
+    assert "run/verify.json is a folder, a file of that name is to be written" in message
+    assert message == refused("run", project / "recipe.yaml")
     assert not (project / "run" / "bf16").exists()
 
 
@@ -185,6 +194,21 @@ def test_a_finished_stage_is_not_checked_again(finished_copy: Path, monkeypatch:
     succeed("restore", recipe, "--quiet")
     workspace = Workspace.of(load(recipe))
     assert preflight.preflight(workspace, list(STAGES.values())) == []
+
+
+def test_a_finished_stage_needs_its_samples_no_more(finished_copy: Path) -> None:
+    recipe = finished_copy / "recipe.yaml"
+    edit_json(finished_copy / "run/journal.json", lambda journal: journal["stages"].pop("restore"))
+    shutil.rmtree(finished_copy / "run/hybrid")
+    shutil.rmtree(finished_copy / "run/state/calibration")
+    (finished_copy / "samples.jsonl").unlink()
+    # Its other settings are compared all the same.
+    assert "awq was begun with awq.n_grid" in refused("run", recipe, "--set", "awq.n_grid=5")
+    succeed("run", recipe, "--quiet")
+    assert (finished_copy / "run/hybrid/config.json").exists()
+    # Begun anew, it does need them.
+    assert "there is no calibration file" in refused("awq", recipe, "--restart")
+    assert (finished_copy / "run/awq/config.json").exists()
 
 
 def test_what_a_run_was_begun_with_is_compared_first(finished_copy: Path) -> None:
