@@ -797,7 +797,7 @@ def test_calibration_and_eval_render_in_that_process(project: Path, monkeypatch:
 
 def test_half_a_character_in_a_sample_is_refused(project: Path) -> None:
     (project / "samples.jsonl").write_text('{"text": "a \\ud800 b"}\n' * 12, encoding="utf-8")
-    assert "samples.jsonl:1 is not JSON" in refused("calibration", project / "recipe.yaml")
+    assert "samples.jsonl:1 holds half a character" in refused("calibration", project / "recipe.yaml")
 
 
 def test_the_fuzzer_runs_and_finds_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,45 @@ def _parsed(call: Any) -> Any:
     return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
+@cache
+def takes_parts(template: str) -> bool:
+    """Whether a template goes through a message's content part by part, or prints it as it is: whether it has a loop
+    over something called content, as vLLM decides it.
+
+    Raises:
+        TemplateSyntaxError, RecursionError: it is no template.
+    """
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    for loop in _compile_jinja_template(template).environment.parse(template).find_all(nodes.For):
+        over = loop.iter
+        while isinstance(over, nodes.Filter) and over.node is not None:
+            over = over.node
+        names = (
+            getattr(over, "name", None),
+            getattr(over, "attr", None),
+            getattr(getattr(over, "arg", None), "value", None),
+        )
+        if "content" in names:
+            return True
+    return False
+
+
+def _joined(message: Any) -> Any:
+    """A message whose parts, all texts, are one text, a line each as vLLM joins them."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    return message | {"content": "\n".join(part["text"] for part in parts)} if isinstance(parts, list) else message
+
+
 def _answer(line: bytes) -> dict[str, str]:
     """The rendered text of a request, or why there is none."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template, messages, tools, special_tokens = json.loads(line)
     try:
+        if not takes_parts(template):
+            messages = [_joined(message) for message in messages]
         rendered, _ = render_jinja_template([messages], tools=tools, chat_template=template, **special_tokens)
     except MemoryError:
         return {"error": f"takes more than {MEMORY // 2**20} MiB of memory"}
