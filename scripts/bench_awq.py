@@ -13,6 +13,9 @@ three points: the first products of a shape, and the first call of some function
     stock routed  the same with moe_calibrate_all_experts off: an expert sees its own tokens, as in mmq
     mmq           ExpertBlock, search_norm and search_down
 
+With --rounding, what `awq.rounding: compensated` adds is timed as well: moments, rounding with and without smoothing,
+and judging by the samples held back, after a search that is not timed.
+
 Where there is no accelerator, the stock modifier can run only with its pinning of memory taken out.
 
 With --stock-tokens below --tokens, the stock modifier is timed at that number and at half of it, and a straight line
@@ -56,6 +59,7 @@ from transformers.activations import ACT2FN
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.device import peak_host, resident_host
 from mmq.quantize.race import parts
+from mmq.quantize.rounding import Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Weights
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
 from mmq.recipe import parse_size
@@ -64,9 +68,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import stock_awq
 
-STOCK, ROUTED, MMQ = "stock", "stock routed", "mmq"
+STOCK, ROUTED, MMQ, ROUNDING = "stock", "stock routed", "mmq", "mmq rounding"
 # Tokens of one batch of the stock modifier: few and large batches are in its favour.
 STOCK_BATCH = 4096
+# Tokens of a calibration sample, an eighth of which are held back to judge.
+SAMPLE = 256
 # Losses of the stock modifier are sums in bf16, of weights times scales rounded to bf16.
 LOSS_TOLERANCE = 0.02
 PRESETS = {
@@ -256,14 +262,30 @@ class Bench:
 
         return Contender(lambda: None, search, search)
 
-    def _search(self, hidden: torch.Tensor) -> tuple[Found, Found]:
+    def rounding(self) -> Contender:
+        """mmq's compensated rounding on all tokens, under what its search found."""
+        lengths = [len(part) for part in self.hidden.split(SAMPLE)]
+
+        def search() -> tuple[ExpertBlock, list[torch.Tensor], Smoothing]:
+            block = self._block(self.hidden)
+            norm, down = self._search(self.hidden)
+            return block, block.outputs(Weights(block)), Smoothing(norm.scales.float(), down.scales.float())
+
+        def work(prepared: tuple[ExpertBlock, list[torch.Tensor], Smoothing]) -> None:
+            judge(*prepared[:2], lengths, prepared[2])
+
+        return Contender(search, work, work)
+
+    def _block(self, hidden: torch.Tensor) -> ExpertBlock:
         x, index, weight = stock_awq.block_inputs(self.layer, hidden, self.sizes.top_k)
         layer = self.layer
-        full = self.search == "full"
-        block = ExpertBlock(
+        return ExpertBlock(
             x, index, weight, layer.gate_up, layer.down, ACT2FN["silu"], stock_awq.GROUP_SIZE, budget=self.budget,
-            parts=(1.0,) if full else parts(index.numel() / self.sizes.experts),
+            parts=(1.0,) if self.search == "full" else parts(index.numel() / self.sizes.experts),
         )  # fmt: skip
+
+    def _search(self, hidden: torch.Tensor) -> tuple[Found, Found]:
+        full, block = self.search == "full", self._block(hidden)
         modifier = StackedAWQModifier(
             mappings=awq_mappings(MINIMAX_M2), duo_scaling=self.sizes.duo_scaling, n_grid=self.sizes.n_grid
         )
@@ -381,6 +403,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     rate = matmul_rate(device)
     contenders = {MMQ: bench.mmq(sizes.tokens)}
+    if options.rounding:
+        contenders[ROUNDING] = bench.rounding()
     halves = {}
     if not options.skip_stock:
         for name, all_experts in ((ROUTED, False), (STOCK, True)):
@@ -412,6 +436,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "agreement": None,
         "stock": {},
     }
+    if ROUNDING in contenders:
+        measured = contenders[ROUNDING].measured
+        report["seconds"][ROUNDING], report["peak_bytes"][ROUNDING] = measured.best, measured.peak_bytes or None
+        if measured.error:
+            report["errors"][ROUNDING] = measured.error
     for name, key in ((ROUTED, "speedup_vs_stock_routed"), (STOCK, "speedup_vs_stock")):
         if name not in contenders:
             continue
@@ -442,7 +471,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     for column in ("", "seconds", "times mmq's", "peak memory", ""):
         table.add_column(column, justify="left" if not column else "right")
     own = report["seconds"][MMQ]
-    for name in (STOCK, ROUTED, MMQ):
+    for name in (STOCK, ROUTED, MMQ, ROUNDING):
         if name not in report["seconds"]:
             continue
         seconds, peak = report["seconds"][name], report["peak_bytes"][name]
@@ -506,6 +535,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search", choices=["paired", "full"], default="paired")
     parser.add_argument("--memory-budget", default=None, help="as in a recipe, e.g. 8GiB; default: the device's")
     parser.add_argument("--skip-stock", action="store_true", help="time mmq alone")
+    parser.add_argument("--rounding", action="store_true", help="time mmq's compensated rounding as well")
     parser.add_argument("--scaling", action="store_true", help="time mmq at three numbers of experts and of tokens")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     options = parser.parse_args(arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from safetensors import safe_open
 
 import mmq.prove.evaluate
 from cli.test_cli import events, refused, succeed
 from conftest import DEVICE, edit_json
+from mmq.errors import JournalError
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.prove.compare import compare
 from mmq.prove.evaluate import (
     HYBRID_FP8_KV,
     HYBRID_MODEL,
@@ -26,6 +30,9 @@ from mmq.prove.evaluate import (
     EvalSettings,
     eval_recipe,
     evaluate_checkpoint,
+    kind_rows,
+    rows,
+    worst,
 )
 from mmq.prove.forward import Head, run_layer
 from mmq.prove.measures import measure, relative_error
@@ -190,7 +197,8 @@ def test_in_fp32_the_streamed_model_is_the_plain_one(
         states[variant] = hidden
         heads[variant] = Head(MINIMAX_M2, transformers, plain["model.norm.weight"], plain["lm_head.weight"])
         weights = weights | {variant: plain}
-    metrics = measure(states, heads, SOURCE.name, tokens)
+    measured = measure(states, heads, SOURCE.name, tokens)
+    metrics = {variant: found.metrics() for variant, found in measured.items()}
     count = sum(tokens.lengths) - len(samples)
     for variant in readers:
         both = [[logits(ids, weights[v], config)[:-1] for v in (SOURCE.name, variant)] for ids in samples]
@@ -198,6 +206,18 @@ def test_in_fp32_the_streamed_model_is_the_plain_one(
         kl = sum(divergence(*pair) * len(pair[0]) for pair in both) / count
         same = sum(int((truth.argmax(-1) == own.argmax(-1)).sum()) for truth, own in both) / count
         entry = metrics[variant]
+        # Of each sample as well, and how sure the mean over samples is.
+        own = [divergence(*pair) * len(pair[0]) for pair in both]
+        assert measured[variant].kl.tolist() == pytest.approx(own, rel=1e-3, abs=1e-6)
+        rest = [k - kl * len(pair[0]) for k, pair in zip(own, both, strict=True)]
+        error = (len(own) / (len(own) - 1) * sum(r * r for r in rest)) ** 0.5 / count
+        assert entry["kl_standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-9)
+        # Of each sample as well, and how sure the mean over samples is.
+        own = [divergence(*pair) * len(pair[0]) for pair in both]
+        assert measured[variant].kl.tolist() == pytest.approx(own, rel=1e-3, abs=1e-6)
+        rest = [k - kl * len(pair[0]) for k, pair in zip(own, both, strict=True)]
+        error = (len(own) / (len(own) - 1) * sum(r * r for r in rest)) ** 0.5 / count
+        assert entry["kl_standard_error"] == pytest.approx(error, rel=1e-3, abs=1e-9)
         assert entry["negative_log_likelihood"] == pytest.approx(float(sum(losses)) / count, rel=1e-5)
         assert entry["kl"] == pytest.approx(kl, rel=1e-4, abs=1e-9)
         assert entry["top1_agreement"] == pytest.approx(same, abs=2 / count)
@@ -210,6 +230,80 @@ def test_the_source_is_itself_and_the_hybrid_beats_round_to_nearest(evaluated: P
     assert all(entry["relative_error"][SOURCE.name] == 0 for entry in report_of(evaluated)["layers"])
     assert 0 < found[HYBRID_MODEL.name]["kl"] < 0.75 * found[NEAREST.name]["kl"]
     assert found[HYBRID_MODEL.name]["kl"] != found[HYBRID_FP8_KV.name]["kl"] < found[NEAREST.name]["kl"]
+
+
+def test_kinds_and_samples_make_up_the_whole(evaluated: Path) -> None:
+    """The shipped samples name their kinds; ten from the top are eight of code and two of languages."""
+    report = report_of(evaluated)
+    samples = report["samples"]
+    assert [sample["kind"] for sample in samples] == ["code"] * 8 + ["languages"] * 2
+    assert samples[0]["name"] == "eval-code-python-changeringing-01"
+    tokens = sum(sample["tokens"] for sample in samples)
+    assert tokens == report["tokens"]["predicted"]
+    for entry in report["variants"]:
+        for key in ("kl", "negative_log_likelihood", "top1_agreement"):
+            parts = [sample["tokens"] * sample["variants"][entry["variant"]][key] for sample in samples]
+            assert sum(parts) / tokens == pytest.approx(entry[key], abs=1e-12)
+            assert sum(parts[:8]) / (tokens * 8 / 10) == pytest.approx(entry["kinds"]["code"][key], abs=1e-12)
+    (row,) = (row for row in rows(report) if row["variant"] == HYBRID_MODEL.name)
+    assert float(row["KL ±"]) > 0
+    assert [list(row) for row in kind_rows(report)] == [["KL by kind of text", "code", "languages"]] * 3
+    worst_first = [float(place["KL (nats)"]) for place in worst(report, 10)]
+    assert worst_first == sorted(worst_first, reverse=True) and len(worst_first) == 10
+
+
+def test_two_results_are_compared_sample_by_sample(evaluated: Path, tmp_path: Path) -> None:
+    """The same model rounded the other way, against the one rounded as by default, both by the command."""
+    folder = tmp_path / "two"
+    shutil.copytree(evaluated, folder)
+    other = folder / "other.yaml"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    own = load(folder / "recipe.yaml").awq.rounding
+    recipe["awq"]["rounding"] = "compensated" if own == "nearest" else "nearest"
+    recipe["work_dir"], recipe["awq"]["source"] = "other", "fp8"
+    other.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    succeed("run", other, "--quiet")
+    output = succeed("eval", folder / "recipe.yaml", "--against", other, *OPTIONS[:-1])
+    assert "p = " in output and "nearer in" in output
+    found = json.loads((folder / "run/comparison.json").read_text(encoding="utf-8"))["found"]
+    theirs = json.loads((folder / "other/eval.json").read_text(encoding="utf-8"))
+    both = [metrics_of(folder), {entry["variant"]: entry for entry in theirs["variants"]}]
+    assert [entry["variant"] for entry in found] == [HYBRID_MODEL.name, HYBRID_FP8_KV.name]
+    for entry in found:
+        kl = [metrics[entry["variant"]]["kl"] for metrics in both]
+        assert entry["kl"] == pytest.approx(kl, rel=1e-9)
+        assert entry["difference"] == pytest.approx(kl[0] - kl[1], rel=1e-9)
+        assert entry["interval"][0] < entry["difference"] < entry["interval"][1] and 0 < entry["p"] <= 1
+    one, two = report_of(folder), report_of(folder)
+    two["tokens"]["fingerprint"] = "another"
+    with pytest.raises(JournalError, match="not of the same samples"):
+        compare(one, two, HYBRID_MODEL.name)
+    del two["samples"]
+    with pytest.raises(JournalError, match="--restart"):
+        compare(one, two, HYBRID_MODEL.name)
+
+
+@pytest.mark.parametrize(("shift", "sure"), [(0.0, False), (0.05, True)])
+def test_a_difference_is_told_from_chance(shift: float, sure: bool) -> None:
+    """Pairs that differ by noise alone, and pairs of which one is always a little better; p by all exchanges of 12."""
+    generator = torch.Generator().manual_seed(3)
+    large = torch.rand(12, generator=generator, dtype=torch.float64) * 3
+    noise = torch.randn(12, generator=generator, dtype=torch.float64) * 0.02
+    counts = torch.randint(20, 90, (12,), generator=generator)
+
+    def report(kl: torch.Tensor) -> Report:
+        samples = [
+            {"tokens": int(n), "variants": {"hybrid": {"kl": float(k)}}} for n, k in zip(counts, kl, strict=True)
+        ]
+        return {"samples": samples, "settings": {"source_fingerprint": "s"}, "tokens": {"fingerprint": "t"}}
+
+    result = compare(report(large + noise), report(large + shift), "hybrid")
+    difference = (noise - shift) * counts
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=12)), dtype=torch.float64)
+    exact = float(((signs @ difference).abs() >= difference.sum().abs() - 1e-9).double().mean())
+    assert result["p"] == pytest.approx(exact, abs=0.02)
+    assert (result["p"] < 0.01) == sure == (result["interval"][1] < 0)
+    assert result["difference"] == pytest.approx(float(difference.sum() / counts.sum()))
 
 
 def test_keys_and_values_are_rounded_with_the_stored_scales(

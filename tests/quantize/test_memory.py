@@ -18,6 +18,7 @@ import stock_awq
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.layer import LayerQuantizer
 from mmq.quantize.race import PARTS
+from mmq.quantize.rounding import Compensation, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp, Weights, top_up
 from mmq.quantize.search import StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
@@ -110,6 +111,31 @@ def test_the_search_stays_within_its_budget(shape: Shape, budget: int) -> None:
     assert all(own + bytes_ <= allowed for bytes_ in found.values()), (own, found, allowed)
     # Not by doing without: what a larger budget is for is used.
     assert budget < 48 or max(found.values()) > 2 * 2**20
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")
+@pytest.mark.parametrize("budget", [8, 48], ids=lambda mebibytes: f"{mebibytes}MiB")
+def test_compensated_rounding_stays_within_its_budget(shape: Shape, budget: int) -> None:
+    """Beyond what it returns, the judging tokens and their sums, and two more bytes a pair of weights for its results.
+
+    Half of the budget is for a step's experts; below one expert's need no budget can be kept.
+    """
+    block = make_block(shape, budget * 2**20)
+    reference = block.outputs(Weights(block))
+    fit = Compensation(block, torch.arange(shape.tokens))
+    least = Compensation.least(shape.hidden, shape.intermediate)
+    smoothing = Smoothing(torch.full((shape.hidden,), 2.0), torch.full((shape.experts, shape.intermediate), 0.5))
+    most, held, _ = peak(lambda: fit.fit([smoothing, smoothing]))
+    assert most - held <= max(budget * 2**20, least) + SLACK
+    assert fit.step == shape.experts // 8 or fit.step * least <= budget * 2**19 or fit.step == 1
+    most, held, verdict = peak(lambda: judge(block, reference, [shape.tokens // 10] * 10, smoothing))
+    # Two ways, four bits a weight and two bytes a group.
+    packed = 2 * (block.gate_up.numel() + block.down.numel()) * (64 + 2) // 128
+    judging = shape.tokens // 10 * shape.hidden * (2 + 4 + 4)
+    assert most <= packed + judging + max(budget * 2**20, least) + SLACK
+    assert set(verdict.statistics["losses"]) == {
+        "nearest", "smoothed_nearest", "compensated", "smoothed_compensated",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")

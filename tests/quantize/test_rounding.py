@@ -17,9 +17,11 @@ from cli.test_cli import cli, refused, succeed
 from conftest import digests
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
-from mmq.quantize.rounding import held_back
+from mmq.quantize.rounding import Compensation, Smoothing, held_back
 from mmq.recipe import load
+from mmq.tensors.int4 import quantize_stack
 from mmq.workdir.workspace import Workspace
+from quantize.test_memory import Shape, make_block
 from stages.test_resume import stopped
 from storage.test_storage import edit_tensors
 
@@ -165,3 +167,58 @@ def test_every_eighth_sample_is_held_back() -> None:
     # Of one sample the last eighth, of one token none.
     assert held_back([16]).tolist() == [False] * 14 + [True] * 2
     assert held_back([1]).tolist() == [False]
+
+
+@pytest.mark.parametrize("rare", [0.6, 0.99], ids=["few rows", "no rows"])
+def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> None:
+    """An expert that the router hardly ever picks, or never: on the layer's other tokens its inner activations are
+    nearer than rounded to nearest; with no rows its down layer is rounded to nearest, under searched scales."""
+    block = make_block(Shape(6, 256, 256, 2000, 2, 0), 2**28, rare)
+    rows = int(block.counts[0])
+    assert rows < 60 if rare < 0.9 else rows == 0
+    plain = Smoothing(torch.ones(256), torch.ones(6, 256))
+    # Channels that differ and go together, as real ones do.
+    generator = torch.Generator().manual_seed(1)
+    mix = torch.randn(256, 256, generator=generator) / 16 + torch.eye(256)
+    block.x.copy_((block.x.float() @ mix * torch.rand(256, generator=generator)).bfloat16())
+    (found,) = Compensation(block, torch.arange(0, 2000, 2)).fit([plain])
+    x, weight = block.x[1::2].float(), block.gate_up[:1].float()
+    others = {
+        "compensated": found.stored(0, 0, 1),
+        "nearest": quantize_stack(weight.clone(), 128).dequantize(torch.float32),
+    }
+    error = {name: float((x @ (other - weight)[0].T).square().mean()) for name, other in others.items()}
+    assert error["compensated"] < 0.6 * error["nearest"]
+    if not rows:
+        steps = found.scale[1][0].float().repeat_interleave(128, 1)
+        codes = (block.down[0].float() / steps).round().clamp(-8, 7)
+        assert torch.equal(found.stored(1, 0, 1)[0], codes * steps)
+
+
+def test_moments_are_those_of_each_experts_rows() -> None:
+    """Of the fitted tokens alone, against a plain loop in fp64; down's mean squares with the rows that top up."""
+    block = make_block(Shape(5, 256, 128, 700, 2, 400), 2**22)
+    fitted = torch.arange(0, 700, 3)
+    fit = Compensation(block, fitted)
+    inputs, middles, counts, squares = fit._moments(0, 5)
+    assert block.extra is not None
+    starts = [0, *block.extra.ends]
+    for expert in range(5):
+        own = fitted[(block.index[fitted] == expert).any(1)]
+        assert counts[expert] == len(own)
+        x = block.x[own].double()
+        assert torch.allclose(inputs[expert].double(), x.T @ x, rtol=1e-4, atol=1e-3)
+        gate, up = block.gate_up[expert].double().chunk(2)
+        top = block.extra.token[starts[expert] : starts[expert + 1]]
+
+        def middle(rows: torch.Tensor, gate: torch.Tensor = gate, up: torch.Tensor = up) -> torch.Tensor:
+            return torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+
+        inner = middle(x)
+        scale = float((inner.T @ inner).abs().max())
+        assert torch.allclose(middles[expert].double(), inner.T @ inner, rtol=0.02, atol=0.02 * scale)
+        every = torch.cat([inner, middle(block.x[top].double())])
+        mean = every.square().sum(0) / max(1, len(every))
+        assert torch.allclose(squares[expert].double(), mean, rtol=0.05, atol=0.02 * float(mean.max()))
+    everyone = block.x[fitted].double()
+    assert torch.allclose(fit.pooled.double(), everyone.T @ everyone / len(fitted), rtol=1e-4, atol=1e-5)

@@ -284,7 +284,7 @@ def test_a_run_that_left_samples_out_is_resumed_without_them(project: Path) -> N
     recipe = poisoned(project, POISONS["experts"][0], nonfinite="exclude")
     succeed("awq", recipe, "--quiet", "--set", "work_dir=whole")
     # Killed while the second layer is written.
-    code, _ = stopped(project, "awq", "replace", 7)
+    code, _ = stopped(project, "awq", "replace", 8)
     assert code == -signal.SIGKILL
     record = json.loads((project / "run/state/awq/layer-00000.json").read_text(encoding="utf-8"))
     assert record["excluded_samples"] == [BROKEN]

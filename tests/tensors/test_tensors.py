@@ -19,7 +19,7 @@ from mmq.tensors.experts import (
     second_moments,
     squares_by_expert,
 )
-from mmq.tensors.fp8 import dequantize_block, has_nan, is_finite, scale_shape
+from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, has_nan, is_finite, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_stack, weight_args
 from mmq.tensors.smoothing import candidate_scales, smooth_norm
 
@@ -41,6 +41,22 @@ def test_every_fp8_code_is_dequantized_in_fp32_and_rounded_once(scale: float) ->
     values = torch.tensor([[e4m3_value(int(code)) for code in FINITE]], dtype=torch.float32)
     expected = (values * torch.tensor(scale)).to(torch.bfloat16)
     assert torch.equal(dequantize_block(weight, scales).view(torch.int16), expected.view(torch.int16))
+
+
+def test_dequantization_by_rows_over_all_codes() -> None:
+    """Each code times each row's scale: sign, exponent and mantissa by hand, in exact fractions of two."""
+    codes = [code for code in range(256) if code & 0x7F != 0x7F]
+    scales = torch.tensor([1.0, 0.5, 3.0, 0.0123, 2.0**-9, 411.0])
+    weight = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).expand(len(scales), -1).contiguous()
+    values = [
+        (-1) ** (code >> 7)
+        * ((code & 7) * 2.0**-9 if not code >> 3 & 15 else (8 + (code & 7)) * 2.0 ** ((code >> 3 & 15) - 10))
+        for code in codes
+    ]
+    expected = (torch.tensor(values, dtype=torch.float64) * scales.double()[:, None]).float().bfloat16()
+    assert torch.equal(dequantize_block(weight, scales[:, None]), expected)
+    stacked = dequantize_blocks(weight.expand(3, -1, -1).contiguous(), scales[:, None].expand(3, -1, -1))
+    assert torch.equal(stacked, expected.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1, 1), (130, 257), (383, 128), (256, 96), (5, 1000)])
@@ -236,7 +252,7 @@ def test_a_changed_down_weight_is_measured_by_moments_as_by_rows(many: bool) -> 
     counts, inner, hidden = [5, 0, 9, 1], 12, 7
     chunks = [(torch.randn(sum(counts), inner, generator=generator), counts) for _ in range(2)]
     change = torch.randn(4, hidden, inner, generator=generator)
-    inputs = DownInputs.empty(torch.tensor(counts) * 2, inner)
+    inputs = DownInputs.empty(torch.tensor(counts) * 2, inner, 2 * sum(counts), 4)
     assert inputs.moments is None
     if many:
         inputs.moments = torch.zeros(4, inner, inner)
@@ -247,4 +263,4 @@ def test_a_changed_down_weight_is_measured_by_moments_as_by_rows(many: bool) -> 
         assert torch.allclose(inputs.sums[expert].double(), own.abs().sum(0), rtol=1e-5)
         expected = (own @ change[expert].double().T).square().sum()
         assert torch.allclose(inputs.squared_change(change)[expert].double(), expected, rtol=1e-5, atol=1e-9)
-    assert DownInputs.empty(torch.tensor([13 * 4, 0, 0, 0]), inner).moments is not None
+    assert DownInputs.empty(torch.tensor([13 * 4, 0, 0, 0]), inner, 13 * 4, 4).moments is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ def evaluate(
     sequence_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens kept of each sample. [default: as many as calibration keeps]")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another recipe of the same source: evaluate its result as well, and compare the two."),
+    ] = None,
     set_: Set = None,
     restart: Restart = False,
     json: Json = False,
@@ -29,10 +33,21 @@ def evaluate(
     log_file: LogFile = None,
 ) -> None:
     """Compare the hybrid checkpoint with its source on held-out text: perplexity, KL, top-1 agreement."""
-    given = {"--data": data, "--samples": samples, "--sequence-length": sequence_length}
+    given = {"--against": against, "--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
-        from mmq.prove.evaluate import DEFAULT_DATA, REPORT_NAME, EvalSettings, evaluate_checkpoint, rows
+        from mmq.prove.compare import COMPARISON_NAME, compare, compared, sentence
+        from mmq.prove.evaluate import (
+            DEFAULT_DATA,
+            REPORT_NAME,
+            EvalSettings,
+            evaluate_checkpoint,
+            kind_rows,
+            rows,
+            worst,
+        )
+        from mmq.recipe import load
+        from mmq.storage.atomic import write_json
         from mmq.workdir.workspace import Workspace
 
         # A path on the command line starts from the current folder, one in a recipe from the project's.
@@ -42,8 +57,25 @@ def evaluate(
         settings = EvalSettings(path, samples, sequence_length)
         with run.output.live():
             report = evaluate_checkpoint(Workspace.of(run.recipe, run.output), settings, restart)
+            if against is not None:
+                rival = load(against)
+                other = evaluate_checkpoint(Workspace.of(rival, run.output), settings, restart)
+                report |= {"against": [compare(report, other, variant) for variant in compared(report, other)]}
+                write_json(run.recipe.work_path / COMPARISON_NAME, {"recipe": str(against), "found": report["against"]})
         tokens = report["tokens"]
         title = f"{tokens['predicted']:,} tokens of {tokens['samples']} held-out samples"
         run.output.result(report, title, rows(report))
+        for row in kind_rows(report):
+            kinds = (f"{kind} {kl}" for kind, kl in list(row.items())[1:])
+            run.output.note(f"KL of {row['KL by kind of text']}: {', '.join(kinds)}")
+        run.output.note("farthest from the source: " + "; ".join(map(_place, worst(report))))
+        for found in report.get("against", []):
+            run.output.note(sentence(found, recipe.stem, against.stem if against else ""))
         run.output.note(f"evaluated: details in {run.recipe.work_path / REPORT_NAME}")
         run.hint("report")
+
+
+def _place(sample: dict[str, Any]) -> str:
+    """A sample and its KL in a few words."""
+    name = f" ({sample['name']})" if sample["name"] else ""
+    return f"sample {sample['sample']}{name}, KL {sample['KL (nats)']}"

@@ -97,8 +97,22 @@ def _show(output: Output, value: dict[str, Any]) -> None:
         for entry in value["awq_memory"]
     ]
     output.result({}, "Peak memory of the awq stage", rows)
+    cache = value["kv_cache"]
+    if cache["without"]:
+        scaled = f"{cache['with_scales']} of {cache['layers']} layers with a KV cache get scales for it"
+        output.note(f"{scaled}: {'; '.join(cache['without'])}")
     if "serving" not in value:
         return
+    rows = [
+        {
+            "ranks": row["ranks"],
+            "memory of each GPU": gib_text(row["device_memory"]) + ("" if row["fits"] else ", too much"),
+            "sent a layer": bytes_text(row["sent_per_layer"]),
+            **{f"times faster, {link}": f"{times:.1f}" for link, times in row["times_faster"].items()},
+        }
+        for row in value["ranks"]
+    ]
+    output.result({}, "The awq stage on several GPUs, computing alone, by a model (docs/scaling.md)", rows)
     fit = value["serving"]
     rows = [
         {

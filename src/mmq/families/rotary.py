@@ -86,12 +86,12 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
         CheckpointError: one is of a wrong kind or missing, or two say different things.
     """
     given = _together(config)
-    head_dim = _head_dim(config)
+    head_dim = _head_dim(config, architecture)
     rotary_dim = config.get("rotary_dim")
     if rotary_dim is not None and not (_count(rotary_dim) and rotary_dim <= head_dim):
         raise _wrong("rotary_dim", rotary_dim, f"a number of dimensions, with heads of {shown(head_dim)}")
     if SHARE not in given:
-        given[SHARE] = 1.0 if rotary_dim is None else _share_of(rotary_dim, head_dim)
+        given[SHARE] = architecture.default_rotary_share if rotary_dim is None else _share_of(rotary_dim, head_dim)
     given.setdefault("rope_theta", architecture.default_theta)
     given.setdefault("rope_type", "default")
     kind = given["rope_type"]
@@ -113,7 +113,8 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
     if turning < 2 or turning % 2:
         raise CheckpointError(f"config.json: {turning} dimensions of a head would turn; they turn in pairs")
     _check_type(kind, given, turning, config.get(POSITIONS))
-    given |= _for_vllm(kind, given, config.get(POSITIONS))
+    if not architecture.latent:  # vLLM has a class of its own for that, which reads what transformers reads
+        given |= _for_vllm(kind, given, config.get(POSITIONS))
     last = {key: given.pop(key) for key in (SHARE, "rope_theta", "rope_type")}
     return given | last
 
@@ -242,10 +243,11 @@ def _longrope_magnitude(factor: float, original: int) -> float:
     return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def _head_dim(config: dict[str, Any]) -> int:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+def _head_dim(config: dict[str, Any], architecture: Architecture) -> int:
+    key = architecture.head_dim_key
+    head_dim = config.get(key) or config["hidden_size"] // config["num_attention_heads"]
     if not _count(head_dim):
-        raise _wrong("head_dim", head_dim, "a positive integer")
+        raise _wrong(key, head_dim, "a positive integer")
     return int(head_dim)
 
 

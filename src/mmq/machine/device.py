@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -39,7 +40,7 @@ def present_device(name: str) -> torch.device:
     if device.type == "cuda":
         # Parts of a sum in bf16 would cost more precision than they save time.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        device = torch.device("cuda", device.index or torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 
@@ -79,8 +80,10 @@ def release_memory() -> None:
 @cache
 def _spare_libraries() -> None:
     """What is alive after the first layer is mostly what the libraries' imports made: to search it for cycles again
-    after every layer would take longer than a small layer."""
+    after every layer would take longer than a small layer. At the end they are let go of again: libraries that watch
+    for objects left over (triton 3.9, by nanobind) tell of each on stderr."""
     gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 def peak_host() -> int:

@@ -20,13 +20,14 @@ from mmq.errors import CalibrationError, CheckpointError, JournalError
 from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, release_memory
 from mmq.prove.forward import Head, run_layer
-from mmq.prove.measures import measure, predictions, relative_error
+from mmq.prove.measures import Measured, measure, predictions, relative_error
 from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
+from mmq.source.model import SourceModel
+from mmq.source.samples import read_files, read_samples
 from mmq.stages.base import begin_run, check_disk
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, read_json
@@ -108,12 +109,46 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
             "KL (nats)": f"{entry['kl']:.5f}",
             "same top-1": f"{entry['top1_agreement']:.2%}",
             "last hidden": f"{report['layers'][-1]['relative_error'][entry['variant']]:.2%}",
+            "KL ±": f"{entry['kl_standard_error']:.5f}" if entry.get("kl_standard_error") else "",
         }
         for entry in report["variants"]
     ]
 
 
-def units_of(source: Fp8Source) -> list[str]:
+def kind_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """KL of each kind of text that samples name, as a table; empty where they name none."""
+    return [
+        {
+            "KL by kind of text": entry["variant"],
+            **{kind: _with_error(found) for kind, found in entry["kinds"].items()},
+        }
+        for entry in report["variants"]
+        if entry.get("kinds") and entry["variant"] != SOURCE.name
+    ]
+
+
+def _with_error(found: dict[str, Any]) -> str:
+    """A mean KL and its standard error."""
+    error = found["kl_standard_error"]
+    return f"{found['kl']:.5f}" + (f" ± {error:.5f}" if error else "")
+
+
+def worst(report: dict[str, Any], most: int = 3) -> list[dict[str, Any]]:
+    """The samples that the result is farthest from the source on."""
+    samples = [sample for sample in report.get("samples", []) if sample["tokens"]]
+    samples.sort(key=lambda sample: -sample["variants"][HYBRID_MODEL.name]["kl"])
+    return [
+        {
+            "sample": sample["sample"],
+            "name": sample["name"],
+            "KL (nats)": f"{sample['variants'][HYBRID_MODEL.name]['kl']:.5f}",
+            "perplexity of the source": f"{sample['variants'][SOURCE.name]['perplexity']:.2f}",
+        }
+        for sample in samples[:most]
+    ]
+
+
+def units_of(source: SourceModel) -> list[str]:
     """What the journal names: every layer, then the head."""
     return [*map(layer_unit, range(source.layer_count())), HEAD]
 
@@ -143,6 +178,7 @@ class _Evaluation:
         self.device = present_device(workspace.recipe.awq.device)
         self.recipe = eval_recipe(workspace.recipe, settings)
         self.tokens = load_tokens(self.recipe, self.source.checkpoint.folder)
+        self.contents = [content for *_, content in read_samples(self.recipe, read_files(self.recipe))]
         if max(self.tokens.lengths) < 2:
             raise CalibrationError(f"no sample of {settings.data} has two tokens: there is nothing to predict")
 
@@ -207,7 +243,7 @@ class _Evaluation:
             if variant.weights != key:
                 continue
             decoder = DecoderLayer(self.arch, self.configs[key], layer, content.rest, self.device)
-            if variant.fp8_kv and self.kv_scheme:
+            if variant.fp8_kv and self.kv_scheme and self.arch.has_kv_scales(layer):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,
@@ -233,7 +269,7 @@ class _Evaluation:
         self.workspace.reporter.step(HEAD, "computing", 0, 1)
         begin = time.perf_counter()
         heads = self._heads()
-        metrics = measure(hidden, heads, SOURCE.name, self.tokens)
+        measured = measure(hidden, heads, SOURCE.name, self.tokens)
         records = [read_json(self.files.record(layer)) for layer in self.layers]
         head_seconds = round(time.perf_counter() - begin, 3)
         report = {
@@ -244,7 +280,11 @@ class _Evaluation:
                 "predicted": predictions(self.tokens)[0].numel(),
                 "fingerprint": self.tokens.fingerprint(),
             },
-            "variants": [{"variant": variant} | metrics[variant] for variant in metrics],
+            "variants": [
+                {"variant": variant, **found.metrics(), "kinds": self._kinds(found)}
+                for variant, found in measured.items()
+            ],
+            "samples": self._samples(measured),
             "layers": [{key: record[key] for key in ("layer", "relative_error")} for record in records],
             "versions": versions(),
             "seconds": {
@@ -256,6 +296,25 @@ class _Evaluation:
         files = {self.files.in_journal(self.report_path): write_json(self.report_path, report)}
         self._finish_unit(HEAD, files, self.layers[-1])
         self.workspace.reporter.unit(HEAD, seconds=head_seconds)
+
+    def _kinds(self, measured: Measured) -> dict[str, dict[str, float | None]]:
+        """Metrics of each kind of text that samples name in `kind`."""
+        found: dict[str, list[int]] = {}
+        for place, sample in enumerate(self.contents):
+            if (kind := sample.get("kind")) and int(measured.count[place]):
+                found.setdefault(str(kind), []).append(place)
+        return {kind: measured.of(places).metrics() for kind, places in found.items()}
+
+    def _samples(self, measured: dict[str, Measured]) -> list[dict[str, Any]]:
+        """Means over each sample's predicted tokens."""
+        result = []
+        for place, content in enumerate(self.contents):
+            count = int(measured[SOURCE.name].count[place])
+            variants = {variant: found.of([place]).metrics() for variant, found in measured.items()} if count else {}
+            name, kind = content.get("id"), content.get("kind")
+            entry = {"sample": place + 1, "name": name if isinstance(name, str) else None, "kind": kind}
+            result.append(entry | {"tokens": count, "variants": variants})
+        return result
 
     def _heads(self) -> dict[str, Head]:
         """Each variant's head; one copy where the checkpoints agree, as they should."""
@@ -297,6 +356,7 @@ class _Evaluation:
         calibration = self.recipe.awq.calibration
         return {
             "source": str(self.source.checkpoint.folder),
+            "source_fingerprint": self.source.checkpoint.fingerprint(),
             "hybrid": str(self.workspace.folder(HYBRID)),
             "data": [samples.model_dump() for samples in calibration.files],
             "sequence_length": calibration.sequence_length,

@@ -31,34 +31,58 @@ def predictions(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     return positions, tokens.ids[positions + 1]
 
 
-@dataclass
-class Sums:
-    """Sums over predicted tokens, in float64."""
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a variant: sums over each sample's predicted tokens.
 
-    loss: float = 0.0
-    kl: float = 0.0
-    agreed: int = 0
+    Attributes:
+        count, agreed: int64 [S], predicted tokens, and those whose most likely next token is the source's.
+        loss, kl: float64 [S], negative log-likelihood and KL divergence from the source, in nats.
+    """
 
-    def add(self, found: torch.Tensor, truth: torch.Tensor, following: torch.Tensor) -> None:
-        """Add a chunk: log-probabilities float32 [n, V] of the variant and of the source, next tokens int64 [n]."""
-        self.loss -= float(found.gather(1, following.unsqueeze(1)).sum(dtype=torch.float64))
-        self.kl += float((truth.exp() * (truth - found)).sum(dtype=torch.float64))
-        self.agreed += int((found.argmax(-1) == truth.argmax(-1)).sum())
+    count: torch.Tensor
+    agreed: torch.Tensor
+    loss: torch.Tensor
+    kl: torch.Tensor
 
-    def metrics(self, count: int) -> dict[str, float]:
-        loss = self.loss / count
+    def of(self, samples: list[int]) -> Measured:
+        """Some of the samples."""
+        return Measured(self.count[samples], self.agreed[samples], self.loss[samples], self.kl[samples])
+
+    def metrics(self) -> dict[str, float | None]:
+        """Means over tokens, and how sure the mean KL is; see `standard_error`."""
+        count = int(self.count.sum())
+        loss = float(self.loss.sum()) / count
         return {
             "negative_log_likelihood": loss,
             "perplexity": math.exp(min(loss, LARGEST_LOSS)),
-            "kl": self.kl / count,
-            "top1_agreement": self.agreed / count,
+            "kl": float(self.kl.sum()) / count,
+            "kl_standard_error": standard_error(self.kl, self.count),
+            "top1_agreement": float(self.agreed.sum()) / count,
         }
 
 
-def measure(
-    hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str, tokens: Tokens
-) -> dict[str, dict[str, float]]:
-    """Metrics of each variant over all predicted tokens.
+def standard_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
+    """Of a mean over tokens that come in samples: tokens of one text are alike, so samples are what was drawn.
+
+    Args:
+        sums: float64 [S], of each sample's tokens.
+        counts: int64 [S].
+
+    Returns:
+        sqrt(S / (S - 1) * sum of (k_s - m n_s)^2) / N, with m the mean and N all tokens; None for a single sample.
+
+    Source: the ratio estimator's error in cluster sampling (Cochran, Sampling Techniques, section 9A.2).
+    """
+    samples = sums.numel()
+    if samples < 2:
+        return None
+    rest = sums - sums.sum() / counts.sum() * counts
+    return float((rest.square().sum() * samples / (samples - 1)).sqrt() / counts.sum())
+
+
+def measure(hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str, tokens: Tokens) -> dict[str, Measured]:
+    """What is predicted by each variant, sample by sample; samples of one token predict nothing.
 
     Args:
         hidden: bfloat16 [T, H] after the last layer, by variant.
@@ -66,13 +90,23 @@ def measure(
         truth: the variant that the others are compared with.
     """
     positions, following = predictions(tokens)
+    owner = torch.repeat_interleave(torch.tensor(tokens.lengths) - 1)
     device = hidden[truth].device
     positions, following = positions.to(device), following.to(device)
-    sums = {variant: Sums() for variant in hidden}
+    parts: dict[str, list[torch.Tensor]] = {variant: [] for variant in hidden}
     step = max(1, HEAD_ELEMENTS // heads[truth].weight.shape[0])
     for where, wanted in zip(positions.split(step), following.split(step), strict=True):
         expected = heads[truth].log_probabilities(hidden[truth][where])
         for variant, states in hidden.items():
             found = expected if variant == truth else heads[variant].log_probabilities(states[where])
-            sums[variant].add(found, expected, wanted)
-    return {variant: sums[variant].metrics(positions.numel()) for variant in hidden}
+            loss = found.gather(1, wanted.unsqueeze(1)).squeeze(1).neg()
+            kl = (expected.exp() * (expected - found)).sum(1, dtype=torch.float64)
+            agreed = found.argmax(-1) == expected.argmax(-1)
+            parts[variant].append(torch.stack([loss.double(), kl, agreed.double()]).cpu())
+    count = torch.bincount(owner, minlength=len(tokens.lengths))
+    result = {}
+    for variant, own in parts.items():
+        # On the host, so that the sums have one order.
+        sums = torch.zeros(3, len(tokens.lengths), dtype=torch.float64).index_add_(1, owner, torch.cat(own, 1))
+        result[variant] = Measured(count, sums[2].long(), sums[0], sums[1])
+    return result

@@ -14,14 +14,15 @@ import torch
 
 from mmq.errors import CalibrationError, CheckpointError
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
-from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unsmoothed
 from mmq.recipe import Awq
-from mmq.tensors.experts import sum_of_squares
+from mmq.storage.shards import DTYPES
 from mmq.tensors.fp8 import is_finite
 from mmq.tensors.int4 import fits, quantize_in_place
 from mmq.tensors.smoothing import smooth_norm
@@ -32,7 +33,7 @@ class LayerContent:
     """A dequantized layer.
 
     Attributes:
-        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows.
+        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows; of several ranks, of this one's experts.
         down: bfloat16 [E, H, I] on the device.
         rest: all other tensors by their names in the layer.
     """
@@ -74,7 +75,8 @@ class LayerResult:
     """A quantized layer.
 
     Attributes:
-        tensors: what the layer's shard holds, by names in the layer, where they were computed.
+        tensors: what the layer's shard holds, by names in the layer, where they were computed; of the experts, those of
+            this rank.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
         evidence: what verify needs to find a loss of the statistics again; see `rounding.Verdict`.
@@ -110,6 +112,8 @@ class LayerQuantizer:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
+        team: the ranks that share the experts and the tokens.
+        smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
 
@@ -127,15 +131,21 @@ class LayerQuantizer:
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
+        team: Team = ALONE,
+        smooth_norm: bool = True,
     ) -> None:
-        self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self.arch, self.settings, self.device, self.say, self.team = arch, settings, device, say, team
+        self.smooth_norm = smooth_norm
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
-            mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
+            mappings=awq_mappings(arch),
+            duo_scaling=settings.duo_scaling,
+            n_grid=settings.n_grid,
+            powers_of_two=arch.powers_of_two,
         )
 
     @property
@@ -172,37 +182,70 @@ class LayerQuantizer:
         result.statistics["excluded_samples"] = sorted(excluded)
         return result
 
+    def _attend(
+        self, decoder: DecoderLayer, layer: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All of a layer that comes before its experts: the residual stream [T, H], and the KV scales that it takes."""
+        scheme = self.settings.kv_cache_scheme if self.arch.has_kv_scales(layer) else None
+        observer = KvObserver(decoder, scheme.model_dump()) if scheme else None
+        residual = decoder.attend(hidden, self.lengths, self.team)
+        if observer and (broken := observer.broken(self.lengths, self.team)):
+            raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
+        return residual, observer.scales(self.team) if observer else {}
+
+    def _pass(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        """A layer without experts: nothing is quantized but the KV cache."""
+        clock = _Clock(self.device, {"attention": 1.0}, partial(self.say, layer))
+        with clock.part("attention"):
+            decoder = DecoderLayer(self.arch, self.config, layer, content.rest, self.device)
+            hidden, kv_scales = self._attend(decoder, layer, hidden)
+            self._check_finite(hidden, f"the output of layer {layer} is")
+        tensors = content.rest | {f"{self.arch.attention_module}.{name}": s for name, s in kv_scales.items()}
+        statistics = {"layer": layer, **self._kv_statistics(layer, kv_scales), "seconds": clock.seconds}
+        return LayerResult(tensors, hidden, statistics)
+
+    def _kv_statistics(self, layer: int, scales: dict[str, torch.Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {"kv_scales": {name: float(scale) for name, scale in scales.items()}}
+        reason = self.arch.without_kv_scales(layer) if self.settings.kv_cache_scheme else None
+        return found | ({"no_kv_scales": reason} if reason else {})
+
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
+        if not arch.has_experts(layer):
+            return self._pass(layer, content, hidden)
         clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
-            observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
-            residual = decoder.attend(hidden, self.lengths)
-            if observer and (broken := observer.broken(self.lengths)):
-                raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
-            kv_scales = observer.scales() if observer else {}
-            x = decoder.block_input(residual)
+            attended, kv_scales = self._attend(decoder, layer, hidden)
+            x = decoder.block_input(attended)
+            residual = decoder.add_shared(attended, x)
             self._check_finite(x, f"the input of layer {layer}'s experts is")
             logits, weight, index = decoder.route(x)
         with clock.part("searching"):
             extra = top_up(logits, index, settings.min_tokens)
+            rows_per_expert = index.numel() / logits.shape[1]
             del logits
             full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                self.budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
+                self.budget, (1.0,) if full else parts(rows_per_expert), self.team,
             )  # fmt: skip
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
-            self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
+            sums = (
+                residual[share.mine] + part.to(residual.dtype)
+                for share, part in zip(block.shares, reference, strict=True)
+            )
+            finite = block.in_order([torch.isfinite(tokens).all(dim=1) for tokens in sums])
+            self._check_tokens(finite, f"the output of layer {layer}'s experts is")
             found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
-            norm, applied = smooth_norm(own_norm, found[0].scales)
-            inner, rounded, evidence = found[1].scales, None, {}
+            norm, applied = smooth_norm(own_norm, found[0].scales, arch.norm_offset)
+            inner = found[1].scales[block.own.start : block.own.stop]
+            rounded, evidence = None, {}
             if settings.rounding == "nearest":
                 clock.step(SEARCHED[1], "comparing with round-to-nearest")
-                better, statistics = self._better(block, reference, *found)
+                better, statistics = self._better(block, reference, found[0].scales, inner)
                 if not better:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
@@ -214,22 +257,25 @@ class LayerQuantizer:
                 if rounded:
                     statistics["evidence"]["codes"] = rounded.digests()
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
+        if not self.smooth_norm:
+            statistics["norm"]["not_smoothed"] = "the shared expert reads it and keeps its fp8 bytes"
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
             else:
                 tensors = self._store(layer, block, rounded)
-            # fp32 in the families known so far; another dtype is rounded here, as it will be served.
-            router = content.rest[arch.router].to(self.device)
-            router = (router.float() * applied).to(router.dtype)
-            attention = arch.attention[0].rpartition(".")[0]
-            tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
-            tensors |= {f"{attention}.{name}": scale for name, scale in kv_scales.items()}
+            # As the server holds it: in bf16 by powers of two, which it takes without a rounding.
+            readers = {name: content.rest[name].to(self.device) for name in arch.norm_readers(experts=0)}
+            served = {name: weight.dtype for name, weight in readers.items()}
+            served[arch.router] = DTYPES[arch.router_served]
+            readers = {name: (weight.float() * applied).to(served[name]) for name, weight in readers.items()}
+            tensors |= content.rest | {arch.smooth_norm: norm} | readers
+            tensors |= {f"{arch.attention_module}.{name}": scale for name, scale in kv_scales.items()}
         with clock.part("propagating"):
             decoder.set_norm(norm)
-            decoder.set_router(router)
-            output = self._served(decoder, block, residual)
-            squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
+            decoder.set_router(readers[arch.router])
+            output = self._served(decoder, block, attended)
+            squares = sum(map(block.squared_distance, block.shares, output, reference))
             statistics["loss_propagated"] = _number(squares / residual.numel())
             hidden = _added(residual, block, output if settings.propagate_quantized else reference)
         statistics = {
@@ -237,7 +283,7 @@ class LayerQuantizer:
             "tokens_per_expert": block.counts.tolist(),
             "topped_up": extra.counts if extra else [0] * block.counts.numel(),
             **statistics,
-            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            **self._kv_statistics(layer, kv_scales),
             "seconds": clock.seconds,
         }
         self._shares = dict(clock.seconds)
@@ -247,16 +293,19 @@ class LayerQuantizer:
         """The norm's and the inner scales that are best for rounding to nearest."""
         full = self.settings.search == "full"
         to_norm, to_down = SEARCHED
-        norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        if self.smooth_norm:
+            norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        else:
+            norm = unsmoothed(block.x)
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
         return norm, down
 
     def _better(
-        self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
+        self, block: ExpertBlock, reference: list[torch.Tensor], norm: torch.Tensor, inner: torch.Tensor
     ) -> tuple[bool, dict[str, Any]]:
         """Whether the block as a whole, rounded to nearest, is better for the scales that were found."""
-        plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
-        found = Smoothed(block, norm.scales, down.scales)
+        plain = Smoothed(block, torch.ones_like(norm), torch.ones_like(inner))
+        found = Smoothed(block, norm, inner)
         before, after = Runner(), Runner()
         for share, part in zip(block.shares, reference, strict=True):
             before.losses.append(block.losses(share, plain, part))
@@ -281,7 +330,7 @@ class LayerQuantizer:
 
         Args:
             norm_scales: float32 [H], onto gate's and up's columns.
-            inner_scales: float32 [E, I], off up's rows and onto down's columns.
+            inner_scales: float32 [E, I], off up's rows and onto down's columns, of this rank's experts.
 
         Returns:
             the packed tensors by their names in the layer.
@@ -307,7 +356,7 @@ class LayerQuantizer:
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
             packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            tensors |= self._by_name(layer, first, packed, scale, linears)
+            tensors |= self._by_name(layer, block.own.start + first, packed, scale, linears)
         return tensors
 
     def _store(self, layer: int, block: ExpertBlock, rounded: Rounded) -> dict[str, torch.Tensor]:
@@ -321,7 +370,7 @@ class LayerQuantizer:
         for packed, scale, linears in zip(
             rounded.packed, rounded.scale, ((arch.gate, arch.up), (arch.down,)), strict=True
         ):
-            tensors |= self._by_name(layer, 0, packed, scale, linears)
+            tensors |= self._by_name(layer, block.own.start, packed, scale, linears)
         return tensors
 
     def _by_name(
@@ -351,17 +400,20 @@ class LayerQuantizer:
         _, weight, index = decoder.route(x)
         served = ExpertBlock(
             x, index, weight, block.gate_up, block.down, block.activation, block.group_size, None, block.budget,
-            block.parts,
+            block.parts, self.team,
         )  # fmt: skip
         return served.outputs(Weights(served))
 
     def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
         """Raises NotFiniteError where [T, H] holds NaN or infinity."""
-        if is_finite(tensor):
-            return
-        good = torch.isfinite(tensor).all(dim=1).cpu()
-        broken = [place for place, tokens in enumerate(good.split(self.lengths)) if not tokens.all()]
-        raise NotFiniteError(what, self._numbers(broken))
+        if not is_finite(tensor):
+            self._check_tokens(torch.isfinite(tensor).all(dim=1), what)
+
+    def _check_tokens(self, finite: torch.Tensor, what: str) -> None:
+        """Raises NotFiniteError where one of bool [T] is not so."""
+        if not bool(finite.all()):
+            parts = finite.cpu().split(self.lengths)
+            raise NotFiniteError(what, self._numbers([place for place, own in enumerate(parts) if not own.all()]))
 
     def _numbers(self, places: list[int]) -> list[int]:
         """Numbers of the samples at these places among those still in the run."""

@@ -13,8 +13,17 @@ class AwqMemory:
     device: int
 
 
-def awq_memory(layer: int, shard: int, hidden_states: int, budget: int, gpu: bool) -> AwqMemory:
-    """Peaks of the awq stage.
+def awq_memory(
+    layer: int,
+    shard: int,
+    hidden_states: int,
+    budget: int,
+    gpu: bool,
+    compensated: bool = False,
+    ranks: int = 1,
+    top_k: int = 0,
+) -> AwqMemory:
+    """Peaks of the awq stage, on each of some ranks.
 
     Args:
         layer: bytes of the widest decoder layer in bf16.
@@ -22,13 +31,23 @@ def awq_memory(layer: int, shard: int, hidden_states: int, budget: int, gpu: boo
         hidden_states: elements, calibration tokens times hidden size.
         budget: bytes that the search may work with; small models stay far below it.
         gpu: the search runs on a GPU, not on the host.
+        compensated: rounding compensates errors. It takes half of the budget, and keeps the experts twice as they may
+            be stored, with and without smoothing, on the host.
+        ranks: how many share the experts.
+        top_k: of several ranks: experts a token.
     """
+    layer, shard = layer // ranks, shard // ranks
     # bf16 hidden states, residual stream and block input; fp32 reference and output; the packed layer being written.
-    working = layer + shard + 14 * hidden_states
+    working = layer + shard + 6 * hidden_states + 8 * hidden_states // ranks
+    if ranks > 1:
+        # Rows that are sent and rows that arrive, in bf16, of the largest share: half of the tokens.
+        working += 2 * top_k * hidden_states // ranks
+    kept = 2 * shard if compensated else 0
     searching = min(budget, 4 * (layer + hidden_states))
     if not gpu:
-        return AwqMemory(working + searching, 0)
+        return AwqMemory(working + kept + searching, 0)
     # On a GPU the search is seen to take three tenths of its budget, and the most is held after it: two packed layers,
     # one of which is being fetched, the block's input before and after smoothing, and outputs in bf16 as well.
     after = layer + 2 * shard + 18 * hidden_states + searching // 8
-    return AwqMemory(working, max(working + searching * 3 // 10, after))
+    share = 5 if compensated else 3
+    return AwqMemory(working + kept, max(working + searching * share // 10, after))

@@ -80,14 +80,14 @@ class Rounded(Weights):
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
     def digests(self) -> list[str]:
-        """xxh3-128 of each expert's codes and scales: of gate and up, then of down."""
-        found = []
+        """xxh3-128 of all experts' codes and scales, one after the other: of gate and up, then of down."""
+        found: list[str] = []
         for expert in range(self.packed[0].shape[0]):
             digest = xxhash.xxh3_128()
             for tensor in (part[expert] for pair in zip(self.packed, self.scale, strict=True) for part in pair):
                 digest.update(tensor.view(torch.uint8).numpy().data)
             found.append(digest.hexdigest())
-        return found
+        return [digest for own in self.block.team.everyone(found) for digest in own]
 
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
@@ -114,7 +114,7 @@ class Compensation:
     def __post_init__(self) -> None:
         block, fitted = self.block, self.fitted
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
-        rows = Rows.of(block.index[fitted], experts)
+        rows = Rows.of(block.index[fitted], block.experts).of_experts(block.own.start, block.own.stop)
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
@@ -263,20 +263,19 @@ def judge(
     if not len(judging):
         judging = fitted
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
-    smooths = bool((found.norm != 1).any() | (found.inner != 1).any())
+    changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])
+    smooths = bool(block.team.largest(changed).any())
     smoothings = [plain, found] if smooths else [plain]
     rounded = Compensation(block, fitted).fit(smoothings, lambda share, at: say(ROUNDED * share, at))
     say(ROUNDED, "judging by samples held back")
     jury = ExpertBlock(
         block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
-        block.group_size, None, block.working_memory // 2,
+        block.group_size, None, block.working_memory // 2, team=block.team,
     )  # fmt: skip
-    place = torch.full_like(mask, -1, dtype=torch.int64)
-    place[judging] = torch.arange(len(judging), device=device)
-    wanted = block.x.new_empty(len(judging), block.x.shape[1], dtype=torch.float32)
-    for share, part in zip(block.shares, reference, strict=True):
-        own = place[share.tokens]
-        wanted[own[own >= 0]] = part[own >= 0]
+    chosen = torch.zeros_like(mask)
+    chosen[judging] = True
+    (share,) = jury.shares
+    wanted = block.in_order(reference, chosen)[share.mine]
     # Of equal losses the simpler way wins.
     names = ("", "smoothed_")
     ways: list[tuple[str, Smoothing, Rounded | None]] = [
@@ -286,7 +285,7 @@ def judge(
     losses = []
     for _, smoothing, result in ways:
         weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
-        losses.append(jury.losses(jury.shares[0], weights, wanted))
+        losses.append(jury.losses(share, weights, wanted))
     values = [_mean(loss, wanted.shape[1]) for loss in losses]
     best = min(range(len(ways)), key=values.__getitem__)
     _, smoothing, result = ways[best]
@@ -307,7 +306,8 @@ def judge(
             "loss_chosen": _finite(_mean(shown[1], wanted.shape[1])),
         },
     }
-    evidence = {"x": jury.x[kept], "index": jury.index[kept], "weight": jury.weight[kept], "inner": smoothing.inner}
+    evidence = {"x": jury.x[kept], "index": jury.index[kept], "weight": jury.weight[kept]}
+    evidence["inner"] = block.team.gather_parts(smoothing.inner, block.experts)
     return Verdict(smoothing, smoothed, result, statistics, {name: t.cpu() for name, t in evidence.items()})
 
 

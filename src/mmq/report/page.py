@@ -16,7 +16,15 @@ import mmq
 from mmq.prove import evaluate
 from mmq.report.facts import RunFacts
 from mmq.report.plots import PLOTS, Drawn
-from mmq.report.tables import Table, checks_table, components_table, fingerprints_table, layers_table, stages_table
+from mmq.report.tables import (
+    Table,
+    checks_table,
+    components_table,
+    fingerprints_table,
+    layers_table,
+    ranks_table,
+    stages_table,
+)
 from mmq.report.tiles import tiles
 from mmq.storage.atomic import write_bytes
 from mmq.text import count_text
@@ -63,11 +71,12 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
     evaluation = facts.evaluation
+    kinds, worst = (evaluate.kind_rows(evaluation), evaluate.worst(evaluation)) if evaluation else ([], [])
     return template.render(
         source=facts.source,
         subtitle=f"{'Finished' if facts.complete else 'Not finished yet'}: {facts.work_dir}",
         tiles=tiles(facts),
-        missing=[*facts.missing, *_left_out(facts.layers)],
+        missing=[*facts.missing, *_left_out(facts.all_layers)],
         problems=_problems(facts),
         plots=[
             {
@@ -83,9 +92,12 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         components=components_table(facts),
         layers=layers_table(facts),
         evaluation=Table("evaluation", evaluate.rows(evaluation), words=("variant",)) if evaluation else None,
+        kinds=Table("kinds", kinds, words=("KL by kind of text",)) if kinds else None,
+        worst=Table("worst", worst, words=("name",)) if worst else None,
         evaluated=_evaluated(evaluation) if evaluation else "",
         checks=checks_table(facts),
         stages=stages_table(facts),
+        ranks=ranks_table(facts),
         fingerprints=fingerprints_table(facts),
         versions=Table(
             "versions",

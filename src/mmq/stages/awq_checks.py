@@ -11,12 +11,13 @@ from mmq.families.registry import architecture_of
 from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, total_device, total_host
 from mmq.quantize.decoder_layer import DecoderLayer, check_tokens, transformers_config
+from mmq.quantize.kv_cache import ORDERLESS
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET
 from mmq.recipe import FileSamples, Recipe
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
 from mmq.source.hub import source_config
+from mmq.source.model import SourceModel
 from mmq.source.tokens import CACHE_NAME, Tokens
 from mmq.stages.base import BASE_MEMORY, Check
 from mmq.text import bytes_text
@@ -30,6 +31,7 @@ def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
         Check("group size", lambda w: check_groups(w.source, w.recipe.awq.group_size)),
         *(order if workspace.recipe.awq.source == "bf16" and "dequant" not in before else []),
         Check("device", _device, weights=False),
+        Check("ranks", _ranks),
         Check("sequence length", _length, weights=False),
         Check("calibration samples, tokenizer and chat template", _calibration, weights=False),
         Check("decoder layers", _layers),
@@ -55,11 +57,12 @@ def dequant_output(workspace: Workspace) -> str:
     return f"{len(journal.units)} units in {folder}"
 
 
-def check_groups(source: Fp8Source, group_size: int) -> str:
+def check_groups(source: SourceModel, group_size: int) -> str:
     """Raises CheckpointError where the experts' input channels can't be cut into groups."""
-    widths = []
-    for linear in source.architecture.expert_linears:
-        spec = source.specs[f"{source.architecture.expert_weight(0, 0, linear)}.weight"]
+    widths, arch = [], source.architecture
+    layer = next(filter(arch.has_experts, range(source.layer_count())))
+    for linear in arch.expert_linears:
+        spec = source.specs[f"{arch.expert_weight(layer, 0, linear)}.weight"]
         widths.append(spec.shape[1])
         if spec.shape[1] % group_size:
             raise CheckpointError(
@@ -69,13 +72,27 @@ def check_groups(source: Fp8Source, group_size: int) -> str:
     return f"{group_size} of {' and '.join(map(str, sorted(set(widths))))} input channels"
 
 
-def widest_layer(source: Fp8Source) -> int:
+def widest_layer(source: SourceModel) -> int:
     """Bytes of the largest dequantized layer."""
     return max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
 
 
 def _device(workspace: Workspace) -> str:
     return str(present_device(workspace.recipe.awq.device))
+
+
+def _ranks(workspace: Workspace) -> str:
+    """Each has experts to work on, and what they observe can be put together."""
+    team, experts = workspace.team, workspace.source.expert_count()
+    if team.size > experts:
+        raise RecipeError(f"{team.size} ranks can't share {experts} experts a layer; start at most as many")
+    scheme = workspace.kv_cache_scheme
+    if team.size > 1 and scheme is not None and scheme.observer not in ORDERLESS:
+        raise RecipeError(
+            f"awq.kv_cache_scheme.observer: {scheme.observer} follows the order of the samples, which {team.size} ranks"
+            f" share; on several, {' or '.join(ORDERLESS)}"
+        )
+    return f"{team.size} for {experts} experts a layer"
 
 
 def _length(workspace: Workspace) -> str:

@@ -9,6 +9,7 @@ from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.rotary import rope_parameters
 from mmq.families.sizes import (
+    RARE_COMPONENTS,
     Component,
     Dimensions,
     Form,
@@ -17,13 +18,15 @@ from mmq.families.sizes import (
     disk_bytes,
     layer_bytes,
     outside_bytes,
-    tensors_of,
 )
+from mmq.families.table import Architecture
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
+from mmq.quantize.scaling import rank_costs
 from mmq.recipe import Recipe
 from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
+from mmq.serve.outputs import output_tensors
 from mmq.source.hub import source_config
 from mmq.source.samples import most_tokens
 from mmq.stages.base import BASE_MEMORY, free_disk
@@ -46,17 +49,51 @@ def make_plan(
     arch = architecture_of(config)
     dims = Dimensions.of(config, arch)
     rope_parameters(config, arch)
-    scales = recipe.awq.kv_cache_scheme is not None
-    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales) for form in FORMS}
+    forms = {form: output_tensors(recipe, config, arch, form) for form in FORMS}
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),
+        "kv_cache": _kv_cache(recipe, arch, dims),
         "disk": _disk(recipe, dims, forms),
         "awq_memory": _awq_memory(recipe, dims, forms),
     }
     if gpus is not None:
+        value["ranks"] = _ranks(recipe, dims, forms, gpus, config)
         value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
     return value
+
+
+def _ranks(recipe: Recipe, dims: Dimensions, forms: Forms, gpus: Gpus, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the awq stage takes of each of these GPUs, and how much faster it is than on one, by a model."""
+    arch = architecture_of(config)
+    layer, shard = layer_bytes(forms["bf16"], dims), max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
+    tokens, top_k, inner = most_tokens(recipe), int(config[arch.top_k_key]), int(config[arch.intermediate_key])
+    compensated, budget = recipe.awq.rounding == "compensated", recipe.awq.memory_budget or DEFAULT_BUDGET["cuda"]
+    rows = []
+    alone = rank_costs(tokens, dims.hidden, inner, top_k, 1)
+    for ranks in sorted({1, *(2**power for power in range(1, gpus.count.bit_length())), gpus.count}):
+        if ranks > int(config[arch.experts_key]):
+            continue
+        memory = awq_memory(layer, shard, tokens * dims.hidden, budget, True, compensated, ranks, top_k)
+        costs = rank_costs(tokens, dims.hidden, inner, top_k, ranks)
+        rows.append(
+            {
+                "ranks": ranks,
+                "device_memory": memory.device,
+                "fits": memory.device <= gpus.memory,
+                "sent_per_layer": costs.exchanged + costs.gathered,
+                "times_faster": {link: round(alone.seconds[link] / own, 2) for link, own in costs.seconds.items()},
+            }
+        )
+    return rows
+
+
+def _kv_cache(recipe: Recipe, arch: Architecture, dims: Dimensions) -> dict[str, Any]:
+    """How many layers get scales of an fp8 KV cache, and why others get none."""
+    wanted = recipe.awq.kv_cache_scheme is not None
+    scaled = dims.cached_layers if wanted and arch.has_kv_cache_scales else 0
+    reasons = {arch.without_kv_scales(layer) for layer in (*arch.linear_at, *range(dims.layers)[:1])} - {None}
+    return {"layers": dims.cached_layers, "with_scales": scaled, "without": sorted(map(str, reasons)) if wanted else []}
 
 
 def _components(forms: Forms) -> list[dict[str, Any]]:
@@ -69,6 +106,7 @@ def _components(forms: Forms) -> list[dict[str, Any]]:
     entries = [
         {"component": name, "parameters": own.parameters, "before": side(own), "after": side(after[name])}
         for name, own in before.items()
+        if own.parameters or name not in RARE_COMPONENTS
     ]
     total: dict[str, Any] = {"component": "total", "parameters": sum(own.parameters for own in before.values())}
     for place, parts in (("before", before), ("after", after)):
@@ -100,11 +138,11 @@ def _awq_memory(recipe: Recipe, dims: Dimensions, forms: Forms) -> list[dict[str
     device = recipe.awq.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise RecipeError(f"awq.device is {device!r}; it must be auto, cpu, cuda or cuda:N")
-    shard = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
-    result = []
+    shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
+    compensated, result = recipe.awq.rounding == "compensated", []
     for kind in ("cpu", "cuda") if device == "auto" else (device.partition(":")[0],):
         budget = recipe.awq.memory_budget or DEFAULT_BUDGET[kind]
         hidden_states = most_tokens(recipe) * dims.hidden
-        memory = awq_memory(layer_bytes(forms["bf16"], dims), shard, hidden_states, budget, kind == "cuda")
+        memory = awq_memory(layer, shard, hidden_states, budget, kind == "cuda", compensated)
         result.append({"device": kind, "host_memory": BASE_MEMORY + memory.host, "device_memory": memory.device})
     return result
