@@ -375,7 +375,6 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(project: Path) ->
     answers = result.stdout.splitlines()
     assert len(answers) == len(ABSURD)
     for change, answer in zip(ABSURD, answers, strict=True):
-        # The vocabulary's size is read by `mmq plan` alone; up to 10^9 it is a number like others.
         assert answer.startswith("refused "), change
         assert "config.json" in answer or "has the shape" in answer
 
