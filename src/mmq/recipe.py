@@ -65,7 +65,7 @@ class FileSamples(Section):
     """Calibration samples from a JSONL file."""
 
     path: str = Field(
-        description='JSONL, each line {"text": ...} or {"messages": [...]}, or builtin:NAME for what mmq ships'
+        description="JSONL in any form that public sets have (text, messages, ShareGPT, ...), or builtin:NAME"
     )
     samples: Count | None = Field(None, description="how many lines to take from the top; all by default")
 
@@ -83,7 +83,7 @@ class HubSamples(Section):
     hub: str = Field(description="a dataset id, or a folder with a dataset's files")
     name: str | None = Field(None, description="the dataset's configuration")
     split: str = "train"
-    column: str | None = Field(None, description="the column to use; else `messages` or `text`, whichever is there")
+    column: str | None = Field(None, description="the column to use; else the row is read as a line of a file is")
     filter: dict[str, str | int | float | bool | None] | None = Field(
         None, description="only samples whose columns have these values, e.g. {language: en}"
     )

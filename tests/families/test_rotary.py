@@ -275,3 +275,57 @@ def test_logits_are_those_of_the_plain_forward(pristine: Path, name: str) -> Non
     expected = logits(ids, weights, scaled)
     assert torch.allclose(found, expected.log_softmax(-1), atol=1e-3 * float(expected.abs().max()))
     assert divergence(expected, logits(ids, weights, config)) > 0.01
+
+
+# None where vLLM comes to transformers' weight by itself.
+VLLM: dict[str, float | None] = {
+    "yarn": None,
+    "yarn with an attention factor": 0.8,
+    "yarn with mscale": (0.1 * math.log(40) + 1) / (0.07 * math.log(40) + 1),
+    "longrope": None,
+    "longrope with a factor": 1.1,
+}
+
+
+@pytest.mark.parametrize("name", VLLM)
+def test_vllm_multiplies_by_what_transformers_does(name: str) -> None:
+    """vLLM reads no attention_factor, and mscale for another type only: it takes 0.1 ln(factor) + 1 times attn_factor
+    for yarn, and for longrope short_mscale or else what follows from the positions."""
+    weight = VLLM[name]
+    config = hub_form(name, "type", "rotary_dim")
+    rope = rope_parameters(config, MINIMAX_M2)
+    module = MINIMAX_M2.transformers_class(MINIMAX_M2.rotary_class)(transformers_config(MINIMAX_M2, config))
+    if name.startswith("yarn"):
+        theirs = (0.1 * math.log(rope["factor"]) + 1) * rope.get("attn_factor", 1.0)
+    else:
+        theirs = rope.get("short_mscale", math.sqrt(1 + math.log(4) / math.log(1024)))
+        assert rope.get("long_mscale") == rope.get("short_mscale")
+    assert theirs == pytest.approx(module.attention_scaling)
+    assert ({"attn_factor", "short_mscale"} & rope.keys() == set()) == (weight is None)
+    assert weight is None or theirs == pytest.approx(weight)
+
+
+def test_a_weight_that_only_vllm_would_read_is_refused() -> None:
+    config = PLAIN | {"rope_scaling": {"type": "yarn", "factor": 2.0, "attn_factor": 3.0}}
+    with pytest.raises(CheckpointError, match=r"attn_factor = 3\.0 vLLM multiplies cos and sin by 3\.2"):
+        rope_parameters(config, MINIMAX_M2)
+
+
+def test_a_sequence_turns_alike_whatever_came_before(pristine: Path) -> None:
+    """transformers' module keeps the base of the longest sequence that `dynamic` met."""
+    config, tensors = read_folder(pristine / "source")
+    weights = dequantized(tensors)
+    scaled = config | {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    prefix = "model.layers.0."
+    own = {
+        name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix) and "exper" not in name
+    }
+
+    def layer() -> DecoderLayer:
+        return DecoderLayer(MINIMAX_M2, transformers_config(MINIMAX_M2, scaled), 0, own, torch.device("cpu"))
+
+    lengths = [200, 80, 48]
+    hidden = torch.randn(sum(lengths), 256, generator=torch.Generator().manual_seed(3))
+    together = layer().attend(hidden, lengths).split(lengths)
+    for found, part in zip(together, hidden.split(lengths), strict=True):
+        assert torch.equal(found, layer().attend(part, [len(part)]))

@@ -52,7 +52,7 @@ def test_people_get_a_table_and_are_told_that_nothing_is_packed(project: Path, m
     write_jsonl(project / "mix.jsonl", MIX)
     recipe = write_sources(project, {"path": "mix.jsonl"})
     output = succeed("calibration", recipe)
-    assert "2 chat + 3 text" in output
+    assert "3 text + 2 messages" in output
     assert "python 2, English 1, Deutsch 1" in output
     assert "2 of 5 samples are longer than sequence_length = 40" in output
     assert "never packed or padded" in output

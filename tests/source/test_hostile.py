@@ -375,7 +375,6 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(project: Path) ->
     answers = result.stdout.splitlines()
     assert len(answers) == len(ABSURD)
     for change, answer in zip(ABSURD, answers, strict=True):
-        # The vocabulary's size is read by `mmq plan` alone; up to 10^9 it is a number like others.
         assert answer.startswith("refused "), change
         assert "config.json" in answer or "has the shape" in answer
 
@@ -797,7 +796,7 @@ def test_calibration_and_eval_render_in_that_process(project: Path, monkeypatch:
 
 def test_half_a_character_in_a_sample_is_refused(project: Path) -> None:
     (project / "samples.jsonl").write_text('{"text": "a \\ud800 b"}\n' * 12, encoding="utf-8")
-    assert "samples.jsonl:1 is not JSON" in refused("calibration", project / "recipe.yaml")
+    assert "samples.jsonl:1 holds half a character" in refused("calibration", project / "recipe.yaml")
 
 
 def test_the_fuzzer_runs_and_finds_nothing(tmp_path: Path) -> None:

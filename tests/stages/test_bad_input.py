@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from cli.test_cli import cli, refused, succeed
 from conftest import SAMPLES, digests, edit_json, write_recipe
@@ -265,6 +266,17 @@ def samples(text: str | bytes) -> Change:
     return lambda project: (project / "samples.jsonl").write_bytes(data)
 
 
+def cut_vocabulary(project: Path, rows: int, tokenizer: str | None = None) -> None:
+    """Embeddings and head of so many tokens, and a token more for the tokenizer."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    edit_tensors(project / "source", lambda all_: all_.update({name: all_[name][:rows].clone() for name in names}))
+    edit_json(project / "source" / "config.json", lambda content: content.update(vocab_size=rows))
+    if tokenizer:
+        loaded = AutoTokenizer.from_pretrained(project / "source")
+        loaded.add_tokens([tokenizer])
+        loaded.save_pretrained(project / "source")
+
+
 GOOD = json.dumps({"text": "some words of text"}) + "\n"
 CALIBRATIONS: dict[str, tuple[Change, str]] = {
     "missing": (lambda project: (project / "samples.jsonl").unlink(), "there is no calibration file"),
@@ -296,9 +308,10 @@ CALIBRATIONS: dict[str, tuple[Change, str]] = {
         "samples.jsonl:2 has messages, but the tokenizer has no chat template",
     ),
     "broken chat template": (set_text("chat_template.jinja", "{% for"), "samples.jsonl:2"),
-    "small vocabulary": (
-        tensor("model.embed_tokens.weight", lambda table: table[:40].clone()),
-        "the model knows 40",
+    "small vocabulary": (lambda project: cut_vocabulary(project, 40), "the model knows 40"),
+    "a large tokenizer": (
+        lambda project: cut_vocabulary(project, 512, tokenizer="<extra>"),
+        "the tokenizer has a token '<extra>' with the number 512, the embeddings have 512 rows",
     ),
 }
 

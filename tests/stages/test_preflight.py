@@ -132,6 +132,15 @@ def test_a_file_in_the_place_of_an_output_is_refused(project: Path) -> None:
     (project / "run").mkdir()
     (project / "run" / "hybrid").write_text("", encoding="utf-8")
     assert "run/hybrid is no folder" in refused("run", project / "recipe.yaml")
+    (project / "run" / "hybrid").unlink()
+    # What a run writes at its end, after hours.
+    (project / "run" / "report").write_text("", encoding="utf-8")
+    assert "run/report is no folder" in refused("run", project / "recipe.yaml")
+    (project / "run" / "report").unlink()
+    (project / "run" / "verify.json").mkdir()
+    message = refused("run", project / "recipe.yaml", "--dry-run")
+    assert "run/verify.json is a folder, a file of that name is to be written" in message
+    assert message == refused("run", project / "recipe.yaml")
     assert not (project / "run" / "bf16").exists()
 
 
@@ -187,6 +196,21 @@ def test_a_finished_stage_is_not_checked_again(finished_copy: Path, monkeypatch:
     assert preflight.preflight(workspace, list(STAGES.values())) == []
 
 
+def test_a_finished_stage_needs_its_samples_no_more(finished_copy: Path) -> None:
+    recipe = finished_copy / "recipe.yaml"
+    edit_json(finished_copy / "run/journal.json", lambda journal: journal["stages"].pop("restore"))
+    shutil.rmtree(finished_copy / "run/hybrid")
+    shutil.rmtree(finished_copy / "run/state/calibration")
+    (finished_copy / "samples.jsonl").unlink()
+    # Its other settings are compared all the same.
+    assert "awq was begun with awq.n_grid" in refused("run", recipe, "--set", "awq.n_grid=5")
+    succeed("run", recipe, "--quiet")
+    assert (finished_copy / "run/hybrid/config.json").exists()
+    # Begun anew, it does need them.
+    assert "there is no calibration file" in refused("awq", recipe, "--restart")
+    assert (finished_copy / "run/awq/config.json").exists()
+
+
 def test_what_a_run_was_begun_with_is_compared_first(finished_copy: Path) -> None:
     """dequant is made anew only once it is known that awq can go on."""
     recipe, run = finished_copy / "recipe.yaml", finished_copy / "run"
@@ -223,3 +247,19 @@ def test_restart_checks_what_is_complete(finished_copy: Path) -> None:
     result = cli("run", finished_copy / "recipe.yaml", "--restart", "--quiet")
     assert result.exit_code == 2 and "is not JSON" in result.stderr
     assert (finished_copy / "run/bf16/config.json").exists() and (finished_copy / "run/hybrid/config.json").exists()
+
+
+def test_other_settings_of_a_later_stage_are_met_before_an_earlier_one_writes(finished_copy: Path) -> None:
+    """bf16/ is gone and would be made anew for hours before awq met the other grid."""
+    path = finished_copy / "recipe.yaml"
+    edit_json(finished_copy / "run/journal.json", lambda content: content["stages"].pop("dequant"))
+    shutil.rmtree(finished_copy / "run/bf16")
+    said = refused("run", path, *BF16, "--set", "awq.n_grid=7")
+    assert said.startswith("awq was begun with awq.n_grid = 20, now it is 7")
+    assert said == refused("run", path, *BF16, "--set", "awq.n_grid=7", "--dry-run")
+    assert not (finished_copy / "run/bf16").exists()
+    # restore's input may come out as it was; what else it was begun with is compared.
+    edit_json(finished_copy / "run/journal.json", lambda content: content["stages"].pop("awq"))
+    succeed("run", path, "--dry-run")
+    said = refused("run", path, "--dry-run", "--set", "restore.attention_activations=none")
+    assert said.startswith("restore was begun with restore.attention_activations")

@@ -61,7 +61,7 @@ def _rows(found: dict[str, Any]) -> Rows:
     return [
         {
             "source": name,
-            "form": " + ".join(f"{entry[form]} {form}" for form in ("chat", "text") if entry[form]),
+            "form": " + ".join(f"{count} {form}" for form, count in entry["forms"].items()),
             "samples": entry["samples"],
             "cut": entry["samples_cut"],
             "tokens": f"{entry['tokens']:,}",

@@ -71,6 +71,9 @@ KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "high_freq_factor": (_positive, "a positive number"),
     "short_factor": (_factors, "a list of positive numbers"),
     "long_factor": (_factors, "a list of positive numbers"),
+    "attn_factor": (_positive, "a positive number"),
+    "short_mscale": (_positive, "a positive number"),
+    "long_mscale": (_positive, "a positive number"),
     "truncate": (lambda value: isinstance(value, bool), "true or false"),
 }
 
@@ -110,6 +113,8 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
     if turning < 2 or turning % 2:
         raise CheckpointError(f"config.json: {turning} dimensions of a head would turn; they turn in pairs")
     _check_type(kind, given, turning, config.get(POSITIONS))
+    if not architecture.latent:  # vLLM has a class of its own for that, which reads what transformers reads
+        given |= _for_vllm(kind, given, config.get(POSITIONS))
     last = {key: given.pop(key) for key in (SHARE, "rope_theta", "rope_type")}
     return given | last
 
@@ -191,6 +196,51 @@ def _check_type(kind: str, given: dict[str, Any], turning: int, positions: Any) 
         )
     if kind in PRETRAINED and _count(positions) and given[ORIGINAL] > positions:
         raise CheckpointError(f"config.json: {ORIGINAL} = {given[ORIGINAL]} is above {POSITIONS} = {positions}")
+
+
+def _for_vllm(kind: str, given: dict[str, Any], positions: int | None) -> dict[str, Any]:
+    """How strongly cos and sin count: transformers reads attention_factor and mscale for it, vLLM other names. Empty
+    where vLLM comes to the same by itself.
+
+    Raises:
+        CheckpointError: vLLM's names say something else.
+    """
+    # By vLLM's name: what vLLM would multiply by, and what it must be told so that it is transformers' number.
+    told: dict[str, tuple[float, float]] = {}
+    weight = given.get("attention_factor", 1.0)
+    if kind == "yarn":
+        factor, mscale, all_dim = given["factor"], given.get("mscale"), given.get("mscale_all_dim")
+        plain = _yarn_magnitude(factor)
+        if "attention_factor" not in given:
+            weight = _yarn_magnitude(factor, mscale) / _yarn_magnitude(factor, all_dim) if mscale and all_dim else plain
+        told["attn_factor"] = plain * given.get("attn_factor", 1.0), weight / plain
+    elif kind == "longrope":
+        implied = (positions or given[ORIGINAL]) / given[ORIGINAL]
+        if "attention_factor" not in given:
+            weight = _longrope_magnitude(given.get("factor", implied), given[ORIGINAL])
+        for key in ("short_mscale", "long_mscale"):
+            told[key] = given.get(key, _longrope_magnitude(implied, given[ORIGINAL])), weight
+    result = {}
+    for key, (theirs, needed) in told.items():
+        if math.isclose(theirs, weight, rel_tol=1e-6):
+            continue
+        if key in given:
+            raise CheckpointError(
+                f"config.json: with {key} = {shown(given[key])} vLLM multiplies cos and sin by {theirs:.6g},"
+                f" transformers by {weight:.6g}"
+            )
+        result[key] = needed
+    return result
+
+
+def _yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """sqrt(1/t) of YaRN (arXiv 2309.00071, section 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _longrope_magnitude(factor: float, original: int) -> float:
+    """LongRoPE's scaling of attention (arXiv 2402.13753, appendix)."""
+    return 1.0 if factor <= 1 or original <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
 def _head_dim(config: dict[str, Any], architecture: Architecture) -> int:

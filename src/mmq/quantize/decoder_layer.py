@@ -110,8 +110,7 @@ class DecoderLayer:
         try:
             with torch.device("meta"):
                 module = architecture.transformers_class(architecture.layer_class)(config, layer)
-                # Outside the meta context, so that its buffer is real.
-            self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
+            self._rotary(torch.empty(1), torch.zeros(1, 1, dtype=torch.int64))
         except Exception as error:  # it raises whatever an odd value leads to
             raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
         # The bias of a router that does not hold it itself.
@@ -131,6 +130,15 @@ class DecoderLayer:
         except (RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
         self.module = module.eval()
+
+    def _rotary(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
+        """cos and sin [1, T, rotated dimensions] in the dtype of x for int64 [1, T].
+
+        Made anew each time: transformers' module remembers the longest sequence that it saw, and rotates those after it
+        otherwise (`dynamic`).
+        """
+        rotary = self.architecture.transformers_class(self.architecture.rotary_class)(self.config).to(x.device)
+        return rotary(x, positions)
 
     def set_router(self, weight: torch.Tensor) -> None:
         """Replace the router's weight, [E, H]."""

@@ -40,6 +40,9 @@ def _measures(samples: list[Sample], window: int) -> dict[str, Any]:
     languages = Counter(sample.language for sample in samples if sample.language is not None)
     return {
         "samples": len(samples),
+        "forms": dict(
+            Counter(sample.form or ("messages" if sample.chat else "text") for sample in samples).most_common()
+        ),
         "chat": sum(sample.chat for sample in samples),
         "text": sum(not sample.chat for sample in samples),
         "tokens": sum(sample.tokens for sample in samples),

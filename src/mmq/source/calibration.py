@@ -13,12 +13,13 @@ import torch
 import xxhash
 
 from mmq.recipe import FileSamples, Recipe
-from mmq.source.samples import check_form, is_chat, language_of, read_files, read_samples
+from mmq.source.forms import normal
+from mmq.source.samples import read_files, read_samples
 from mmq.source.tokenizer import CODE, encode, load_tokenizer, render_chats, tokenizer_files
 from mmq.source.tokens import Sample, Tokens, kept_path, read_kept
 
 # Of the kept sets: one that another way of reading or encoding has made must not be taken.
-FORMAT = 1
+FORMAT = 2
 
 
 def load_tokens(recipe: Recipe, tokenizer_folder: Path, cache: Path | None = None) -> Tokens:
@@ -30,7 +31,7 @@ def load_tokens(recipe: Recipe, tokenizer_folder: Path, cache: Path | None = Non
         cache: the folder of the kept sets.
 
     Raises:
-        CalibrationError: a file is missing or empty, has fewer samples than asked for, or a sample has no text.
+        CalibrationError: a file is missing or empty, has fewer samples than asked for, or a sample has no known form.
     """
     settings = recipe.awq.calibration
     files = read_files(recipe)
@@ -39,18 +40,16 @@ def load_tokens(recipe: Recipe, tokenizer_folder: Path, cache: Path | None = Non
     if kept is not None:
         return kept
     tokenizer = load_tokenizer(tokenizer_folder, recipe.model.trust_remote_code)
-    contents = []
-    for index, where, content in read_samples(recipe, files):
-        check_form(where, content)
-        contents.append((index, where, content))
-    rendered = iter(render_chats(tokenizer, [(where, content) for _, where, content in contents if is_chat(content)]))
+    given = [(index, where, normal(where, content)) for index, where, content in read_samples(recipe, files)]
+    rendered = iter(render_chats(tokenizer, [(where, sample) for _, where, sample in given if sample.messages]))
     ids: list[int] = []
     samples = []
-    for index, where, content in contents:
-        whole = encode(tokenizer, where, content, next(rendered) if is_chat(content) else None)
+    for index, where, sample in given:
+        chat = sample.messages is not None
+        whole = encode(tokenizer, where, next(rendered) if chat else str(sample.text), chat)
         part = whole[: settings.sequence_length]
         ids += part
-        samples.append(Sample(index, len(part), len(whole) - len(part), is_chat(content), language_of(content)))
+        samples.append(Sample(index, len(part), len(whole) - len(part), chat, sample.language, sample.form))
     return Tokens(torch.tensor(ids, dtype=torch.int64), samples, inputs)
 
 

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def render(chats: list[Chat], special_tokens: dict[str, Any]) -> list[str]:
     if not chats:
         return []
     # What JSON lacks, such as a table's dates, goes as its text, which is what a template would print of it.
-    lines = [json.dumps([chat.template, chat.messages, chat.tools, special_tokens], default=str) for chat in chats]
+    lines = [
+        json.dumps([chat.template, [*map(_called, chat.messages)], chat.tools, special_tokens], default=str)
+        for chat in chats
+    ]
     # -P: never import from the current folder, which may be the checkpoint's.
     command = [sys.executable, "-P", "-m", "mmq.source.chat_template", str(SECONDS)]
     run = subprocess.run(command, input="\n".join(lines).encode(), capture_output=True, check=False)
@@ -73,12 +77,63 @@ def render(chats: list[Chat], special_tokens: dict[str, Any]) -> list[str]:
     return [answer["text"] for answer in answers]
 
 
+def _called(message: Any) -> Any:
+    """A message with its tool calls' arguments as objects. OpenAI's protocol has them as JSON in a string, templates go
+    through their items; vLLM parses them before rendering, and so what is calibrated on is what is served."""
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    return message | {"tool_calls": [*map(_parsed, calls)]} if isinstance(calls, list) else message
+
+
+def _parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+@cache
+def takes_parts(template: str) -> bool:
+    """Whether a template goes through a message's content part by part, or prints it as it is: whether it has a loop
+    over something called content, as vLLM decides it.
+
+    Raises:
+        TemplateSyntaxError, RecursionError: it is no template.
+    """
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    for loop in _compile_jinja_template(template).environment.parse(template).find_all(nodes.For):
+        over = loop.iter
+        while isinstance(over, nodes.Filter) and over.node is not None:
+            over = over.node
+        names = (
+            getattr(over, "name", None),
+            getattr(over, "attr", None),
+            getattr(getattr(over, "arg", None), "value", None),
+        )
+        if "content" in names:
+            return True
+    return False
+
+
+def _joined(message: Any) -> Any:
+    """A message whose parts, all texts, are one text, a line each as vLLM joins them."""
+    parts = message.get("content") if isinstance(message, dict) else None
+    return message | {"content": "\n".join(part["text"] for part in parts)} if isinstance(parts, list) else message
+
+
 def _answer(line: bytes) -> dict[str, str]:
     """The rendered text of a request, or why there is none."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template, messages, tools, special_tokens = json.loads(line)
     try:
+        if not takes_parts(template):
+            messages = [_joined(message) for message in messages]
         rendered, _ = render_jinja_template([messages], tools=tools, chat_template=template, **special_tokens)
     except MemoryError:
         return {"error": f"takes more than {MEMORY // 2**20} MiB of memory"}

@@ -12,6 +12,7 @@ from mmq.families.sizes import Dimensions
 from mmq.families.table import Architecture
 from mmq.machine.transfer import Lane
 from mmq.source.formats import FP8, format_of
+from mmq.source.outside import check_outside
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.storage.shards import TensorSpec
 from mmq.tensors.fp8 import broken_matrices, dequantize_block, dequantize_blocks, is_finite
@@ -49,6 +50,7 @@ class SourceModel:
             self._check_pair(name)
         self._check_rest()
         self._check_layers()
+        check_outside(checkpoint, architecture)
         # A file that can't be carried is met before the hours of work, not after them.
         checkpoint.carried_files()
 

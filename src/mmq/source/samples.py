@@ -1,7 +1,8 @@
-"""Calibration samples: read from JSONL files or the hub, and what a sample may be."""
+"""Calibration samples: read from JSONL files or the hub."""
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -10,9 +11,7 @@ from typing import Any
 
 from mmq.errors import CalibrationError, one_line
 from mmq.recipe import FileSamples, HubSamples, Recipe
-
-Content = dict[str, Any]
-
+from mmq.source.forms import Content
 
 # How many
 
@@ -25,9 +24,19 @@ def most_tokens(recipe: Recipe) -> int:
         if source.samples is not None:
             samples += source.samples
         elif isinstance(source, FileSamples) and recipe.path(source.path).is_file():
-            with open(recipe.path(source.path), "rb") as file:
-                samples += sum(1 for line in file if line.strip())
+            samples += _count(recipe.path(source.path))
     return samples * settings.sequence_length
+
+
+def _count(path: Path) -> int:
+    """At most so many samples: lines, or the entries of an array."""
+    with open(path, "rb") as file:
+        if not (first := next((line for line in file if line.strip()), b"")).lstrip().startswith(b"["):
+            return bool(first) + sum(1 for line in file if line.strip())
+    try:
+        return len(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError):
+        return 0  # refused once it is read
 
 
 # Reading
@@ -61,29 +70,46 @@ def read_samples(recipe: Recipe, files: dict[Path, bytes]) -> Iterator[tuple[int
 
 def _file_samples(path: Path, data: bytes, source: FileSamples) -> Iterator[tuple[str, Content]]:
     try:
-        # Only a newline ends a line: JSON strings may hold Unicode's other line ends.
-        lines = data.decode("utf-8").split("\n")
+        text = data.decode(_encoding(data))
     except UnicodeDecodeError as error:
         raise CalibrationError(f"the calibration file {path} can't be read: {error}") from None
     found = 0
-    for number, line in enumerate(lines, start=1):
+    for where, sample in _parsed(path, text):
         if found == source.samples:
             break
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-            json.dumps(sample, ensure_ascii=False).encode()  # raises for half a character, which no text holds
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{path}:{number} is not JSON: {error}") from None
         if not isinstance(sample, dict):
-            raise CalibrationError(f"{path}:{number} is not a JSON object")
+            raise CalibrationError(f"{where} is not a JSON object")
         found += 1
-        yield f"{path}:{number}", sample
+        yield where, sample
     if not found:
         raise CalibrationError(f"the calibration file {path} is empty")
     if source.samples and found < source.samples:
         raise CalibrationError(f"the calibration file {path} has {found} samples, the recipe asks for {source.samples}")
+
+
+def _parsed(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """A line each, or where the file is one JSON array, its entries."""
+    if text.lstrip().startswith("["):
+        entries = _json(str(path), text)
+        yield from ((f"{path} sample {number}", entry) for number, entry in enumerate(entries, start=1))
+        return
+    # Only a newline ends a line: JSON strings may hold Unicode's other line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _json(f"{path}:{number}", line)
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} is not JSON: {error}") from None
+
+
+def _encoding(data: bytes) -> str:
+    """UTF-8, or what a byte-order mark says, as programs on Windows write it."""
+    marks = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+    return next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8")
 
 
 def _hub_samples(recipe: Recipe, source: HubSamples) -> Iterator[tuple[str, Content]]:
@@ -125,16 +151,14 @@ def _condition(source: HubSamples) -> str:
 
 
 def _hub_content(source: HubSamples, sample: Content) -> Content:
-    """A row as a sample: the chosen column under the name that its type asks for.
+    """A row as a sample, or the chosen column alone under the name that its type asks for.
 
     A table gives every message all fields that any message has, null where it has none; templates ask for them.
     """
-    content = {key: _without_nulls(sample.get(key)) for key in ("messages", "tools", "text", "language")}
-    if source.column:
-        value = _without_nulls(_column(source, sample, source.column))
-        content |= {"messages": None, "tools": None, "text": None}
-        content["messages" if isinstance(value, list) else "text"] = value
-    return content
+    if not source.column:
+        return {key: _without_nulls(value) for key, value in sample.items() if value is not None}
+    value = _without_nulls(_column(source, sample, source.column))
+    return {"language": sample.get("language"), "text" if isinstance(value, str) else "messages": value}
 
 
 def _column(source: HubSamples, sample: Content, column: str) -> Any:
@@ -149,26 +173,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
     return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
-
-
-# Forms
-
-
-def is_chat(content: Content) -> bool:
-    messages = content.get("messages")
-    return isinstance(messages, list) and bool(messages)
-
-
-def language_of(content: Content) -> str | None:
-    language = content.get("language")
-    return language if isinstance(language, str) and language else None
-
-
-def check_form(where: str, content: Content) -> None:
-    """A sample is a chat or a text."""
-    text = content.get("text")
-    if is_chat(content):
-        if not all(isinstance(message, dict) and message.get("role") for message in content["messages"]):
-            raise CalibrationError(f"{where}: every message must be an object with a role")
-    elif not (isinstance(text, str) and text.strip()):
-        raise CalibrationError(f'{where} has no text: a sample is {{"text": ...}} or {{"messages": [...]}}')

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmq.errors import CalibrationError, one_line, shown
 from mmq.source.chat_template import Chat, render
-from mmq.source.samples import Content
+from mmq.source.forms import Normal
 from mmq.storage.checkpoint import CONFIG_NAME, read_json
 
 # What transformers makes a tokenizer from, chat template included; config.json names its class where nothing else does.
@@ -44,23 +44,20 @@ def load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
 
-def encode(tokenizer: Any, where: str, content: Content, chat: str | None) -> list[int]:
-    """All tokens of a sample, at least one. A chat comes rendered."""
+def encode(tokenizer: Any, where: str, text: str, chat: bool) -> list[int]:
+    """All tokens of a sample, at least one. A chat comes rendered, with its special tokens."""
     with _refused(f"{where}: the tokenizer refuses it"):
-        if chat is None:
-            ids = tokenizer(content["text"])["input_ids"]
-        else:
-            ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if chat else tokenizer(text)["input_ids"]
     if not ids:
         raise CalibrationError(f"{where} has no tokens")
     return list(ids)
 
 
-def render_chats(tokenizer: Any, chats: list[tuple[str, Content]]) -> list[str]:
+def render_chats(tokenizer: Any, chats: list[tuple[str, Normal]]) -> list[str]:
     """Chats as the model sees them, by its own template."""
     found = []
     for where, content in chats:
-        messages, tools = content["messages"], content.get("tools") or None
+        messages, tools = content.messages or [], content.tools
         if not tokenizer.chat_template:
             raise CalibrationError(f"{where} has messages, but the tokenizer has no chat template")
         with _refused(f"{where}: the tokenizer has no chat template for it"):

@@ -32,6 +32,7 @@ class Sample:
         cut: how many `sequence_length` cut off.
         chat: messages through the chat template; else plain text.
         language: what the sample says of itself.
+        form: what it was given as, by a name of `forms`; empty in sets that were kept before it was noted.
     """
 
     source: int
@@ -39,6 +40,7 @@ class Sample:
     cut: int
     chat: bool
     language: str | None
+    form: str = ""
 
 
 @dataclass(frozen=True)

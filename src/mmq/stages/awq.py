@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file
 
-from mmq.errors import DeviceMemoryError, JournalError, one_line
+from mmq.errors import CalibrationError, DeviceMemoryError, JournalError, one_line
 from mmq.machine.device import (
     free_device,
     named_device,
@@ -126,7 +126,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
     awq = workspace.recipe.awq
     return {
         "model.source": workspace.source.checkpoint.fingerprint(),
-        "awq.calibration": calibration_tokens(workspace).fingerprint(),
+        "awq.calibration": _calibration(workspace),
         "awq.n_grid": awq.n_grid,
         "awq.duo_scaling": awq.duo_scaling,
         "awq.search": awq.search,
@@ -139,6 +139,18 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
         "seed": workspace.recipe.seed,
     }
+
+
+def _calibration(workspace: Workspace) -> str:
+    """The tokens' fingerprint. A complete stage needs samples and tokenizer no more: where they can't be read again, it
+    is what it was."""
+    journal = workspace.journal.stage(name)
+    try:
+        return calibration_tokens(workspace).fingerprint()
+    except CalibrationError:
+        if not journal.complete:
+            raise
+        return str(journal.fingerprint.get("awq.calibration"))
 
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:

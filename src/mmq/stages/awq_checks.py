@@ -18,6 +18,8 @@ from mmq.recipe import FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.hub import source_config
 from mmq.source.model import SourceModel
+from mmq.source.outside import check_tokenizer
+from mmq.source.tokenizer import load_tokenizer
 from mmq.source.tokens import CACHE_NAME, Tokens
 from mmq.stages.base import BASE_MEMORY, Check
 from mmq.text import bytes_text
@@ -139,12 +141,14 @@ def _layers(workspace: Workspace) -> str:
 
 
 def _vocabulary(workspace: Workspace) -> str:
-    """Every token has its embedding."""
-    source, name = workspace.source, workspace.architecture.embedding
-    source.checkpoint.shard_of(name)
-    rows, ids = source.specs[name].shape[0], calibration_tokens(workspace).ids
-    check_tokens(rows, ids)
-    return f"largest token {int(ids.max()):,} of {rows:,}"
+    """Every token has its embedding: those of the samples, and all that the tokenizer knows."""
+    source, tokens = workspace.source, calibration_tokens(workspace)
+    rows = source.specs[workspace.architecture.embedding].shape[0]
+    check_tokens(rows, tokens.ids)
+    if tokens.cached:  # made with a tokenizer that was looked at then
+        return f"largest token {int(tokens.ids.max()):,} of {rows:,}"
+    tokenizer = load_tokenizer(workspace.tokenizer_folder, workspace.recipe.model.trust_remote_code)
+    return f"the tokenizer's largest is {check_tokenizer(tokenizer, rows):,} of {rows:,}"
 
 
 def _memory(workspace: Workspace) -> str:

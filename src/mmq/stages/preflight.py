@@ -14,7 +14,12 @@ from pathlib import Path
 from mmq.errors import CheckpointError, DiskSpaceError, RecipeError
 from mmq.stages.base import Check, Plan, Stage, disk_of, existing_part, free_disk
 from mmq.text import bytes_text
+from mmq.workdir.journal import JOURNAL_NAME, OUTPUT_OF
+from mmq.workdir.lock import LOCK_NAME
 from mmq.workdir.workspace import STATE, Workspace
+
+# What a whole run leaves in its work_dir besides the stages' folders.
+REPORT, FILES = "report", (JOURNAL_NAME, LOCK_NAME, "verify.json")
 
 
 @dataclass(frozen=True)
@@ -67,13 +72,18 @@ def preflight(
 
 
 def check_outputs(workspace: Workspace, stages: Sequence[Stage]) -> str:
-    """The folders that will be written are folders, or can become some. Raises RecipeError."""
-    for folder in (workspace.work_dir, workspace.folder(STATE), *(workspace.folder(stage.output) for stage in stages)):
+    """The folders that will be written are folders, or can become some, and the files no folders; those that a run
+    writes at its end as well. Raises RecipeError."""
+    written = (workspace.work_dir, workspace.folder(STATE), *(workspace.folder(stage.output) for stage in stages))
+    for folder in (*written, workspace.folder(REPORT)):
         existing = existing_part(folder)
         if not existing.is_dir():
             raise RecipeError(f"work_dir: {existing} is no folder, {folder} is to be written")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise RecipeError(f"work_dir: {folder} can't be written: no permission to write into {existing}")
+    for path in map(workspace.folder, FILES):
+        if path.is_dir():
+            raise RecipeError(f"work_dir: {path} is a folder, a file of that name is to be written")
     return str(workspace.work_dir)
 
 
@@ -85,15 +95,17 @@ def _source(workspace: Workspace) -> str:
 
 
 def _journal(workspace: Workspace, stages: Sequence[Stage], restart: bool) -> str:
-    """What was begun was begun with these inputs. Behind the first stage with work left they are yet to be made."""
-    begun = []
+    """What was begun was begun with these inputs; what a stage before it is yet to make may come out as it was."""
+    begun, remade = [], False
     for stage in stages if not restart else ():
         own = workspace.journal.stage(stage.name)
         if own.units or own.complete:
-            own.check_fingerprint(stage.fingerprint(workspace))
+            fingerprint = stage.fingerprint(workspace)
+            if remade:
+                fingerprint |= {field: own.fingerprint.get(field) for field in fingerprint if field.endswith(OUTPUT_OF)}
+            own.check_fingerprint(fingerprint)
             begun.append(f"{stage.name}: {'complete' if own.complete else f'{len(own.units)} units done'}")
-        if not own.complete:
-            break
+        remade = remade or not own.complete
     return ", ".join(begun) or "nothing was begun"
 
 

@@ -19,7 +19,7 @@ from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_u
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.tensors.fp8 import block_scales, quantize_block
-from mmq.workdir.journal import StageJournal
+from mmq.workdir.journal import OUTPUT_OF, StageJournal
 from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, scale_name, shard_name
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
@@ -48,7 +48,7 @@ def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
 def fingerprint(workspace: Workspace) -> dict[str, Any]:
     return {
         "model.source": workspace.source.checkpoint.fingerprint(),
-        "awq (its output)": workspace.journal.stage("awq").digest(AWQ),
+        f"awq {OUTPUT_OF}": workspace.journal.stage("awq").digest(AWQ),
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
         # Where it is the default nothing depends on it, and runs that were begun before there was the key go on.
         **({"restore.attention": "fp8_block"} if workspace.rounded else {}),

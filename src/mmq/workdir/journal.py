@@ -21,6 +21,8 @@ from mmq.storage.atomic import FileRecord, file_digest, write_json
 
 JOURNAL_NAME = "journal.json"
 FORMAT = 3
+# Fields of a fingerprint that end so tell of what an earlier stage made.
+OUTPUT_OF = "(its output)"
 
 Facts = dict[str, Any]
 
