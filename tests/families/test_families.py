@@ -22,6 +22,7 @@ from mmq.cli.app import app
 from mmq.errors import CheckpointError
 from mmq.families.registry import ARCHITECTURES, architecture_of
 from mmq.families.sizes import Dimensions
+from mmq.prove.evaluate import EvalSettings, evaluate_checkpoint
 from mmq.prove.forward import run_layer
 from mmq.prove.verify import verify_checkpoint
 from mmq.prove.weights import SourceWeights, read_layer
@@ -355,6 +356,31 @@ def test_the_plan_and_the_card_tell_of_it(made: Made) -> None:
     verify_checkpoint(made.workspace())
     card = render(made.workspace())
     assert f"{parameters['experts']:,}" in card
+    assert ("attention in fp8" in card) == (made.case.stored != "bf16" or bool(made.case.restore))
+    assert ("rounded to block fp8" in card) == bool(made.case.restore)
+    assert ("scaled with the norm that they read" in card) == ("shared experts" in parameters and made.case.smooths)
+    assert ("the norm that they read is not smoothed" in card) == (not made.case.smooths)
+
+
+def test_the_dequantized_folder_leads_to_the_same_bytes(made: Made) -> None:
+    recipe = load(made.folder / "recipe.yaml", ["work_dir=by-way-of-bf16", "awq.source=bf16"])
+    run_stages(Workspace.of(recipe), ["dequant", "awq", "restore"])
+    for path in (made.folder / "run/hybrid").glob("*"):
+        assert (made.folder / "by-way-of-bf16/hybrid" / path.name).read_bytes() == path.read_bytes(), path.name
+    bf16 = read_folder(made.folder / "by-way-of-bf16/bf16")[1]
+    assert bf16.keys() == made.source.keys()
+    for name, tensor in bf16.items():
+        assert torch.equal(tensor.float(), made.source[name].to(tensor.dtype).float()), name
+
+
+def test_eval_compares_it_with_its_source(made: Made) -> None:
+    workspace = made.workspace()
+    settings = EvalSettings(str(made.folder / "samples.jsonl"), 6)
+    variants = {entry["variant"]: entry for entry in evaluate_checkpoint(workspace, settings)["variants"]}
+    assert variants["source"]["kl"] == 0 < variants["hybrid"]["kl"]
+    cached = [entry["kl"] for name, entry in variants.items() if "KV" in name]
+    assert bool(cached) == any(name.endswith("k_scale") for name in made.stored)
+    assert variants["hybrid"]["kl"] not in cached
 
 
 def test_a_recipe_finds_family_and_format(made: Made, tmp_path: Path) -> None:

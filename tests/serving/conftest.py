@@ -38,12 +38,12 @@ class ClientError(Exception):
 def hybrids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The demo's hybrid checkpoint by the form of its config.json: "dynamic" activations, "none" (weight-only)."""
     folder = tmp_path_factory.mktemp("demo")
-    _mmq("synth", folder / "source", *SYNTH)
+    mmq_run("synth", folder / "source", *SYNTH)
     found = {}
     for form in FORMS:
         settings = [f"model.source={folder / 'source'}", f"work_dir={folder / form}", "awq.source=fp8"]
         settings.append(f"restore.attention_activations={form}")
-        _mmq("run", ROOT / "configs/tiny.yaml", *(part for setting in settings for part in ("--set", setting)))
+        mmq_run("run", ROOT / "configs/tiny.yaml", *(part for setting in settings for part in ("--set", setting)))
         found[form] = folder / form / "hybrid"
     return found
 
@@ -107,5 +107,5 @@ def serve(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Serve:
     return run
 
 
-def _mmq(*arguments: object) -> None:
+def mmq_run(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "mmq", *map(str, arguments), "--quiet"], check=True)

@@ -1,6 +1,7 @@
 """What the tests change in vLLM 0.32 so that MiniMax-M2 runs on a CPU, and what they watch.
 
-Runs in the environment of vLLM, in the engine's own process (VLLM_ENABLE_V1_MULTIPROCESSING=0). No patch touches
+Runs in the environment of vLLM, in the engine's own process (VLLM_ENABLE_V1_MULTIPROCESSING=0), or as a plugin of
+vLLM's in each process of a server. No patch touches
 config parsing, the plugin's entry point, the loader, attention, the KV cache and its scales, or the sampler. The only
 arithmetic that is ever replaced is that of the int4 experts, by `Experts(plain=True)`.
 """

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache, register_key_hook, register_value_hook
 
-from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.families.registry import architecture_of
 from mmq.prove.forward import Head, run_layer
 from mmq.prove.weights import HybridWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
@@ -33,8 +33,9 @@ class Cache(Enum):
 
 def log_probabilities(folder: Path, sequences: list[list[int]], cache: Cache) -> torch.Tensor:
     """Of each token after a sequence's first, given those before it: float32, all sequences one after the other."""
-    arch, device, lengths = MINIMAX_M2, torch.device("cpu"), [len(ids) for ids in sequences]
+    device, lengths = torch.device("cpu"), [len(ids) for ids in sequences]
     checkpoint = Checkpoint.open(folder)
+    arch = architecture_of(checkpoint.config)
     weights, config = HybridWeights(checkpoint, arch), transformers_config(arch, checkpoint.config)
     with checkpoint.reader() as reader:
         hidden = embed(reader[arch.embedding], torch.tensor([*chain(*sequences)])).clone()

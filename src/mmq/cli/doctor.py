@@ -12,7 +12,9 @@ import mmq
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, mode
 from mmq.cli.output import Rows, make_output
-from mmq.serve.vllm_plugin import GROUP, TARGET, State, inspect_vllm, vllm_version
+from mmq.families.registry import families
+from mmq.serve.vllm_families import support
+from mmq.serve.vllm_plugin import GROUP, TARGET, Sources, State, inspect_vllm, vllm_version
 from mmq.text import bytes_text
 
 PACKAGES = ("torch", "transformers", "llmcompressor", "compressed-tensors")
@@ -76,6 +78,7 @@ def _vllm() -> dict[str, Any]:
     allowed = os.environ.get("VLLM_PLUGINS")
     # As vLLM reads it: unset means all plugins, else a list of names between commas.
     active = bool(names if allowed is None else names & set(allowed.split(",")))
+    sources = Sources()
     return {
         "version": vllm_version(),
         "plugin": {"installed": bool(names), "active": active},
@@ -89,6 +92,7 @@ def _vllm() -> dict[str, Any]:
             }
             for finding in inspect_vllm()
         ],
+        "families": [asdict(support(sources, arch)) for arch in families().values()] if sources.folders else [],
     }
 
 
@@ -136,6 +140,9 @@ def _rows(packages: dict[str, str | None], vllm: dict[str, Any], devices: Rows, 
             outcome = "the plugin mends it" if fault["mended_by_plugin"] else "nothing mends it"
             meaning = f"{fault['sentence']}; {outcome}"
         rows.append(row(f"fault {fault['name']}", fault["state"], meaning))
+    for family in vllm["families"]:
+        loads = f"loads it ({family['module']})" if family["module"] else "can't load it"
+        rows.append(row(f"family {family['family']}", loads, "; ".join(family["faults"])))
     for device in devices:
         rows.append(
             row(

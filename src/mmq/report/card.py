@@ -31,6 +31,11 @@ from mmq.workdir.workspace import HYBRID, STATE, Workspace
 
 TEMPLATE = "card.md.j2"
 TAGS = ("mmq", "awq", "int4", "fp8", "compressed-tensors", "moe", "vllm")
+# What became of shared experts, by whether the norm is smoothed.
+SHARED = {
+    True: "scaled with the norm that they read, in bf16",
+    False: "in their original fp8 bytes; so the norm that they read is not smoothed",
+}
 # vLLM's releases with the two faults that the plugin mends; docs/serving.md has the table.
 ASSERTION_VERSIONS = "0.16 to 0.33"
 SCALES_VERSIONS = "0.15.1 to 0.19"
@@ -148,12 +153,18 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
     reasons = sorted({layer["no_kv_scales"] for layer in facts.all_layers if "no_kv_scales" in layer})
     without = f"{'; '.join(reasons)}" if reasons else None
     none_has = bool(facts.all_layers) and not any(layer["kv_scales"] for layer in facts.all_layers)
+    shared = any(part.name == "shared experts" and part.parameters for part in facts.components)
+    attention = next((part for part in facts.components if part.name == "attention"), None)
+    fp8 = attention is None or "fp8" in attention.dtype_after
     recipe = _fenced(yaml.safe_dump(_public(facts.recipe), sort_keys=False, allow_unicode=True), "yaml")
     body = template.render(
         facts=facts,
         setting=setting,
         awq=facts.recipe["awq"] | ({"kv_cache_scheme": None} if none_has and without else {}),
         no_kv_scales=without,
+        fp8_attention=fp8,
+        rounded_attention=facts.recipe["restore"].get("attention") == "fp8_block",
+        shared_experts=SHARED[_norm_is_smoothed(facts.layers)] if shared else None,
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
         layers=_layer_facts(facts.layers, facts.all_layers),
@@ -173,6 +184,10 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
     if ModelCard(text).data.to_dict() != data.to_dict():
         raise CheckpointError("the model card's front matter would not be read back as it is meant")
     return text
+
+
+def _norm_is_smoothed(layers: list[dict[str, Any]]) -> bool:
+    return not any("not_smoothed" in layer["norm"] for layer in layers)
 
 
 def _has_source(workspace: Workspace) -> bool:

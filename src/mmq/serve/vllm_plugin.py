@@ -54,7 +54,7 @@ class Fault:
     module: str
     owner: str
     method: str
-    detect: Callable[[_Sources, _Definition], bool | None]
+    detect: Callable[[Sources, Definition], bool | None]
     wrap: Wrapper
 
 
@@ -87,7 +87,7 @@ def register() -> None:
 
 def inspect_vllm() -> list[Finding]:
     """The state of every fault in the vLLM of this environment; imports nothing of it."""
-    sources = _Sources()
+    sources = Sources()
     return [_look(fault, sources) for fault in FAULTS]
 
 
@@ -105,7 +105,7 @@ def vllm_version() -> str | None:
     return "unknown"
 
 
-def _look(fault: Fault, sources: _Sources) -> Finding:
+def _look(fault: Fault, sources: Sources) -> Finding:
     if getattr(getattr(_live_owner(fault), fault.method, None), _MARK, None) == fault.name:
         return Finding(fault, State.MENDED)
     if not sources.folders:
@@ -174,7 +174,7 @@ def _per_tensor(scale: Any) -> float | None:
 # How a fault is detected.
 
 
-def _asserts_false_of_none(sources: _Sources, owner: _Definition) -> bool | None:
+def _asserts_false_of_none(sources: Sources, owner: Definition) -> bool | None:
     """`is_static_input_scheme is False` is asserted after loading, and the constructor takes it as it comes.
 
     Weight-only schemes pass None. A caller that passes False instead makes the mending superfluous, not wrong.
@@ -204,7 +204,7 @@ def _asserts_false_of_none(sources: _Sources, owner: _Definition) -> bool | None
     return not all(_is_bool(value) for value in values) if values else None
 
 
-def _never_sets_floats(sources: _Sources, owner: _Definition) -> bool | None:
+def _never_sets_floats(sources: Sources, owner: Definition) -> bool | None:
     """The loaded `k_scale` is used after loading, and neither there nor in what is called is there a float for it."""
     loading = sources.method(owner, "process_weights_after_loading")
     if loading is None:
@@ -248,44 +248,44 @@ def _names(function: ast.AST) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class _Definition:
+class Definition:
     """A class or function, the module it is in, and the class of a method."""
 
     module: str
     node: ast.ClassDef | ast.FunctionDef
-    owner: _Definition | None = None
+    owner: Definition | None = None
 
 
-class _Sources:
+class Sources:
     """vLLM's source files as syntax trees, each parsed once."""
 
     def __init__(self) -> None:
         self.folders = _vllm_folders()
         self._trees: dict[str, list[ast.stmt]] = {}
 
-    def find(self, module: str, name: str, imports: int = 8) -> _Definition | None:
+    def find(self, module: str, name: str, imports: int = 8) -> Definition | None:
         """A class or function by its name in a module of vLLM, through at most so many imports of the name."""
-        for node in reversed(self._body(module)):
+        for node in reversed(self.body(module)):
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-                return _Definition(module, node)
+                return Definition(module, node)
             if isinstance(node, ast.ImportFrom) and imports:
                 for alias in node.names:
                     if (alias.asname or alias.name) == name:
                         return self.find(self._absolute(module, node), alias.name, imports - 1)
         return None
 
-    def method(self, owner: _Definition, name: str, inherited: bool = False) -> _Definition | None:
+    def method(self, owner: Definition, name: str, inherited: bool = False) -> Definition | None:
         """A method of a class or of the classes it derives from; of the latter only, if `inherited`."""
         for definition in self._lineage(owner)[inherited:]:
             for node in definition.node.body:
                 if isinstance(node, ast.FunctionDef) and node.name == name:
-                    return _Definition(definition.module, node, definition)
+                    return Definition(definition.module, node, definition)
         return None
 
-    def reached(self, start: _Definition) -> Iterator[ast.FunctionDef]:
+    def reached(self, start: Definition) -> Iterator[ast.FunctionDef]:
         """A function and all functions of vLLM that it calls, directly or not."""
         seen: set[int] = set()
-        todo: list[_Definition | None] = [start]
+        todo: list[Definition | None] = [start]
         while todo:
             definition = todo.pop()
             if definition is None or id(definition.node) in seen or not isinstance(definition.node, ast.FunctionDef):
@@ -296,7 +296,7 @@ class _Sources:
                 if isinstance(call, ast.Call):
                     todo.append(self._called(definition, call.func, start.owner))
 
-    def _called(self, caller: _Definition, function: ast.expr, concrete: _Definition | None) -> _Definition | None:
+    def _called(self, caller: Definition, function: ast.expr, concrete: Definition | None) -> Definition | None:
         """What `function` means in `caller`, where `self` is a `concrete`; None if that is nothing of vLLM."""
         if isinstance(function, ast.Name):
             return self.find(caller.module, function.id)
@@ -309,10 +309,10 @@ class _Sources:
             return self.method(caller.owner, function.attr, inherited=True)
         return None
 
-    def _lineage(self, owner: _Definition) -> list[_Definition]:
+    def _lineage(self, owner: Definition) -> list[Definition]:
         """A class and those it derives from, as far as they are vLLM's, in the order of the definitions."""
-        found: list[_Definition] = []
-        todo: list[_Definition | None] = [owner]
+        found: list[Definition] = []
+        todo: list[Definition | None] = [owner]
         while todo:
             definition = todo.pop(0)
             if definition is None or not isinstance(definition.node, ast.ClassDef) or definition in found:
@@ -329,7 +329,7 @@ class _Sources:
         parents = package.split(".")[: len(package.split(".")) - node.level + 1]
         return ".".join([*parents, *([node.module] if node.module else [])])
 
-    def _body(self, module: str) -> list[ast.stmt]:
+    def body(self, module: str) -> list[ast.stmt]:
         """The statements of a module; none where it can't be read or is not vLLM's."""
         if module not in self._trees:
             path = self._path(module, package=False) or self._path(module, package=True)
