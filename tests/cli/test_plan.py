@@ -204,7 +204,7 @@ def test_other_bad_options(arguments: list[str], sentence: str, real: Path) -> N
         ({"head_dim": None, "hidden_size": 5}, "head_dim is 0"),
         (
             {"quantization_config": {"quant_method": "gptq"}},
-            "is 'gptq'; mmq reads fp8, compressed-tensors",
+            "quant_method is 'gptq'; mmq reads fp8, compressed-tensors",
         ),
         ({"quantization_config": ["fp8"]}, "quantization_config is ['fp8'] instead of an object"),
         (

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import IO, NoReturn, cast
 
@@ -115,8 +115,9 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
         return message if speaks() else "", code
     if isinstance(error, Terminated):
         # The launcher ends all where one has failed.
-        if (found := team.failure(STOPPED)) is not None:
-            message, code = f"error: {found}", found.exit_code
+        with suppress(RankError):
+            if (found := team.failure(STOPPED)) is not None:
+                message, code = f"error: {found}", found.exit_code
         team.leave()
     elif isinstance(error, RankError):
         team.leave()

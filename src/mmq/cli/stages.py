@@ -91,6 +91,7 @@ def _run(
                 from mmq.cli.verify import verify_and_report
 
                 verify_and_report(workspace, run.output)
+            team.close()
             if not team.leads:
                 return
             if whole:

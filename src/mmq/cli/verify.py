@@ -36,6 +36,7 @@ def verify(
         with run.output.live():
             team = Team.join("cpu")
             verify_and_report(Workspace.of(run.recipe, run.output, team=team), run.output)
+            team.close()
 
 
 def verify_and_report(workspace: Workspace, output: Output) -> None:

@@ -74,7 +74,7 @@ class Team:
             state = PartialState(cpu=named_device(device).type == "cpu", timeout=timedelta(seconds=PATIENCE))
         except (RuntimeError, ValueError) as error:
             raise RankError(f"the {size} ranks don't come together: {one_line(error)}") from None
-        store = dist.PrefixStore("mmq", dist.distributed_c10d._get_default_store())
+        store = _Store(dist.PrefixStore("mmq", dist.distributed_c10d._get_default_store()))
         team = cls(state.process_index, state.num_processes, store)
         store.set(f"rank/{team.rank}", json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         with signals_held():
@@ -189,7 +189,7 @@ class Team:
 
     def _live(self) -> None:
         """Give signs of life until the process, or the store, ends."""
-        with suppress(RuntimeError):
+        with suppress(RankError):
             while True:
                 self._live_once()
                 time.sleep(HEARTBEAT)
@@ -212,15 +212,21 @@ class Team:
     def fail(self, sentence: str, code: int) -> None:
         """Tell the others why this rank ends."""
         if self.size > 1:
-            with suppress(RuntimeError):  # the store may have gone first
+            with suppress(RankError):  # the store may have gone first
                 self._store.set(f"ended/{self.rank}", sentence)
                 self._store.compare_set(FAILED, "", json.dumps({"rank": self.rank, "sentence": sentence, "code": code}))
 
     def leave(self) -> None:
         """Tell the others that this rank ends for no fault of its own."""
         if self.size > 1:
-            with suppress(RuntimeError):
+            with suppress(RankError):
                 self._store.set(f"ended/{self.rank}", "")
+
+    def close(self) -> None:
+        """The run has ended well: nothing is to be told any more."""
+        if self.size > 1:
+            self.leave()
+            dist.destroy_process_group()
 
     def failure(self, patience: float = 0.0) -> RankError | None:
         """Which rank failed, as far as it is known within some seconds: one that said so, or one that died."""
@@ -318,6 +324,26 @@ class Team:
                     f" {one_line(error)}; {said}"
                 )
             raise found from None
+
+
+class _Store:
+    """The launcher's key-value store, whose loss is a rank's error like others."""
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._store, name)
+
+        def ask(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except RuntimeError as error:
+                raise RankError(
+                    f"the launcher, which keeps what the ranks tell each other, is gone: {one_line(error)}"
+                ) from None
+
+        return ask
 
 
 class Exchange:
