@@ -6,8 +6,9 @@
     python scripts/bench_quality.py trained --narrow --samples 16       # calibrated on a few dozen words
 
 The model is a folder as scripts/train_tiny.py writes it, with `calibration.jsonl` and `heldout.jsonl`. For every number
-of samples and every seed, samples are drawn from the former, and mmq's stages and its evaluation run. Each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same
-samples; figures are medians over the seeds, with the least and the largest in brackets.
+of samples and every seed, samples are drawn from the former, and mmq's stages and its evaluation run. Each hybrid's KL
+is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same samples; figures are medians
+over the seeds, with the least and the largest in brackets.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
     mix = torch.randn(256, 256, generator=generator) / 16 + torch.eye(256)
     block.x.copy_((block.x.float() @ mix * torch.rand(256, generator=generator)).bfloat16())
     found = Rounded(block, plain)
-    Compensation(block, torch.arange(0, 2000, 2)).fit([found], 6)
+    Compensation(block, torch.arange(0, 2000, 2), 1000).fit([found], 6)
     x, weight = block.x[1::2].float(), block.gate_up[:1].float()
     others = {
         "compensated": found.stored(0, 0, 1),
@@ -201,7 +201,7 @@ def test_moments_are_those_of_each_experts_rows() -> None:
     """Of the fitted tokens alone, against a plain loop in fp64; down's mean squares with the rows that top up."""
     block = make_block(Shape(5, 256, 128, 700, 2, 400), 2**22)
     fitted = torch.arange(0, 700, 3)
-    fit = Compensation(block, fitted)
+    fit = Compensation(block, fitted, 700)
     inputs, middles, counts, squares = fit._moments(0, 5)
     assert block.extra is not None
     starts = [0, *block.extra.ends]

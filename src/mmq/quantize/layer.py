@@ -109,6 +109,7 @@ class LayerQuantizer:
     Args:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
+        distinct: how many different tokens they have.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
@@ -124,11 +125,13 @@ class LayerQuantizer:
         config: dict[str, Any],
         settings: Awq,
         lengths: list[int],
+        distinct: int,
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self.distinct = distinct
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
@@ -207,7 +210,7 @@ class LayerQuantizer:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
+                verdict = judge(block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step)
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
                 evidence = verdict.evidence

@@ -21,14 +21,24 @@ from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
 
-# Prior rows for each column that a moment is drawn towards its target by, and the share of the mean diagonal that is
-# added to it. docs/quality.md has what other values give.
-SHRINKAGE, DAMPING = 0.5, 0.1
+# Prior rows for each column that a moment is drawn towards its target by, the least share of the mean diagonal that is
+# added to it, and that share where the text has as many different tokens as there are columns. docs/quality.md has what
+# other values give.
+SHRINKAGE, DAMPING, NARROW = 0.5, 0.1, 0.25
 HELD_BACK = 8  # one sample in as many
 PROBED = 4  # one expert in as many is rounded under each smoothing
 CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
 EVIDENCE = 256  # at most as many tokens are kept for verify to compute the block's loss from the files by
 ROUNDED = 0.9  # the share of the time that rounding takes, before judging
+
+
+def damping(columns: int, distinct: int) -> float:
+    """The share of the mean diagonal that is added to moments of so many columns.
+
+    Rows of the same few tokens say nothing of others, however many there are: moments of narrow text are drawn towards
+    the identity by how few different tokens it has. On samples held back of the same text that can't be seen.
+    """
+    return max(DAMPING, NARROW * columns / max(1, distinct))
 
 
 def held_back(lengths: list[int]) -> torch.Tensor:
@@ -113,10 +123,12 @@ class Compensation:
 
     Args:
         fitted: int64 [F], the tokens whose rows the moments are of.
+        distinct: how many different tokens the calibration has.
     """
 
     block: ExpertBlock
     fitted: torch.Tensor
+    distinct: int
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
     step: int = field(init=False)
@@ -198,7 +210,7 @@ class Compensation:
             result.put(1, first, self._round(block.down[first:last].float().mul_(own.unsqueeze(1)), moments))
 
     def _round(self, weight: torch.Tensor, moments: torch.Tensor) -> QuantizedStack:
-        factor = factorize(moments, DAMPING)
+        factor = factorize(moments, damping(weight.shape[2], self.distinct))
         scale = searched_scale(weight, factor.diagonal, self.block.group_size)
         return descend(weight, moments, factor, round_compensated(weight, factor, scale, self.block.group_size))
 
@@ -295,6 +307,7 @@ def judge(
     block: ExpertBlock,
     reference: list[torch.Tensor],
     lengths: list[int],
+    distinct: int,
     found: Smoothing,
     say: Callable[[float, str], None] = lambda *_: None,
 ) -> Verdict:
@@ -302,6 +315,8 @@ def judge(
 
     Args:
         reference: float32 [t, H] of each share, the unquantized block's outputs.
+        lengths: tokens of each sample.
+        distinct: how many different tokens there are.
         found: the smoothing that a search for rounding to nearest chose.
     """
     mask = held_back(lengths).to(block.x.device)
@@ -317,7 +332,7 @@ def judge(
     nearest = {f"{name}nearest": smoothing for name, smoothing in smoothings.items()}
     for way, smoothing in nearest.items():
         jury.hear(way, Smoothed(jury.block, smoothing.norm, smoothing.inner))
-    compensation, experts = Compensation(block, fitted), block.gate_up.shape[0]
+    compensation, experts = Compensation(block, fitted, distinct), block.gate_up.shape[0]
     results = {name: Rounded(block, smoothing) for name, smoothing in smoothings.items()}
 
     def progress(share: float, at: str) -> None:

@@ -180,6 +180,7 @@ class _Stage:
             self.source.config,
             workspace.recipe.awq,
             tokens.lengths,
+            tokens.ids.unique().numel(),
             self.device,
             self._say,
             self._excluded(),
