@@ -27,7 +27,7 @@ from mmq.prove.measures import measure
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.layer import LayerContent
-from mmq.source.block_fp8 import Fp8Source
+from mmq.source.model import SourceModel
 from mmq.source.tokens import Sample, Tokens
 from mmq.storage.checkpoint import Checkpoint
 
@@ -63,7 +63,7 @@ class Model:
     """The source's layers, with the tokens that calibrate and those that judge."""
 
     def __init__(self, folder: Path, calibration: int, held_out: int, length: int) -> None:
-        self.source = Fp8Source(Checkpoint.open(folder), ARCH)
+        self.source = SourceModel(Checkpoint.open(folder), ARCH)
         config = self.source.config
         self.config = transformers_config(ARCH, config)
         weights = SourceWeights(self.source)

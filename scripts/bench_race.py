@@ -72,10 +72,10 @@ def model_blocks(folder: Path, data: Path, searches: int, tokens: int) -> Iterat
     from tokenizers import Tokenizer
 
     from mmq.prove.weights import SourceWeights, read_layer
-    from mmq.source.block_fp8 import Fp8Source
+    from mmq.source.model import SourceModel
     from mmq.storage.checkpoint import Checkpoint
 
-    source = Fp8Source(Checkpoint.open(folder), MINIMAX_M2)
+    source = SourceModel(Checkpoint.open(folder), MINIMAX_M2)
     weights, config = SourceWeights(source), transformers_config(MINIMAX_M2, source.config)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]

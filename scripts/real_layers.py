@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.families.sizes import Dimensions
 from mmq.quantize.layer import LayerContent
-from mmq.source.block_fp8 import SCALE_SUFFIX
-from mmq.source.synth import FP8_MAX, Sizes, model_config, write_tokenizer
+from mmq.source.formats import SCALE_SUFFIX
+from mmq.source.synth import Sizes, model_config, write_tokenizer
 from mmq.storage.atomic import write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
 from mmq.storage.shards import save_tensors
-from mmq.tensors.fp8 import BLOCK
+from mmq.tensors.fp8 import BLOCK, LARGEST
 
 ARCH = MINIMAX_M2
 SHARD_BYTES = 2**30
@@ -67,14 +68,13 @@ class Draw:
 
     def outside_experts(self, shape: Shape) -> Iterator[tuple[str, torch.Tensor]]:
         """A layer's tensors but for its experts, matrices in fp32, by their names in the layer."""
-        query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        hidden = shape.hidden
-        for linear, (rows, columns) in zip(
-            ARCH.attention, ((query, hidden), (key, hidden), (key, hidden), (hidden, query)), strict=True
-        ):
-            yield f"{linear}.weight", self.normal(rows, columns) * columns**-0.5
-        for norm, size in zip(ARCH.attention_inputs, (hidden, query, key), strict=True):
-            yield norm, self.channels(size, 0.1, 2).to(torch.bfloat16)
+        hidden, dims = shape.hidden, Dimensions.of(model_config(shape.sizes(1)), ARCH)
+        for weight in ARCH.attention_weights:
+            size = dims.shape(weight)
+            if weight.is_matrix:
+                yield weight.name, self.normal(*size) * size[1] ** -0.5
+            else:
+                yield weight.name, self.channels(*size, 0.1, 2).to(torch.bfloat16)
         norm = self.channels(hidden, 0.3, 25)
         yield ARCH.smooth_norm, norm.to(torch.bfloat16)
         yield ARCH.router, self.normal(shape.experts, hidden) * (hidden**-0.5 / norm.square().mean().sqrt())
@@ -159,6 +159,6 @@ def to_block_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [out, in], both multiples of 128 -> float8_e4m3fn [out, in] and float32 block scales."""
     rows, columns = weight.shape
     blocks = weight.view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scale = blocks.abs().amax((1, 3)) / FP8_MAX
+    scale = blocks.abs().amax((1, 3)) / LARGEST
     codes = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(rows, columns), scale

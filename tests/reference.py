@@ -29,7 +29,8 @@ def dequantized(tensors: Weights) -> Weights:
         if tensor.dtype == torch.float8_e4m3fn:
             scale = tensors.get(name + "_scale_inv", tensors.get(name + "_scale"))
             rows, columns = tensor.shape
-            blocks = torch.kron(scale, torch.ones(128, 128))[:rows, :columns]
+            share = (1, columns) if scale.shape == (rows, 1) and rows > 1 else (128, 128)
+            blocks = torch.kron(scale.float(), torch.ones(share))[:rows, :columns]
             result[name] = tensor.float() * blocks
         elif name.endswith("weight_packed"):
             base = name.removesuffix("_packed")

@@ -50,7 +50,7 @@ def messages(project: Path, finished: Path) -> Iterator[str]:
     edit_json(config, lambda content: content.update(model_type="other", architectures=["Other"]))
     yield said("plan", recipe)
     config.write_text(whole, encoding="utf-8")
-    edit_json(config, lambda content: content.pop("quantization_config"))
+    edit_json(config, lambda content: content["quantization_config"].update(quant_method="gptq"))
     yield said("plan", recipe)
     config.write_text(whole, encoding="utf-8")
     yield said("plan", recipe, "--set", "model.source=./nowhere")

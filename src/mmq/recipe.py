@@ -151,6 +151,11 @@ class Awq(Section):
         "nearest",
         description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
+    shared_experts: Literal["scaled", "source"] = Field(
+        "scaled",
+        description="an fp8 shared expert, which reads the smoothed norm too, becomes bf16 and is scaled with it, or"
+        " keeps the source's bytes, and the norm is not smoothed",
+    )
     propagate_quantized: bool = Field(
         True, description="calibrate each layer on the outputs of the quantized layers before it"
     )
@@ -171,6 +176,10 @@ class Awq(Section):
 class Restore(Section):
     """Stage 3: the original fp8 attention back into the quantized checkpoint."""
 
+    attention: Literal["source", "fp8_block"] = Field(
+        "source",
+        description="attention has the source's bytes; that of a bf16 source may be rounded to fp8 in 128x128 blocks",
+    )
     attention_activations: Literal["dynamic", "none"] = Field(
         "dynamic",
         description="dynamic group-128 fp8 activations as the source declares, or the model card's weight-only form",

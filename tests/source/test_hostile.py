@@ -350,7 +350,7 @@ import json, resource, sys
 from pathlib import Path
 from mmq.families.registry import architecture_of
 from mmq.errors import CheckpointError
-from mmq.source.block_fp8 import Fp8Source
+from mmq.source.model import SourceModel
 from mmq.storage.checkpoint import Checkpoint
 folder = Path(sys.argv[1])
 config = json.loads((folder / "config.json").read_text())
@@ -361,7 +361,7 @@ for change in json.load(sys.stdin):
     (folder / "config.json").write_text(json.dumps(config | change))
     try:
         checkpoint = Checkpoint.open(folder)
-        Fp8Source(checkpoint, architecture_of(checkpoint.config))
+        SourceModel(checkpoint, architecture_of(checkpoint.config))
         print("taken")
     except CheckpointError as error:
         print("refused", error)

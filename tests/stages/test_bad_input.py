@@ -115,8 +115,8 @@ SOURCES: dict[str, tuple[Change, str]] = {
         f"{EXPERT}w1.weight_scale_inv is F32 [2, 1]",
     ),
     "scale of another dtype": (
-        tensor(f"{EXPERT}w1.weight_scale_inv", lambda scale: scale.bfloat16()),
-        f"{EXPERT}w1.weight_scale_inv is BF16",
+        tensor(f"{EXPERT}w1.weight_scale_inv", lambda scale: scale.double()),
+        f"{EXPERT}w1.weight_scale_inv is F64",
     ),
     "fp8 router": (
         tensors(

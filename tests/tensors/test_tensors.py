@@ -19,7 +19,7 @@ from mmq.tensors.experts import (
     second_moments,
     squares_by_expert,
 )
-from mmq.tensors.fp8 import dequantize_block, has_nan, is_finite, scale_shape
+from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, has_nan, is_finite, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_stack, weight_args
 from mmq.tensors.smoothing import candidate_scales, smooth_norm
 
@@ -41,6 +41,22 @@ def test_every_fp8_code_is_dequantized_in_fp32_and_rounded_once(scale: float) ->
     values = torch.tensor([[e4m3_value(int(code)) for code in FINITE]], dtype=torch.float32)
     expected = (values * torch.tensor(scale)).to(torch.bfloat16)
     assert torch.equal(dequantize_block(weight, scales).view(torch.int16), expected.view(torch.int16))
+
+
+def test_dequantization_by_rows_over_all_codes() -> None:
+    """Each code times each row's scale: sign, exponent and mantissa by hand, in exact fractions of two."""
+    codes = [code for code in range(256) if code & 0x7F != 0x7F]
+    scales = torch.tensor([1.0, 0.5, 3.0, 0.0123, 2.0**-9, 411.0])
+    weight = torch.tensor(codes, dtype=torch.uint8).view(torch.float8_e4m3fn).expand(len(scales), -1).contiguous()
+    values = [
+        (-1) ** (code >> 7)
+        * ((code & 7) * 2.0**-9 if not code >> 3 & 15 else (8 + (code & 7)) * 2.0 ** ((code >> 3 & 15) - 10))
+        for code in codes
+    ]
+    expected = (torch.tensor(values, dtype=torch.float64) * scales.double()[:, None]).float().bfloat16()
+    assert torch.equal(dequantize_block(weight, scales[:, None]), expected)
+    stacked = dequantize_blocks(weight.expand(3, -1, -1).contiguous(), scales[:, None].expand(3, -1, -1))
+    assert torch.equal(stacked, expected.expand(3, -1, -1))
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (1, 1), (130, 257), (383, 128), (256, 96), (5, 1000)])

@@ -97,6 +97,10 @@ def _show(output: Output, value: dict[str, Any]) -> None:
         for entry in value["awq_memory"]
     ]
     output.result({}, "Peak memory of the awq stage", rows)
+    cache = value["kv_cache"]
+    if cache["without"]:
+        scaled = f"{cache['with_scales']} of {cache['layers']} layers with a KV cache get scales for it"
+        output.note(f"{scaled}: {'; '.join(cache['without'])}")
     if "serving" not in value:
         return
     fit = value["serving"]

@@ -14,9 +14,10 @@ from mmq.cli.errors import handled
 from mmq.cli.options import Json, Set, mode
 from mmq.cli.output import Mode, make_output
 from mmq.errors import RecipeError
-from mmq.recipe import load
+from mmq.recipe import load, project_root
 from mmq.shipped import PREFIX, builtin_recipes, builtin_samples
 
+NEWLINE = "\n"
 # What `init` begins with.
 TEMPLATE = "builtin:minimax-m2.5"
 recipe_app = typer.Typer(no_args_is_help=True, help="Write recipes, and show those that mmq ships.")
@@ -30,26 +31,29 @@ def recipes() -> None:
 @recipe_app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("recipe.yaml"),
-    source: Annotated[str, typer.Option(help="The fp8 checkpoint: a folder or a hub id.")] = "MiniMaxAI/MiniMax-M2.5",
+    source: Annotated[str, typer.Option(help="The checkpoint: a folder or a hub id.")] = "MiniMaxAI/MiniMax-M2.5",
     work_dir: Annotated[
         str | None, typer.Option(help="Where the stages write. [default: runs/ and the source's name]")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a commented recipe with every field and its default."""
+    """Write a commented recipe with every field and its default. Of a folder, family and format are told."""
     with handled():
         # `mmq doctor` must start beside vLLM, where mmq is installed without what this needs.
         from mmq.storage.atomic import write_bytes
 
         if path.exists() and not force:
             raise RecipeError(f"{path} exists; --force replaces it")
+        found = _found(project_root(path), source)
         text = builtin_recipes()[TEMPLATE].read_text(encoding="utf-8")
         text = _with_value(text, "  source", source)
         text = _with_value(text, "work_dir", work_dir or f"runs/{_folder_name(source)}")
+        if found:
+            text = f"# {Path(source).name}, {found}: every field with its default.\n{text.partition(NEWLINE)[2]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
         output = make_output(Mode.HUMAN)
-        output.note(f"wrote {path}")
+        output.note(f"wrote {path}" + (f": {found}" if found else ""))
         output.hint(f"mmq run {path} --dry-run")
 
 
@@ -88,6 +92,23 @@ def show(
                 typer.echo(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), nl=False)
         else:
             typer.echo(builtin_recipes().get(str(path), path).read_text(encoding="utf-8"), nl=False)
+
+
+def _found(root: Path, source: str) -> str:
+    """Family and format of a source that is a folder, in words; nothing of one that is on the hub or not there yet.
+
+    Raises:
+        CheckpointError: mmq does not know its family or format.
+    """
+    folder = root / Path(source).expanduser()
+    if not folder.is_dir():
+        return ""
+    from mmq.families.registry import architecture_of
+    from mmq.source.formats import format_of
+    from mmq.storage.checkpoint import CONFIG_NAME, read_json
+
+    config = read_json(folder / CONFIG_NAME)
+    return f"{architecture_of(config).model_type} in {format_of(config).name}"
 
 
 def _with_value(text: str, key: str, value: str) -> str:

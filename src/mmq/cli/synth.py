@@ -10,6 +10,7 @@ import typer
 from mmq.cli.errors import handled
 from mmq.cli.options import Json, Quiet, mode, quiet_libraries
 from mmq.cli.output import make_output
+from mmq.errors import RecipeError
 
 
 def synth(
@@ -23,6 +24,8 @@ def synth(
     kv_heads: Annotated[int, typer.Option(help="Key-value heads.")] = 2,
     head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 64,
     vocabulary: Annotated[int, typer.Option(help="Tokens in the vocabulary.")] = 512,
+    family: Annotated[str, typer.Option(help="The model family, by its model_type.")] = "minimax_m2",
+    format: Annotated[str, typer.Option(help="How the weights are stored: fp8, fp8-bf16-scales, bf16, ...")] = "fp8",
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     shards: Annotated[int, typer.Option(min=1, help="Number of shards.")] = 3,
     shuffle: Annotated[
@@ -34,16 +37,20 @@ def synth(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a tiny synthetic fp8 mixture-of-experts checkpoint in the hub's layout of MiniMax-M2."""
+    """Write a tiny synthetic mixture-of-experts checkpoint in a family's hub layout, by default MiniMax-M2's fp8."""
     with handled():
         output = make_output(mode(json, quiet))
         quiet_libraries()
-        from mmq.source.synth import Sizes, copy_trained, write_checkpoint
+        from mmq.families import families
+        from mmq.source.synth import STORED, Sizes, copy_trained, write_checkpoint
 
         if trained:
             copy_trained(folder)
             output.result({"folder": str(folder)})
             return
+        for value, known in ((family, families()), (format, STORED)):
+            if value not in known:
+                raise RecipeError(f"there is no {value!r}; there are {', '.join(sorted(known))}")
         sizes = Sizes(layers, hidden, intermediate, experts, top_k, heads, kv_heads, head_dim, vocabulary)
-        write_checkpoint(folder, sizes, seed, shards, shuffle)
+        write_checkpoint(folder, sizes, seed, shards, shuffle, families()[family], STORED[format])
         output.result({"folder": str(folder)})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmq.families.table import Architecture
+from mmq.families.table import Architecture, grouped_query
 
 MINIMAX_M2 = Architecture(
     model_type="minimax_m2",
@@ -12,8 +12,8 @@ MINIMAX_M2 = Architecture(
     layer_class="MiniMaxM2DecoderLayer",
     rotary_class="MiniMaxM2RotaryEmbedding",
     layer="model.layers.{layer}.",
-    attention=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    attention_inputs=("input_layernorm.weight", "self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+    # The norms of queries and keys run over all heads at once (`qk_norm_type: per_layer`).
+    attention_weights=grouped_query("query", "key"),
     smooth_norm="post_attention_layernorm.weight",
     router="block_sparse_moe.gate.weight",
     router_bias="block_sparse_moe.e_score_correction_bias",
@@ -24,4 +24,12 @@ MINIMAX_M2 = Architecture(
     module_names=(("block_sparse_moe.", "mlp."),),
     moe_module="mlp",
     default_theta=5_000_000.0,
+    rotary_dim_key="rotary_dim",
+    example={
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "use_mtp": True,
+    },
 )

@@ -83,12 +83,12 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
         CheckpointError: one is of a wrong kind or missing, or two say different things.
     """
     given = _together(config)
-    head_dim = _head_dim(config)
+    head_dim = _head_dim(config, architecture)
     rotary_dim = config.get("rotary_dim")
     if rotary_dim is not None and not (_count(rotary_dim) and rotary_dim <= head_dim):
         raise _wrong("rotary_dim", rotary_dim, f"a number of dimensions, with heads of {shown(head_dim)}")
     if SHARE not in given:
-        given[SHARE] = 1.0 if rotary_dim is None else _share_of(rotary_dim, head_dim)
+        given[SHARE] = architecture.default_rotary_share if rotary_dim is None else _share_of(rotary_dim, head_dim)
     given.setdefault("rope_theta", architecture.default_theta)
     given.setdefault("rope_type", "default")
     kind = given["rope_type"]
@@ -193,10 +193,11 @@ def _check_type(kind: str, given: dict[str, Any], turning: int, positions: Any) 
         raise CheckpointError(f"config.json: {ORIGINAL} = {given[ORIGINAL]} is above {POSITIONS} = {positions}")
 
 
-def _head_dim(config: dict[str, Any]) -> int:
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+def _head_dim(config: dict[str, Any], architecture: Architecture) -> int:
+    key = architecture.head_dim_key
+    head_dim = config.get(key) or config["hidden_size"] // config["num_attention_heads"]
     if not _count(head_dim):
-        raise _wrong("head_dim", head_dim, "a positive integer")
+        raise _wrong(key, head_dim, "a positive integer")
     return int(head_dim)
 
 

@@ -6,12 +6,12 @@ The tensors of a checkpoint are written down as names, dtypes, shapes and counts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import Architecture
+from mmq.families.table import SIZES, Architecture, Formula, Size, Weight
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -25,12 +25,49 @@ PACK = 8  # int4 codes in an int32
 LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
-COMPONENTS = ("experts", "attention", "embeddings", "head", "router", "norms and biases", "kv_scales")
+COMPONENTS = (
+    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "embeddings", "head", "router",
+    "norms and biases", "kv_scales",
+)  # fmt: skip
+# Of these, what only some families have.
+RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a source stores the matrices of its decoder layers.
+
+    Attributes:
+        dtype: of the matrices themselves.
+        scale_suffix: what their scales are called beyond the weight's own name; None where there are none.
+        scale_dtype: of the scales, as far as a config.json tells.
+        block: rows and columns that share a scale; 0 stands for all of them.
+    """
+
+    dtype: str = FP8
+    scale_suffix: str | None = "_scale_inv"
+    scale_dtype: str = "F32"
+    block: tuple[int, int] = (BLOCK, BLOCK)
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """[out, in] of a matrix -> that of its scales."""
+        rows, columns = (-(-size // (share or size)) for size, share in zip(shape, self.block, strict=True))
+        return rows, columns
+
+
+# The kind that MiniMax, DeepSeek and Qwen publish.
+BLOCK_FP8 = Storage()
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """The sizes in a config.json."""
+    """The sizes in a config.json.
+
+    Attributes:
+        linear_layers: how many have linear attention, and no KV cache.
+        latent: numbers of a token that a KV cache holds where it is one latent for all heads; 0 where it isn't.
+        words: what the table's own words for sizes amount to.
+    """
 
     layers: int
     experts: int
@@ -41,26 +78,60 @@ class Dimensions:
     kv_heads: int
     head_dim: int
     tied: bool = False
+    dense: int = 0
+    dense_layers: int = 0
+    linear_layers: int = 0
+    latent: int = 0
+    words: Mapping[Size, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
         """Read them.
 
         Raises:
-            CheckpointError: one is missing or no positive number, or the checkpoint is not block fp8.
+            CheckpointError: one is missing or no positive number, or no layer has experts.
         """
-        settings = config.get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
-            raise CheckpointError("config.json does not describe a block-fp8 checkpoint (quant_method: fp8)")
-        if settings.get("weight_block_size") != [BLOCK, BLOCK]:
-            raise CheckpointError(f"config.json: weight_block_size must be [{BLOCK}, {BLOCK}]")
         keys = ["num_attention_heads", "num_key_value_heads", "vocab_size"]
         keys += [arch.layers_key, arch.experts_key, arch.hidden_key, arch.intermediate_key]
         heads, kv_heads, vocabulary, layers, experts, hidden, intermediate = (_count(config, key) for key in keys)
-        given = config if config.get("head_dim") is not None else {"head_dim": hidden // heads}
-        head_dim = _count(given, "head_dim")
+        key = arch.head_dim_key
+        head_dim = _count(config if config.get(key) is not None else {key: hidden // heads}, key)
         tied = config.get("tie_word_embeddings") is True
-        return cls(layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied)
+        dense = _count(config, arch.dense_key) if arch.dense_at else 0
+        if len(arch.dense_at) >= layers:
+            raise CheckpointError("config.json: no layer has experts")
+        given = (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ()))
+        used = {word for weight in (*given, *arch.extra_tensors()) for word in weight.shape}
+        words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
+        latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
+        return cls(
+            layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
+            len(arch.dense_at), len(arch.linear_at), latent, words,
+        )  # fmt: skip
+
+    @property
+    def expert_layers(self) -> int:
+        """Decoder layers that have experts."""
+        return self.layers - self.dense_layers
+
+    def shape(self, weight: Weight) -> tuple[int, ...]:
+        """A weight's shape in numbers."""
+        return tuple(map(self.size, weight.shape))
+
+    def size(self, word: Size) -> int:
+        """A size in words as a number."""
+        if word in self.words:
+            return self.words[word]
+        known = (
+            self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim, self.head_dim, self.experts,
+            self.intermediate, self.dense, self.vocabulary, 2 * self.hidden, 1,
+        )  # fmt: skip
+        return dict(zip(SIZES, known, strict=True))[word]
+
+    @property
+    def cached_layers(self) -> int:
+        """Decoder layers that have a KV cache."""
+        return self.layers - self.linear_layers
 
     def kv_heads_per_gpu(self, gpus: int) -> int:
         """Split while there are enough of them, else one on each."""
@@ -108,36 +179,39 @@ class Component:
     dtypes: tuple[str, ...]
 
 
-def attention_shapes(dims: Dimensions, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Attention's matrices [out, in], in the table's order q, k, v, o, and the norms it depends on, by local name.
-
-    The norms of queries and keys run over all heads at once (`qk_norm_type: per_layer`).
-    """
-    query, key = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    matrices = ((query, dims.hidden), (key, dims.hidden), (key, dims.hidden), (dims.hidden, query))
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{linear}.weight": shape for linear, shape in zip(arch.attention, matrices, strict=True)
-    }
-    for norm in arch.attention_inputs:
-        rows = query if "q_norm" in norm else key if "k_norm" in norm else dims.hidden
-        shapes[norm] = (rows,)
-    return shapes
-
-
 def tensors_of(
-    dims: Dimensions, arch: Architecture, form: Form, group_size: int = 128, kv_scales: bool = True
+    dims: Dimensions,
+    arch: Architecture,
+    form: Form,
+    group_size: int = 128,
+    kv_scales: bool = True,
+    storage: Storage = BLOCK_FP8,
+    kept_shared: bool = False,
+    fp8_attention: bool = False,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
+
+    Args:
+        storage: of the source.
+        kept_shared: a shared expert that reads the smoothed norm keeps its fp8 bytes, and the norm is not smoothed.
+        fp8_attention: of a source without scales, attention is rounded to block fp8.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
     """
     result = []
-    for weight in _parameters(dims, arch):
-        if weight.dtype != FP8 or form == "source":
+    for weight, matrix in _parameters(dims, arch):
+        scales = storage.scale_suffix if matrix else None
+        if weight.component == "router":
+            result.append(
+                replace(weight, dtype=arch.router_served if form in ("awq", "hybrid") else arch.router_stored)
+            )
+        elif not matrix:
             result.append(weight)
-            if weight.dtype == FP8:
-                result.append(_part(weight, "_scale_inv", "F32", _blocks(weight.shape)))
+        elif form == "source":
+            result.append(replace(weight, dtype=storage.dtype))
+            if scales is not None:
+                result.append(_part(weight, scales, storage.scale_dtype, storage.scale_shape(weight.shape)))
         elif weight.component == "experts" and form in ("awq", "hybrid"):
             rows, columns = weight.shape
             if columns % group_size:
@@ -148,15 +222,23 @@ def tensors_of(
             packed = _part(weight, "_packed", "I32", (rows, columns // PACK), weight.parameters)
             result += [packed, _part(weight, "_scale", "BF16", (rows, columns // group_size))]
             result.append(_part(weight, "_shape", "I64", (2,)))
-        elif weight.component == "attention" and form == "hybrid":
-            result += [weight, _part(weight, "_scale", "F32", _blocks(weight.shape))]
+        elif form == "hybrid" and scales is not None and (kept_shared or not _is_scaled(arch, weight)):
+            result.append(replace(weight, dtype=storage.dtype))
+            result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
+        elif form == "hybrid" and fp8_attention and weight.component == "attention":
+            result.append(replace(weight, dtype=FP8))
+            result.append(_part(weight, "_scale", "F32", BLOCK_FP8.scale_shape(weight.shape)))
         else:
-            result.append(_part(weight, "", "BF16", weight.shape, weight.parameters))
-    if kv_scales and form in ("awq", "hybrid"):
-        prefix = arch.layer + arch.attention[0].rpartition(".")[0]
+            result.append(weight)
+    if kv_scales and arch.has_kv_cache_scales and form in ("awq", "hybrid"):
+        prefix = arch.layer + arch.attention_module
         for scale in ("k_scale", "v_scale"):
-            result.append(Tensors(f"{prefix}.{scale}", "kv_scales", "F32", (1,), dims.layers, 0, "none"))
+            result.append(Tensors(f"{prefix}.{scale}", "kv_scales", "F32", (1,), dims.cached_layers, 0, "none"))
     return result
+
+
+def _is_scaled(arch: Architecture, weight: Tensors) -> bool:
+    return weight.in_layer and arch.is_scaled(weight.name)
 
 
 def components(tensors: Iterable[Tensors]) -> dict[str, Component]:
@@ -180,8 +262,10 @@ def disk_bytes(tensors: Iterable[Tensors]) -> int:
 
 
 def layer_bytes(tensors: Iterable[Tensors], dims: Dimensions) -> int:
-    """Tensors of one decoder layer; all layers are alike."""
-    return sum(tensor.nbytes for tensor in tensors if tensor.in_layer) // dims.layers
+    """Tensors of one decoder layer with experts, which are all alike; where there are two kinds of attention, a little
+    more than any has: both."""
+    own = (tensor for tensor in tensors if tensor.in_layer and tensor.component != "dense layers")
+    return sum(tensor.nbytes // tensor.count * (dims.experts if "{expert}" in tensor.name else 1) for tensor in own)
 
 
 def outside_bytes(tensors: Iterable[Tensors]) -> int:
@@ -189,32 +273,44 @@ def outside_bytes(tensors: Iterable[Tensors]) -> int:
     return sum(tensor.nbytes for tensor in tensors if not tensor.in_layer)
 
 
-def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[Tensors]:
-    """The tensors that hold parameters, as in the source: matrices of decoder layers in fp8, router in fp32."""
+def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors, bool]]:
+    """The tensors that hold parameters, dequantized, and whether each is a matrix that the source may store in fp8."""
 
-    def tensors(name: str, dtype: str, shape: tuple[int, ...], count: int, split: Split = "none") -> Tensors:
+    def tensors(name: str, shape: tuple[int, ...], count: int, split: Split = "none", dtype: str = "BF16") -> Tensors:
         component = arch.component(name.format(layer=0, expert=0))
         return Tensors(name, component, dtype, shape, count, math.prod(shape), split)
 
-    yield tensors(arch.embedding, "BF16", (dims.vocabulary, dims.hidden), 1, "tensor parallel")
+    def of_layers(weight: Weight, count: int) -> tuple[Tensors, bool]:
+        split: Split = "kv heads" if "key" in weight.shape else "tensor parallel"
+        whole = len(weight.shape) == 1 or weight.whole
+        return tensors(
+            arch.layer + weight.name, dims.shape(weight), count, "none" if whole else split
+        ), weight.is_matrix
+
+    yield tensors(arch.embedding, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     if not dims.tied:
-        yield tensors(arch.head, "BF16", (dims.vocabulary, dims.hidden), 1, "tensor parallel")
-    yield tensors(arch.final_norm, "BF16", (dims.hidden,), 1)
-    _, key, value, _ = arch.attention
-    for local, shape in attention_shapes(dims, arch).items():
-        if len(shape) == 1:
-            yield tensors(arch.layer + local, "BF16", shape, dims.layers)
-        else:
-            per_kv_head = local.removesuffix(".weight") in (key, value)
-            yield tensors(arch.layer + local, FP8, shape, dims.layers, "kv heads" if per_kv_head else "tensor parallel")
-    yield tensors(arch.layer + arch.smooth_norm, "BF16", (dims.hidden,), dims.layers)
-    yield tensors(arch.layer + arch.router, "F32", (dims.experts, dims.hidden), dims.layers)
+        yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
+    yield tensors(arch.final_norm, (dims.hidden,), 1), False
+    for weight in dict.fromkeys((*arch.attention_weights, *arch.linear_weights)):
+        full, linear = (weight in own for own in (arch.attention_weights, arch.linear_weights))
+        count = full * dims.cached_layers + linear * dims.linear_layers
+        if count:
+            yield of_layers(weight, count)
+    yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False
+    yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), False
     if arch.router_bias:
-        yield tensors(arch.layer + arch.router_bias, "F32", (dims.experts,), dims.layers)
-    wide, narrow = (dims.intermediate, dims.hidden), (dims.hidden, dims.intermediate)
-    for linear, shape in ((arch.gate, wide), (arch.up, wide), (arch.down, narrow)):
-        name = f"{arch.layer}{arch.expert}{linear}.weight"
-        yield tensors(name, FP8, shape, dims.layers * dims.experts, "tensor parallel")
+        yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), False
+    if arch.shared:
+        for weight in (*arch.shared.weights, *([arch.shared_gate] if arch.shared_gate else [])):
+            yield of_layers(weight, dims.expert_layers)
+    if arch.dense and dims.dense_layers:
+        for weight in arch.dense.weights:
+            yield of_layers(weight, dims.dense_layers)
+    for weight in arch.experts.weights:
+        yield of_layers(weight, dims.expert_layers * dims.experts)
+    for weight in arch.extra_tensors():
+        count = dims.experts if "{expert}" in weight.name else 1
+        yield tensors(weight.name, dims.shape(weight), count, dtype=weight.dtypes[0]), weight.is_matrix
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:
@@ -222,11 +318,13 @@ def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], para
     return Tensors(weight.name + suffix, weight.component, dtype, shape, weight.count, parameters, weight.split)
 
 
-def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-size // BLOCK) for size in shape)
+def _amount(config: Mapping[str, Any], formula: Formula) -> int:
+    """A formula in numbers. Raises CheckpointError as `_count`."""
+    products = ([term if isinstance(term, int) else _count(config, term) for term in product] for product in formula)
+    return sum(map(math.prod, products))
 
 
-def _count(config: dict[str, Any], key: str) -> int:
+def _count(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise CheckpointError(f"config.json: {key} is {shown(value)} instead of a number from 1 to {LARGEST}")

@@ -1,18 +1,139 @@
 """How a model family is wired, as a table: a new family is a new entry, not a new branch.
 
-Names are those of the hub's checkpoint; `{layer}` and `{expert}` stand for numbers.
+Names are those of the hub's checkpoint; `{layer}` and `{expert}` stand for numbers. Shapes are in words, which
+`sizes.Dimensions.of` makes numbers of with config.json.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 # One spelling a number, so that two names never stand for one tensor; no sign, leading zero or other script's digits.
 NUMBER = "(0|[1-9][0-9]{0,8})"
+# No model has more, and what is listed layer by layer stays small.
+MOST_LAYERS = 10**6
+# No layer of a model: one past the last, with experts and full attention.
+BEYOND = MOST_LAYERS + 1
+
+# What every family may use. hidden: the residual stream. query, key: all heads of queries, of keys or values, side by
+# side. head: one head. experts: how many there are. expert, dense: the inner width of a routed expert, of a dense
+# layer. pair: two hidden ones. one: 1.
+SIZES = ("hidden", "query", "key", "head", "experts", "expert", "dense", "vocabulary", "pair", "one")
+# One of these, or of a table's own `sizes`.
+Size = str
+# A size from config.json: a sum of products of its keys and of numbers.
+Formula = tuple[tuple[str | int, ...], ...]
+
+
+LATENT_SCALES = "vLLM takes no calibrated scales for the latent that this attention caches"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of a decoder layer.
+
+    Attributes:
+        name: in the layer.
+        shape: [out, in] of a matrix, [n] of a norm or a bias.
+        when: the key of config.json that must be there, and neither null, false nor 0, for it to exist.
+        unless: the key that must not be so.
+        plain: a matrix that an fp8 release leaves in bf16.
+        whole: a server has all of it on each GPU.
+        dtypes: what it may be where it is not fp8.
+    """
+
+    name: str
+    shape: tuple[Size, ...]
+    when: str | None = None
+    unless: str | None = None
+    plain: bool = False
+    whole: bool = False
+    dtypes: tuple[str, ...] = ("BF16",)
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is of the kind that formats with scales may store."""
+        return len(self.shape) == 2 and not self.plain
+
+    def exists(self, config: Mapping[str, Any]) -> bool:
+        return (self.when is None or bool(config.get(self.when))) and not (self.unless and config.get(self.unless))
+
+    @property
+    def module(self) -> str:
+        return self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated unit: gate and up read its input, down reads act(gate) * up."""
+
+    prefix: str
+    width: Size
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    @property
+    def inputs(self) -> tuple[Weight, Weight]:
+        """What reads the unit's input."""
+        gate, up, _ = self.weights
+        return gate, up
+
+    @property
+    def weights(self) -> tuple[Weight, Weight, Weight]:
+        wide: tuple[Size, ...] = (self.width, "hidden")
+        return (
+            Weight(f"{self.prefix}{self.gate}.weight", wide),
+            Weight(f"{self.prefix}{self.up}.weight", wide),
+            Weight(f"{self.prefix}{self.down}.weight", ("hidden", self.width)),
+        )
+
+
+@dataclass(frozen=True)
+class SomeLayers:
+    """Where config.json says which layers are of a kind: have one dense MLP instead of experts, or linear attention.
+
+    Attributes:
+        leading: key of a number: so many layers from the first.
+        listed: key of a list of layers.
+        step: key of a number n: of every n layers all but the last.
+        step_default: n where there is no such key.
+        typed: key of a list with each layer's kind, and the kind that is meant; where it is there, it decides alone.
+    """
+
+    leading: str | None = None
+    listed: str | None = None
+    step: str | None = None
+    step_default: int = 1
+    typed: tuple[str, str] | None = None
+
+    def of(self, config: Mapping[str, Any], layers: int) -> frozenset[int]:
+        """The layers. Raises ValueError where a key holds something else; the message is a clause."""
+        found: set[int] = set()
+        if self.typed and config.get(self.typed[0]) is not None:
+            key, kind = self.typed
+            kinds = config[key]
+            if not isinstance(kinds, list) or len(kinds) != layers or any(type(own) is not str for own in kinds):
+                raise ValueError(f"{key} does not name the kind of each layer")
+            return frozenset(layer for layer, own in enumerate(kinds) if own == kind)
+        if self.leading:
+            found |= set(range(min(_whole(config, self.leading, 0), layers)))
+        if self.listed:
+            listed = config.get(self.listed) or []
+            if not isinstance(listed, list) or any(type(layer) is not int for layer in listed):
+                raise ValueError(f"{self.listed} is no list of layers")
+            found |= {layer for layer in listed if 0 <= layer < layers}
+        if self.step:
+            step = _whole(config, self.step, self.step_default)
+            if step < 1:
+                raise ValueError(f"{self.step} is {step}")
+            found |= {layer for layer in range(layers) if (layer + 1) % step}
+        return frozenset(found)
 
 
 @dataclass(frozen=True)
@@ -23,15 +144,37 @@ class Architecture:
         model_type: config.json's `model_type`.
         modeling: the transformers module with the classes named below; remote code is never used.
         layer: prefix of a decoder layer's tensors.
-        attention: the linear layers whose original fp8 bytes are restored.
-        attention_inputs: other tensors that attention's output and KV cache depend on; never changed.
-        smooth_norm: the norm whose output feeds router and experts; its scales are moved into them.
+        attention_weights: attention's matrices, whose original bytes are restored, and the norms and biases that its
+            output and the KV cache depend on; none of them is ever changed.
+        linear_weights: the same of linear attention, which has no KV cache, in the layers that `linear_layers` names.
+        latent: what a KV cache holds of a token where it is one vector for all heads, as in multi-head latent
+            attention; vLLM takes no calibrated scales for it.
+        sizes: what the table's own words for sizes amount to.
+        smooth_norm: the norm before the block; its scales are moved into all that reads it, `norm_readers`.
+        norm_offset: what the hidden states' norms add to their stored weights: 1 where these are kept around zero.
         router, router_bias: the router's weight, and the bias added to its scores for choosing only.
+        router_stored, router_served: the router's dtype in the hub's files, and in the server: what is smoothed,
+            calibrated with, written and evaluated is what the server will hold.
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads
             act(gate) * up.
+        shared: the expert that all tokens go through beside the routed ones; it reads the smoothed norm as they do.
+        shared_gate: what reads it too, and weighs the shared expert's output through a sigmoid.
+        extra_weights: of a layer past the last, beside what a layer with experts has; such layers, which predict
+            further tokens, are carried as they are.
+        carried: beginnings of names outside the decoder layers that are carried as they are, and the component of each.
+        carried_layers: of these, layers that are wired as a decoder layer with experts and full attention.
+        carried_weights: the other tensors there that releases have, by their full names.
+        dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
+        default_rotary_share: the share of head dimensions that turn where config.json names none.
         default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
+        rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
+        head_dim_key: where it says how wide a head is, or the part of one that rotary settings are about.
+        config_fields: what the layer class reads of the config beside the config class's own fields.
+        dense_at, linear_at: numbers of such layers, once `resolved`.
+        extra_at: numbers of the layers past the last, once `resolved`.
+        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones.
     """
 
     model_type: str
@@ -41,8 +184,7 @@ class Architecture:
     layer_class: str
     rotary_class: str
     layer: str
-    attention: tuple[str, ...]
-    attention_inputs: tuple[str, ...]
+    attention_weights: tuple[Weight, ...]
     smooth_norm: str
     router: str
     router_bias: str | None
@@ -52,6 +194,25 @@ class Architecture:
     down: str
     module_names: tuple[tuple[str, str], ...]
     moe_module: str
+    router_stored: Literal["BF16", "F32"] = "F32"
+    router_served: Literal["BF16", "F32"] = "F32"
+    dense: Mlp | None = None
+    dense_layers: SomeLayers = SomeLayers()
+    dense_at: frozenset[int] = frozenset()
+    linear_weights: tuple[Weight, ...] = ()
+    linear_layers: SomeLayers = SomeLayers()
+    linear_at: frozenset[int] = frozenset()
+    latent: Size | None = None
+    sizes: Mapping[Size, Formula] = field(default_factory=dict)
+    norm_offset: float = 0.0
+    shared: Mlp | None = None
+    shared_gate: Weight | None = None
+    carried: tuple[tuple[str, str], ...] = ()
+    carried_layers: tuple[str, ...] = ()
+    carried_weights: tuple[Weight, ...] = ()
+    extra_weights: tuple[Weight, ...] = ()
+    extra_at: tuple[int, ...] = ()
+    default_rotary_share: float = 1.0
     default_theta: float = 10000.0
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
@@ -61,6 +222,31 @@ class Architecture:
     top_k_key: str = "num_experts_per_tok"
     hidden_key: str = "hidden_size"
     intermediate_key: str = "intermediate_size"
+    dense_key: str = "intermediate_size"
+    extra_layers_key: str | None = None
+    rotary_dim_key: str | None = None
+    head_dim_key: str = "head_dim"
+    config_fields: tuple[str, ...] = ()
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+    def resolved(self, config: Mapping[str, Any]) -> Architecture:
+        """The table for one config.json: weights that it has not are gone, and it is known which layers are dense.
+
+        Raises:
+            ValueError: a key that decides so holds something else; the message is a clause.
+        """
+        layers = config.get(self.layers_key)
+        # A number of layers that is none is refused by who needs it.
+        layers = layers if type(layers) is int and 0 < layers <= MOST_LAYERS else 0
+        extra = _whole(config, self.extra_layers_key, 0) if self.extra_layers_key else 0
+        return replace(
+            self,
+            attention_weights=tuple(w for w in self.attention_weights if w.exists(config)),
+            linear_weights=tuple(w for w in self.linear_weights if w.exists(config)),
+            dense_at=self.dense_layers.of(config, layers),
+            linear_at=self.linear_layers.of(config, layers),
+            extra_at=tuple(range(layers, layers + min(extra, MOST_LAYERS))),
+        )
 
     def transformers_class(self, name: str) -> Any:
         """A class of the family's transformers module."""
@@ -73,9 +259,125 @@ class Architecture:
         """Full name of an expert's linear layer, without the parameter, e.g. `...experts.3.w1`."""
         return f"{self.layer_prefix(layer)}{self.expert.format(expert=expert)}{linear}"
 
+    @cached_property
+    def experts(self) -> Mlp:
+        """A routed expert's layers; `{expert}` stands for its number."""
+        return Mlp(self.expert, "expert", self.gate, self.up, self.down)
+
     @property
     def expert_linears(self) -> tuple[str, str, str]:
         return (self.gate, self.up, self.down)
+
+    def attention_of(self, layer: int) -> tuple[Weight, ...]:
+        """Matrices, norms and biases of a layer's attention."""
+        return self.linear_weights if layer in self.linear_at else self.attention_weights
+
+    def attention_inputs(self, layer: int) -> tuple[str, ...]:
+        """What attention's output and KV cache depend on beside its matrices, as of `kept`."""
+        return tuple(weight.name for weight in self.attention_of(layer) if len(weight.shape) != 2)
+
+    @cached_property
+    def attention(self) -> tuple[str, ...]:
+        """Attention's linear layers of all kinds, without the parameter."""
+        both = (*self.attention_weights, *self.linear_weights)
+        return tuple(weight.module for weight in both if len(weight.shape) == 2)
+
+    @property
+    def attention_module(self) -> str:
+        """The module that holds them where there is a KV cache, and its scales: `self_attn`."""
+        return self.attention[0].rpartition(".")[0]
+
+    @property
+    def has_kv_cache_scales(self) -> bool:
+        """Whether servers take scales of the KV cache for any layer."""
+        return self.latent is None
+
+    def has_kv_scales(self, layer: int) -> bool:
+        """Whether a layer has a KV cache that servers take scales for."""
+        return self.has_kv_cache_scales and layer not in self.linear_at
+
+    def without_kv_scales(self, layer: int) -> str | None:
+        """Why a layer gets no scales; None where it gets them."""
+        if layer in self.linear_at:
+            return "linear attention has no KV cache"
+        return None if self.has_kv_cache_scales else LATENT_SCALES
+
+    @cached_property
+    def extra_prefixes(self) -> tuple[str, ...]:
+        """Beginnings of the names of what is carried as it is: layers past the last, and `carried`."""
+        return (*map(self.layer_prefix, self.extra_at), *(prefix for prefix, _ in self.carried))
+
+    def is_extra(self, name: str) -> bool:
+        return bool(self.extra_prefixes) and name.startswith(self.extra_prefixes)
+
+    @property
+    def powers_of_two(self) -> bool:
+        """Whether the norm's scales must be such: what reads it in bf16 would be rounded by others, and another router
+        chooses other experts. With `norm_offset` the rounded norm leaves most channels such a scale only nearly; the
+        router is then rounded as a server would, and calibrated with."""
+        return self.router_served == "BF16" or self.shared is not None
+
+    def has_experts(self, layer: int) -> bool:
+        return layer not in self.dense_at
+
+    def kept(self, layer: int) -> tuple[Weight, ...]:
+        """A layer's matrices whose bytes are always the source's in the end: not routed, and not reading the smoothed
+        norm."""
+        matrices = tuple(weight for weight in self.attention_of(layer) if len(weight.shape) == 2)
+        if layer in self.dense_at:
+            return matrices + (self.dense.weights if self.dense else ())
+        return matrices + (self.shared.weights[2:] if self.shared else ())
+
+    @cached_property
+    def _beside_experts(self) -> tuple[Weight, ...]:
+        inputs = self.shared.inputs if self.shared else ()
+        return (*inputs, self.shared_gate) if self.shared_gate else inputs
+
+    def scaled(self, layer: int) -> tuple[Weight, ...]:
+        """A layer's matrices beside the router that read the norm before its experts. In bf16 they are scaled; in fp8
+        they become bf16 for it, or keep their bytes, and the norm is left alone."""
+        return () if layer in self.dense_at else self._beside_experts
+
+    def is_scaled(self, name: str) -> bool:
+        """Whether a tensor's name ends as that of one which `scaled` lists."""
+        return any(name.endswith(f".{weight.name}") for weight in self._beside_experts)
+
+    def layer_weights(self, layer: int, experts: int) -> Iterator[Weight]:
+        """All tensors of a layer, by kind: attention, norm, router, shared expert, experts or dense MLP."""
+        yield from self.attention_of(layer)
+        yield Weight(self.smooth_norm, ("hidden",))
+        if self.dense and layer in self.dense_at:
+            yield from self.dense.weights
+            return
+        yield Weight(self.router, ("experts", "hidden"))
+        if self.router_bias:
+            yield Weight(self.router_bias, ("experts",), dtypes=("F32",))
+        if self.shared:
+            yield from self.shared.weights
+        if self.shared_gate:
+            yield self.shared_gate
+        for expert in range(experts):
+            for weight in self.experts.weights:
+                yield Weight(weight.name.format(expert=expert), weight.shape)
+
+    def extra_tensors(self) -> Iterator[Weight]:
+        """What is carried as it is, as releases have it, by full names; `{expert}` stands for each expert's number."""
+        layers = [(self.layer_prefix(layer), self.extra_weights) for layer in self.extra_at]
+        for prefix, more in [*layers, *((prefix, ()) for prefix in self.carried_layers)]:
+            plain = {self.router, *(weight.name for weight in more)}
+            for weight in (*self.layer_weights(BEYOND, experts=0), *self.experts.weights, *more):
+                yield replace(weight, name=prefix + weight.name, plain=weight.plain or weight.name in plain)
+        for weight in self.carried_weights:
+            yield replace(weight, plain=True)
+
+    def norm_readers(self, experts: int) -> Iterator[str]:
+        """Every weight of a layer with experts whose columns the smoothed norm multiplies."""
+        yield self.router
+        for weight in self._beside_experts:
+            yield weight.name
+        for expert in range(experts):
+            for weight in self.experts.inputs:
+                yield weight.name.format(expert=expert)
 
     @cached_property
     def _layer_pattern(self) -> re.Pattern[str]:
@@ -114,11 +416,21 @@ class Architecture:
 
     def component(self, name: str) -> str:
         """The model card's component that a tensor belongs to."""
-        _, local = self.split(name)
+        for prefix, component in self.carried:
+            if name.startswith(prefix):
+                return component
+        layer, local = self.split(name)
+        if layer is not None and layer in self.extra_at:
+            return "multi-token prediction"
         if self.split_expert(local):
             return "experts"
         if any(local.startswith(f"{linear}.weight") for linear in self.attention):
             return "attention"
+        if self.dense and any(local.startswith(weight.name) for weight in self.dense.weights):
+            return "dense layers"
+        shared = (*(self.shared.weights if self.shared else ()), *self._beside_experts)
+        if any(local.startswith(weight.name) for weight in shared):
+            return "shared experts"
         if name == self.embedding:
             return "embeddings"
         if name == self.head:
@@ -128,3 +440,28 @@ class Architecture:
         if local.endswith(("k_scale", "v_scale")):
             return "kv_scales"
         return "norms and biases"
+
+
+def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{key} is no number of layers")
+    return value
+
+
+def grouped_query(query_norm: Size, key_norm: Size, norms: str | None = None) -> tuple[Weight, ...]:
+    """Attention with q, k, v, o and norms on queries and keys: over one head, or over all side by side.
+
+    Args:
+        norms: the key of config.json that must be true for these norms to exist.
+    """
+    return (
+        Weight("self_attn.q_proj.weight", ("query", "hidden")),
+        Weight("self_attn.k_proj.weight", ("key", "hidden")),
+        Weight("self_attn.v_proj.weight", ("key", "hidden")),
+        Weight("self_attn.o_proj.weight", ("hidden", "query")),
+        Weight("self_attn.q_norm.weight", (query_norm,), norms),
+        Weight("self_attn.k_norm.weight", (key_norm,), norms),
+        Weight("input_layernorm.weight", ("hidden",)),
+    )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from mmq.families.sizes import BLOCK_FP8, Storage
 from mmq.families.table import Architecture
 from mmq.prove.findings import Report
 from mmq.storage.checkpoint import Checkpoint
@@ -13,41 +15,107 @@ from mmq.storage.checkpoint import Checkpoint
 ROTARY = ("rope_parameters", "rope_scaling")
 
 
-def expected_tensors(arch: Architecture, source: Checkpoint, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layer_of(arch: Architecture, source: Checkpoint, name: str) -> int | None:
+    """The decoder layer that a tensor belongs to; None outside them and past the last."""
+    layer = arch.split(name)[0]
+    return layer if layer is not None and layer < int(source.config[arch.layers_key]) else None
+
+
+@dataclass(frozen=True)
+class Original:
+    """The source, as verify reads it.
+
+    Attributes:
+        shared: what reads the norm before the experts keeps its bytes where it is fp8.
+        rounded: attention is bf16 there, and block fp8 in the result.
+    """
+
+    arch: Architecture
+    checkpoint: Checkpoint
+    storage: Storage
+    shared: bool
+    rounded: bool = False
+
+    def rounded_at(self, layer: int) -> list[str]:
+        """A layer's matrices that were rounded to block fp8."""
+        attention = self.arch.attention_of(layer) if self.rounded else ()
+        return [self.arch.layer_prefix(layer) + weight.name for weight in attention if weight.is_matrix]
+
+
+def kept_scales(original: Original, layer: int) -> dict[str, str | None]:
+    """A layer's matrices that keep the source's bytes, and the names of their scales; None where they are plain."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
+    result: dict[str, str | None] = {}
+    for weight in (*arch.kept(layer), *arch.scaled(layer)):
+        name = arch.layer_prefix(layer) + weight.name
+        fp8 = storage.scale_suffix is not None and source.specs[name].dtype == "F8_E4M3"
+        if name in original.rounded_at(layer):
+            continue
+        if (fp8 and original.shared) or weight in arch.kept(layer):
+            result[name] = f"{name}{storage.scale_suffix}" if fp8 else None
+    return result
+
+
+def carried_scales(original: Original) -> dict[str, str]:
+    """fp8 matrices of what is carried as it is, layers past the last among them, and the names of their scales."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
+    return {
+        name: f"{name}{storage.scale_suffix}"
+        for name, spec in source.specs.items()
+        if spec.dtype == "F8_E4M3" and layer_of(arch, source, name) is None
+    }
+
+
+def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
+    arch, source, storage = original.arch, original.checkpoint, original.storage
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    layers = range(int(source.config[arch.layers_key]))
+    kept: dict[str, str | None] = {**carried_scales(original)}
+    for number in layers:
+        kept |= kept_scales(original, number)
+    # Of what becomes bf16 and is scaled, the source's scales are gone as well.
+    scaled = {arch.layer_prefix(layer) + weight.name for layer in layers for weight in arch.scaled(layer)}
+    dropped = {scale for scale in kept.values() if scale is not None}
+    dropped |= {f"{name}{storage.scale_suffix}" for name in scaled if storage.scale_suffix}
     for name, spec in source.specs.items():
         stem, _, parameter = name.rpartition(".")
-        component = arch.component(name)
-        if component == "experts":
+        layer, local = layer_of(arch, source, name), arch.split(name)[1]
+        if name in dropped:
+            continue
+        if layer is not None and name in original.rounded_at(layer):
+            expected[name] = ("F8_E4M3", spec.shape)
+            expected[f"{stem}.weight_scale"] = ("F32", BLOCK_FP8.scale_shape(spec.shape))
+        elif name in kept:
+            expected[name] = ("BF16" if kept[name] is None else "F8_E4M3", spec.shape)
+            if scale := kept[name]:
+                expected[f"{stem}.weight_scale"] = (source.specs[scale].dtype, storage.scale_shape(spec.shape))
+        elif layer is not None and arch.split_expert(local):
             if parameter == "weight":
                 rows, columns = spec.shape
                 expected[f"{stem}.weight_packed"] = ("I32", (rows, columns // 8))
                 # The group size is checked through the scale's shape and the config.
                 expected[f"{stem}.weight_scale"] = ("BF16", (rows, -1))
                 expected[f"{stem}.weight_shape"] = ("I64", (2,))
-        elif component == "attention":
-            if parameter == "weight":
-                expected[name] = ("F8_E4M3", spec.shape)
-                expected[f"{stem}.weight_scale"] = ("F32", tuple(-(-size // 128) for size in spec.shape))
-        elif component == "router" or arch.split(name)[1] == arch.router_bias:
-            expected[name] = ("F32", spec.shape)
+        elif name in scaled:
+            expected[name] = ("BF16", spec.shape)
+        elif layer is not None and local == arch.router:
+            expected[name] = (arch.router_served, spec.shape)
         else:
             # Norms, embeddings and head are bf16 in the table; tensors that it does not know keep their dtype.
             known = name in (arch.embedding, arch.head, arch.final_norm) or name.endswith("norm.weight")
-            expected[name] = ("BF16" if known else spec.dtype, spec.shape)
+            free = arch.is_extra(name) or local in {weight.name for weight in arch.linear_weights}
+            expected[name] = ("BF16" if known and not free else spec.dtype, spec.shape)
     if kv_scales:
-        parent = arch.attention[0].rpartition(".")[0]
-        for layer in {arch.split(name)[0] for name in source.specs} - {None}:
-            assert layer is not None
+        for layer in filter(arch.has_kv_scales, layers):
             for scale in ("k_scale", "v_scale"):
-                expected[f"{arch.layer_prefix(layer)}{parent}.{scale}"] = ("F32", (1,))
+                expected[f"{arch.layer_prefix(layer)}{arch.attention_module}.{scale}"] = ("F32", (1,))
     return expected
 
 
-def check_names(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, kv_scales: bool) -> None:
+def check_names(report: Report, original: Original, result: Checkpoint, kv_scales: bool) -> None:
     """Every source tensor has its counterpart of the right dtype and shape, and nothing else is there."""
-    expected = expected_tensors(arch, source, kv_scales)
+    source, expected = original.checkpoint, expected_tensors(original, kv_scales)
     groups = mapping(mapping(result.config.get("quantization_config")).get("config_groups"))
     group_size = mapping(mapping(groups.get("group_0")).get("weights")).get("group_size")
     group_size = group_size if type(group_size) is int else 0
@@ -68,9 +136,10 @@ def check_names(report: Report, arch: Architecture, source: Checkpoint, result: 
     report.count("source tensors accounted for", len(source.specs))
 
 
-def check_config(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
+def check_config(report: Report, original: Original, result: Checkpoint) -> None:
     """config.json and the small files are the source's but for quantization and rotary settings; each group's targets
     match the modules they must and no other, under the hub's prefix and under transformers'."""
+    arch, source = original.arch, original.checkpoint
     config = result.config
     for key in (source.config.keys() | config.keys()) - {"quantization_config", *ROTARY}:
         report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
@@ -83,10 +152,21 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, result:
     groups = mapping(quantization.get("config_groups"))
     report.require(quantization.get("quant_method") == "compressed-tensors", "config.json: quant_method is wrong")
     modules = {name.rpartition(".")[0] for name in result.specs}
-    kinds = {
-        "experts": {module for module in modules if arch.split_expert(arch.split(module)[1] + ".weight")},
-        "attention": {module for module in modules if arch.split(module)[1] in arch.attention},
+    inside = {module for module in modules if layer_of(arch, source, module) is not None}
+    kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
+    past = {module for module in modules - inside if arch.is_extra(module + ".")}
+    ignored = quantization.get("ignore") or []
+    layers = range(int(source.config[arch.layers_key]))
+    kept = {
+        name.removesuffix(".weight")
+        for layer in layers
+        for name, scale in kept_scales(original, layer).items()
+        if scale is not None
     }
+    kept |= {name.removesuffix(".weight") for layer in layers for name in original.rounded_at(layer)}
+    kept |= {name.removesuffix(".weight") for name in carried_scales(original)}
+    if kept:
+        kinds["attention"] = kept
     wanted: dict[tuple[Any, Any, Any], str] = {
         ("pack-quantized", "int", 4): "experts",
         ("float-quantized", "float", 8): "attention",
@@ -96,13 +176,15 @@ def check_config(report: Report, arch: Architecture, source: Checkpoint, result:
         group = mapping(group)
         weights = mapping(group.get("weights"))
         kind = wanted.get((group.get("format"), weights.get("type"), weights.get("num_bits")))
-        if kind is None:
+        if kind not in kinds:
             report.problems.append(f"config.json: {name} is neither int4 experts nor block-fp8 attention")
             continue
         covered.add(kind)
         for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
             try:
-                matched = {module for module in modules if _matches(rename(module), group.get("targets") or [])}
+                named = {module: rename(module) for module in modules}
+                left = modules - {module for module in past if _matches(named[module], ignored)}
+                matched = {module for module in left if _matches(named[module], group.get("targets") or [])}
             except (re.error, TypeError) as error:
                 report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")
                 continue

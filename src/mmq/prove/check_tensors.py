@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from mmq.errors import MmqError
+from mmq.families.sizes import BLOCK, Storage
 from mmq.families.table import Architecture
 from mmq.machine.threads import each
+from mmq.prove.check_config import Original, carried_scales, kept_scales, layer_of
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
 from mmq.prove.judged import Judged, round_to_nearest
@@ -19,8 +22,12 @@ from mmq.workdir.progress import Reporter
 
 NAME = "verify"
 OUTSIDE = "outside"
-# norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32.
-ROUTER_TOLERANCE = 1e-6
+# norm and norm' are bf16; the quotient, and its product with the router, are each rounded to fp32. Where a server holds
+# the router in bf16, scales are powers of two, and nothing is rounded.
+READER_TOLERANCE = 1e-6
+# The most that a rounding to bf16 changes: what was fp8 is rounded once, and what a norm with an offset scales by no
+# power of two is as well.
+ROUNDING = 2**-8
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
@@ -33,8 +40,7 @@ NEGLIGIBLE = 1e-30
 
 def check_tensors(
     report: Report,
-    arch: Architecture,
-    source: Checkpoint,
+    original: Original,
     result: Checkpoint,
     judged: Callable[[int], Judged | None],
     workers: int,
@@ -45,10 +51,11 @@ def check_tensors(
     Args:
         judged: what is known of a layer's rounding; None where every code must be the nearest.
     """
+    arch, source = original.arch, original.checkpoint
     sizes: dict[int | None, int] = {None: 0}
     for checkpoint in (source, result):
         for name, spec in checkpoint.specs.items():
-            layer = arch.split(name)[0]
+            layer = layer_of(arch, source, name)
             sizes[layer] = sizes.get(layer, 0) + spec.nbytes
     layers = [*sorted(layer for layer in sizes if layer is not None), None]
     units = {layer: OUTSIDE if layer is None else layer_unit(layer) for layer in layers}
@@ -59,9 +66,10 @@ def check_tensors(
         part = Report(report.folder, report.path)
         try:
             if layer is None:
-                _check_outside(part, arch, source, result)
+                _check_outside(part, original, result)
             else:
-                _check_layer(part, arch, source, result, layer, judged(layer))
+                known = judged(layer) if arch.has_experts(layer) else None
+                _check_layer(part, original, result, layer, known)
         except MmqError as error:
             part.problems.append(str(error))
         reporter.unit(units[layer])
@@ -76,32 +84,33 @@ def check_tensors(
     reporter.finish(NAME)
 
 
-def _check_layer(
-    report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint, layer: int, judged: Judged | None
-) -> None:
+def _check_layer(report: Report, original: Original, result: Checkpoint, layer: int, judged: Judged | None) -> None:
+    arch, source, storage = original.arch, original.checkpoint, original.storage
     prefix = arch.layer_prefix(layer)
     with source.reader() as originals, result.reader() as results:
-        for linear in arch.attention:
-            base = f"{prefix}{linear}.weight"
-            for before, after in ((base, base), (f"{base}_scale_inv", f"{base}_scale")):
+        for base, scale in kept_scales(original, layer).items():
+            for before, after in ((base, base), *([(scale, f"{base}_scale")] if scale else [])):
                 digest = sha256(originals[before])
                 report.require(sha256(results[after]) == digest, f"{after} is not the source's {before}")
                 report.attention[after] = digest
                 report.count("attention tensors equal to the source's bytes")
-        for local in [*arch.attention_inputs, *filter(None, [arch.router_bias])]:
+        for name in original.rounded_at(layer):
+            _check_rounded(report, name, float32(originals[name]), results)
+        routed = arch.has_experts(layer)
+        same = [arch.router_bias] if routed else [arch.smooth_norm]
+        for local in [*arch.attention_inputs(layer), *filter(None, same)]:
             report.require(
                 sha256(originals[prefix + local]) == sha256(results[prefix + local]),
                 f"{prefix}{local} is not the source's",
             )
             report.count("other tensors equal to the source's bytes")
-        applied = _check_smoothing(report, arch, prefix, originals, results)
-        entry: dict[str, Any] = {
-            "layer": layer,
-            "expert_error": _check_experts(report, arch, layer, applied, judged, originals, results),
-        }
-        parent = arch.attention[0].rpartition(".")[0]
+        entry: dict[str, Any] = {"layer": layer}
+        if routed:
+            kept = kept_scales(original, layer)
+            applied = _check_smoothing(report, original, prefix, kept, originals, results)
+            entry["expert_error"] = _check_experts(report, arch, storage, layer, applied, judged, originals, results)
         for scale in ("k_scale", "v_scale"):
-            name = f"{prefix}{parent}.{scale}"
+            name = f"{prefix}{arch.attention_module}.{scale}"
             if name in result.specs:
                 value = float(results[name])
                 report.require(bool(np.isfinite(value)) and value > 0, f"{name} is {value}")
@@ -111,18 +120,43 @@ def _check_layer(
 
 
 def _check_smoothing(
-    report: Report, arch: Architecture, prefix: str, originals: TensorReader, results: TensorReader
+    report: Report,
+    original: Original,
+    prefix: str,
+    kept: Mapping[str, str | None],
+    originals: TensorReader,
+    results: TensorReader,
 ) -> Array:
-    """norm x router must be what it was. Returns the scale that the new norm leaves to its readers, float64 [H]."""
-    norms = [float64(reader[prefix + arch.smooth_norm]) for reader in (originals, results)]
-    routers = [float64(reader[prefix + arch.router]) for reader in (originals, results)]
-    before, after = (norm * router for norm, router in zip(norms, routers, strict=True))
-    error = float(np.max(np.abs(after - before) / np.maximum(np.abs(before), 1e-30), where=before != 0, initial=0.0))
-    report.require(
-        bool(np.isfinite(after).all()) and error <= ROUTER_TOLERANCE and not np.any(after[before == 0]),
-        f"{prefix}{arch.router} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",
-    )
-    report.count("routers that undo their norm")
+    """norm x reader must be what it was, for all readers but the routed experts, whose codes are looked at.
+
+    Args:
+        kept: readers that have the source's bytes, for which the norm must have them too.
+
+    Returns:
+        the scale that the new norm leaves to its readers, float64 [H].
+    """
+    arch = original.arch
+    norms = [float64(reader[prefix + arch.smooth_norm]) + arch.norm_offset for reader in (originals, results)]
+    for local in arch.norm_readers(experts=0):
+        if prefix + local in kept:
+            report.require(
+                sha256(originals[prefix + arch.smooth_norm]) == sha256(results[prefix + arch.smooth_norm]),
+                f"{prefix}{local} keeps its bytes, though {prefix}{arch.smooth_norm} is not the source's",
+            )
+            continue
+        roundings = int(originals[prefix + local].dtype == torch.float8_e4m3fn)
+        roundings += int(arch.norm_offset != 0 and results[prefix + local].dtype == torch.bfloat16)
+        source = _source_values(originals, prefix + local, original.storage)
+        weights = [source.astype(np.float64), float64(results[prefix + local])]
+        before, after = (norm * weight for norm, weight in zip(norms, weights, strict=True))
+        distance = np.abs(after - before) / np.maximum(np.abs(before), 1e-30)
+        error = float(np.max(distance, where=before != 0, initial=0.0))
+        tolerance = (1 + ROUNDING) ** roundings - 1 + READER_TOLERANCE
+        report.require(
+            bool(np.isfinite(after).all()) and error <= tolerance and not np.any(after[before == 0]),
+            f"{prefix}{local} does not undo what {prefix}{arch.smooth_norm} does (relative error {error:.1e})",
+        )
+        report.count("routers that undo their norm" if local == arch.router else "shared experts that undo their norm")
     safe = np.where(norms[1] == 0, 1.0, norms[1])
     return np.where(norms[1] == 0, 1.0, norms[0] / safe)
 
@@ -130,6 +164,7 @@ def _check_smoothing(
 def _check_experts(
     report: Report,
     arch: Architecture,
+    storage: Storage,
     layer: int,
     applied: Array,
     judged: Judged | None,
@@ -152,10 +187,7 @@ def _check_experts(
     experts = {int(found[0]) for name in originals.names if (found := _expert_of(arch, name, layer))}
     for expert in sorted(experts):
         bases = {linear: arch.expert_weight(layer, expert, linear) for linear in arch.expert_linears}
-        smoothed = {
-            linear: fp8_values(originals[f"{base}.weight"], originals[f"{base}.weight_scale_inv"])
-            for linear, base in bases.items()
-        }
+        smoothed = {linear: _source_values(originals, f"{base}.weight", storage) for linear, base in bases.items()}
         stored: dict[str, Array] = {}
         if judged:
             linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
@@ -214,6 +246,35 @@ def _check_experts(
     return {linear: round(error, 5) if np.isfinite(error) else None for linear, error in errors.items()}
 
 
+def _check_rounded(report: Report, name: str, weight: Array, results: TensorReader) -> None:
+    """Block fp8 must be the nearest to the source's bf16, and each block's scale no larger than it must be.
+
+    An e4m3 has three bits after the first, so that the nearest is off by 1 / 16 of a number at most, and by half of
+    2^-9 steps near zero.
+    """
+    scale = float32(results[f"{name}_scale"])
+    rows, columns = weight.shape
+    high, wide = (np.arange(size) // BLOCK for size in (rows, columns))
+    steps = scale[high][:, wide]
+    error = np.abs(fp8_values(results[name], results[f"{name}_scale"]) - weight)
+    far = np.count_nonzero(~(error <= np.maximum(np.abs(weight) / 16, steps * 2**-10) * (1 + 1e-5)))
+    report.require(far == 0, f"{name}: {far} of {weight.size} fp8 codes are not the nearest to the source's weights")
+    largest = np.zeros(scale.shape)
+    np.maximum.at(largest, (high[:, None], wide[None, :]), np.abs(weight))
+    report.require(
+        bool((scale > 0).all()) and bool((scale <= np.maximum(largest / 448, 1e-12) * (1 + 1e-5)).all()),
+        f"{name}_scale: a block's scale is not what its largest weight asks for",
+    )
+    report.count("attention tensors rounded to the nearest fp8")
+
+
+def _source_values(originals: TensorReader, name: str, storage: Storage) -> Array:
+    """A tensor of the source, float32 [out, in]."""
+    if originals[name].dtype != torch.float8_e4m3fn:
+        return float32(originals[name])
+    return fp8_values(originals[name], originals[f"{name}{storage.scale_suffix}"], storage.block)
+
+
 def _group_size(results: TensorReader, base: str) -> int:
     """Input channels that share a scale."""
     return int(results[f"{base}.weight_packed"].shape[1]) * 8 // int(results[f"{base}.weight_scale"].shape[1])
@@ -233,11 +294,14 @@ def _row_scales(weight: Array, steps: Array) -> Array:
     return found.astype(np.float32)
 
 
-def _check_outside(report: Report, arch: Architecture, source: Checkpoint, result: Checkpoint) -> None:
+def _check_outside(report: Report, original: Original, result: Checkpoint) -> None:
+    arch, source, suffix = original.arch, original.checkpoint, original.storage.scale_suffix
+    renamed = {scale: f"{name}_scale" for name, scale in carried_scales(original).items()} if suffix else {}
     with source.reader() as originals, result.reader() as results:
         for name in source.specs:
-            if arch.split(name)[0] is None:
-                report.require(sha256(originals[name]) == sha256(results[name]), f"{name} is not the source's")
+            if layer_of(arch, source, name) is None:
+                after = renamed.get(name, name)
+                report.require(sha256(originals[name]) == sha256(results[after]), f"{after} is not the source's")
                 report.count("other tensors equal to the source's bytes")
 
 

@@ -25,8 +25,8 @@ from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_l
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.recipe import Calibration, FileSamples, Recipe
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
+from mmq.source.model import SourceModel
 from mmq.source.samples import read_files, read_samples
 from mmq.stages.base import begin_run, check_disk
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
@@ -148,7 +148,7 @@ def worst(report: dict[str, Any], most: int = 3) -> list[dict[str, Any]]:
     ]
 
 
-def units_of(source: Fp8Source) -> list[str]:
+def units_of(source: SourceModel) -> list[str]:
     """What the journal names: every layer, then the head."""
     return [*map(layer_unit, range(source.layer_count())), HEAD]
 
@@ -243,7 +243,7 @@ class _Evaluation:
             if variant.weights != key:
                 continue
             decoder = DecoderLayer(self.arch, self.configs[key], layer, content.rest, self.device)
-            if variant.fp8_kv and self.kv_scheme:
+            if variant.fp8_kv and self.kv_scheme and self.arch.has_kv_scales(layer):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,

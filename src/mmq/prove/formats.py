@@ -24,12 +24,14 @@ def sha256(tensor: torch.Tensor) -> str:
 
 
 def float32(tensor: torch.Tensor) -> Array:
-    """bf16 or fp32 -> fp32: a bf16 is the upper half of a float."""
+    """bf16, fp16 or fp32 -> fp32: a bf16 is the upper half of a float."""
     bits = raw(tensor)
     if tensor.dtype == torch.bfloat16:
         return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
     if tensor.dtype == torch.float32:
         return bits.view(np.float32).reshape(tensor.shape)
+    if tensor.dtype == torch.float16:
+        return bits.view(np.float16).astype(np.float32).reshape(tensor.shape)
     raise CheckpointError(f"a tensor of dtype {tensor.dtype} stands where bf16 or fp32 must be")
 
 
@@ -50,10 +52,15 @@ def _e4m3_table() -> Array:
 E4M3 = _e4m3_table()
 
 
-def fp8_values(weight: torch.Tensor, scale: torch.Tensor) -> Array:
-    """float32 [out, in]: value times its 128x128 block's scale."""
+def fp8_values(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (128, 128)) -> Array:
+    """float32 [out, in]: value times its block's scale.
+
+    Args:
+        block: rows and columns that share a scale; 0 stands for all of them.
+    """
     rows, columns = weight.shape
-    blocks = np.repeat(np.repeat(float32(scale), 128, axis=0)[:rows], 128, axis=1)[:, :columns]
+    high, wide = block[0] or rows, block[1] or columns
+    blocks = np.repeat(np.repeat(float32(scale), high, axis=0)[:rows], wide, axis=1)[:, :columns]
     return E4M3[raw(weight)].reshape(rows, columns) * blocks
 
 

@@ -27,7 +27,10 @@ def run_layer(
 ) -> torch.Tensor:
     """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H]."""
     residual = decoder.attend(hidden, lengths)
+    if not decoder.has_experts:
+        return residual
     x = decoder.block_input(residual)
+    residual = decoder.add_shared(residual, x)
     _, weight, index = decoder.route(x)
     block = ExpertBlock(
         x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from mmq.errors import CheckpointError, JournalError
-from mmq.prove.check_config import check_config, check_names, mapping
+from mmq.prove.check_config import Original, check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
@@ -41,11 +41,13 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         # What Checkpoint.open looked at: every name of the index is in its shard, and every tensor in the index.
         report.count("tensors in index and shards", len(result.specs))
         arch = workspace.architecture
-        check_names(report, arch, source, result, workspace.recipe.awq.kv_cache_scheme is not None)
-        check_config(report, arch, source, result)
+        shared = workspace.recipe.awq.shared_experts == "source"
+        original = Original(arch, source, workspace.source.format.storage, shared, bool(workspace.rounded))
+        check_names(report, original, result, workspace.kv_cache_scheme is not None)
+        check_config(report, original, result)
         if not report.problems:
             judged = partial(judged_layer, workspace)
-            check_tensors(report, arch, source, result, judged, workspace.recipe.worker_count, workspace.reporter)
+            check_tensors(report, original, result, judged, workspace.recipe.worker_count, workspace.reporter)
     write_json(report.path, report.as_json())
     return report
 

@@ -12,7 +12,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from mmq.errors import CheckpointError
 from mmq.families.table import Architecture
 from mmq.quantize.layer import LayerContent
-from mmq.source.block_fp8 import Fp8Source
+from mmq.source.model import SourceModel
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.tensors.fp8 import dequantize_block
 from mmq.tensors.int4 import QuantizedStack
@@ -36,7 +36,7 @@ class LayerWeights(Protocol):
 class SourceWeights:
     """The fp8 source."""
 
-    source: Fp8Source
+    source: SourceModel
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -83,7 +83,7 @@ class HybridWeights:
             return QuantizedStack(values.unsqueeze(0), scale.unsqueeze(0), group).dequantize(torch.bfloat16)[0]
         weight = reader[tensor].to(device)
         if weight.dtype == torch.float8_e4m3fn:
-            return dequantize_block(weight, reader[scale_name(tensor)].to(device))
+            return dequantize_block(weight, reader[scale_name(tensor)].to(device).float())
         return weight
 
 
@@ -95,6 +95,7 @@ def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: to
     """
     expert_names, other_names = weights.names(layer)
     count = int(weights.checkpoint.config[arch.experts_key])
+    count = count if arch.has_experts(layer) else 0
     if len(set(expert_names)) != count * len(arch.expert_linears):
         raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")
     with weights.checkpoint.reader() as reader:
@@ -105,6 +106,5 @@ def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: to
 
 def take_kv_scales(arch: Architecture, content: LayerContent) -> dict[str, torch.Tensor]:
     """Take `k_scale` and `v_scale`, float32 [1] each, out of a layer's tensors; the source's layers have none."""
-    attention = arch.attention[0].rpartition(".")[0]
-    found = {scale: content.rest.pop(f"{attention}.{scale}", None) for scale in ("k_scale", "v_scale")}
+    found = {scale: content.rest.pop(f"{arch.attention_module}.{scale}", None) for scale in ("k_scale", "v_scale")}
     return {scale: value for scale, value in found.items() if value is not None}

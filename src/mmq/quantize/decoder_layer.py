@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from mmq.errors import CalibrationError, CheckpointError, one_line, shown
 from mmq.families.rotary import rope_parameters
 from mmq.families.table import Architecture
+from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import Activation
 
 # Tokens in one attention call; sequences of equal length share a call.
@@ -35,7 +36,8 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     """
     config_class = architecture.transformers_class(architecture.config_class)
     # Its own fields alone: of those that all models share, num_labels alone fills any memory.
-    known = {key: value for key, value in config.items() if key in config_class.__annotations__}
+    fields = {*config_class.__annotations__, *architecture.config_fields}
+    known = {key: value for key, value in config.items() if key in fields}
     known["rope_parameters"] = rope_parameters(config, architecture)
     activation = known.get("hidden_act", "silu")
     if not isinstance(activation, str) or activation not in ACT2FN:
@@ -66,10 +68,16 @@ def check_tokens(rows: int, ids: torch.Tensor) -> None:
 
 
 class _Recorder(torch.nn.Module):
-    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream."""
+    """Stands where the mixture-of-experts block would: keeps its input, adds nothing to the residual stream.
 
-    def __init__(self) -> None:
+    Args:
+        parts: modules of the block that are no routed experts, by their names in it.
+    """
+
+    def __init__(self, parts: dict[str, torch.nn.Module]) -> None:
         super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
         self.inputs: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -78,7 +86,9 @@ class _Recorder(torch.nn.Module):
 
 
 class DecoderLayer:
-    """A transformers decoder layer without its experts.
+    """A transformers decoder layer without its experts; one that has none is whole.
+
+    The router is in the dtype that the server holds it in.
 
     Args:
         tensors: the layer's tensors but for the experts, by their names in the layer, in the checkpoint's dtypes.
@@ -93,6 +103,7 @@ class DecoderLayer:
         device: torch.device,
     ) -> None:
         self.architecture = architecture
+        self.has_experts = architecture.has_experts(layer)
         self.device = device
         self.config = config
         try:
@@ -102,24 +113,52 @@ class DecoderLayer:
             self._rotary = architecture.transformers_class(architecture.rotary_class)(config).to(device)
         except Exception as error:  # it raises whatever an odd value leads to
             raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
-        block = getattr(module, architecture.moe_module)
-        self._router = block.gate
+        # The bias of a router that does not hold it itself.
         self._bias: torch.Tensor | None = None
-        setattr(module, architecture.moe_module, _Recorder())
+        self._shared: torch.nn.Module | None = None
+        self._shared_gate: torch.nn.Module | None = None
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
         try:
+            if self.has_experts:
+                router = architecture.module_name(architecture.router).removesuffix(".weight")
+                self._router = module.get_submodule(router)
+                self._shared = self._take_shared(module)
+                self.set_router(tensors[architecture.router].to(device))
+                self._set_bias(router, tensors)
             module.load_state_dict(named, strict=True, assign=True)
-            self.set_router(tensors[architecture.router].to(device))
-            if architecture.router_bias:
-                self._bias = tensors[architecture.router_bias].to(device)
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
         self.module = module.eval()
 
     def set_router(self, weight: torch.Tensor) -> None:
         """Replace the router's weight, [E, H]."""
-        self._router.weight = torch.nn.Parameter(weight, requires_grad=False)
+        served = weight.to(DTYPES[self.architecture.router_served])
+        self._router.weight = torch.nn.Parameter(served, requires_grad=False)
+
+    def _take_shared(self, module: torch.nn.Module) -> torch.nn.Module | None:
+        """Put the stand-in where the block was; the shared expert, if there is one, stays in it."""
+        arch, shared, parts = self.architecture, None, {}
+        if arch.shared is not None:
+            name = arch.module_name(arch.shared.prefix).removesuffix(".")
+            shared = module.get_submodule(name)
+            parts[name.removeprefix(f"{arch.moe_module}.")] = shared
+        if arch.shared_gate is not None:
+            name = arch.module_name(arch.shared_gate.module)
+            self._shared_gate = parts[name.removeprefix(f"{arch.moe_module}.")] = module.get_submodule(name)
+        setattr(module, arch.moe_module, _Recorder(parts))
+        return shared
+
+    def _set_bias(self, router: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Give the router the bias by which it chooses, as a buffer of its own or beside each of its inputs."""
+        if self.architecture.router_bias is None:
+            return
+        bias = tensors[self.architecture.router_bias].to(self.device)
+        name = self.architecture.module_name(self.architecture.router_bias)
+        if name.startswith(f"{router}."):
+            setattr(self._router, name.removeprefix(f"{router}."), bias)
+        else:
+            self._bias = bias
 
     def set_norm(self, weight: torch.Tensor) -> None:
         """Replace the weight of the norm before the block, [H]."""
@@ -128,7 +167,8 @@ class DecoderLayer:
 
     @torch.no_grad()
     def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        """Everything before the block: [T, H] of concatenated sequences -> the residual stream after attention."""
+        """Everything before the experts: [T, H] of concatenated sequences -> the residual stream after attention; of a
+        layer that has none, its output."""
         result = torch.empty_like(hidden)
         for starts, length in batches(lengths):
             batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
@@ -149,6 +189,17 @@ class DecoderLayer:
         name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
         norm = self.module.get_submodule(name)
         return torch.cat([norm(part) for part in residual.split(step)])
+
+    @torch.no_grad()
+    def add_shared(self, residual: torch.Tensor, x: torch.Tensor, step: int = 2**14) -> torch.Tensor:
+        """The residual stream [T, H] with what the shared expert makes of the block's input [T, H]."""
+        if self._shared is None:
+            return residual
+        outputs = []
+        for part in x.split(step):
+            output = self._shared(part)
+            outputs.append(output if self._shared_gate is None else self._shared_gate(part).sigmoid() * output)
+        return residual + torch.cat(outputs)
 
     @torch.no_grad()
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,8 +19,9 @@ from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
-from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unsmoothed
 from mmq.recipe import Awq
+from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import sum_of_squares
 from mmq.tensors.fp8 import is_finite
 from mmq.tensors.int4 import fits, quantize_in_place
@@ -111,6 +112,7 @@ class LayerQuantizer:
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         distinct: how many different tokens they have.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
+        smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
 
@@ -129,16 +131,20 @@ class LayerQuantizer:
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
+        smooth_norm: bool = True,
     ) -> None:
         self.arch, self.settings, self.device, self.say = arch, settings, device, say
-        self.distinct = distinct
+        self.distinct, self.smooth_norm = distinct, smooth_norm
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
         self.modifier = StackedAWQModifier(
-            mappings=awq_mappings(arch), duo_scaling=settings.duo_scaling, n_grid=settings.n_grid
+            mappings=awq_mappings(arch),
+            duo_scaling=settings.duo_scaling,
+            n_grid=settings.n_grid,
+            powers_of_two=arch.powers_of_two,
         )
 
     @property
@@ -175,17 +181,43 @@ class LayerQuantizer:
         result.statistics["excluded_samples"] = sorted(excluded)
         return result
 
+    def _attend(
+        self, decoder: DecoderLayer, layer: int, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """All of a layer that comes before its experts: the residual stream [T, H], and the KV scales that it takes."""
+        scheme = self.settings.kv_cache_scheme if self.arch.has_kv_scales(layer) else None
+        observer = KvObserver(decoder, scheme.model_dump()) if scheme else None
+        residual = decoder.attend(hidden, self.lengths)
+        if observer and (broken := observer.broken(self.lengths)):
+            raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
+        return residual, observer.scales() if observer else {}
+
+    def _pass(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+        """A layer without experts: nothing is quantized but the KV cache."""
+        clock = _Clock(self.device, {"attention": 1.0}, partial(self.say, layer))
+        with clock.part("attention"):
+            decoder = DecoderLayer(self.arch, self.config, layer, content.rest, self.device)
+            hidden, kv_scales = self._attend(decoder, layer, hidden)
+            self._check_finite(hidden, f"the output of layer {layer} is")
+        tensors = content.rest | {f"{self.arch.attention_module}.{name}": s for name, s in kv_scales.items()}
+        statistics = {"layer": layer, **self._kv_statistics(layer, kv_scales), "seconds": clock.seconds}
+        return LayerResult(tensors, hidden, statistics)
+
+    def _kv_statistics(self, layer: int, scales: dict[str, torch.Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {"kv_scales": {name: float(scale) for name, scale in scales.items()}}
+        reason = self.arch.without_kv_scales(layer) if self.settings.kv_cache_scheme else None
+        return found | ({"no_kv_scales": reason} if reason else {})
+
     def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         arch, settings = self.arch, self.settings
+        if not arch.has_experts(layer):
+            return self._pass(layer, content, hidden)
         clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
             decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
-            observer = KvObserver(decoder, settings.kv_cache_scheme.model_dump()) if settings.kv_cache_scheme else None
-            residual = decoder.attend(hidden, self.lengths)
-            if observer and (broken := observer.broken(self.lengths)):
-                raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
-            kv_scales = observer.scales() if observer else {}
-            x = decoder.block_input(residual)
+            attended, kv_scales = self._attend(decoder, layer, hidden)
+            x = decoder.block_input(attended)
+            residual = decoder.add_shared(attended, x)
             self._check_finite(x, f"the input of layer {layer}'s experts is")
             logits, weight, index = decoder.route(x)
         with clock.part("searching"):
@@ -201,7 +233,7 @@ class LayerQuantizer:
             self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
             found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
-            norm, applied = smooth_norm(own_norm, found[0].scales)
+            norm, applied = smooth_norm(own_norm, found[0].scales, arch.norm_offset)
             inner, rounded, evidence = found[1].scales, None, {}
             if settings.rounding == "nearest":
                 clock.step(SEARCHED[1], "comparing with round-to-nearest")
@@ -217,21 +249,24 @@ class LayerQuantizer:
                 if rounded:
                     statistics["evidence"]["codes"] = rounded.digests()
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
+        if not self.smooth_norm:
+            statistics["norm"]["not_smoothed"] = "the shared expert reads it and keeps its fp8 bytes"
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
             else:
                 tensors = self._store(layer, block, rounded)
-            # fp32 in the families known so far; another dtype is rounded here, as it will be served.
-            router = content.rest[arch.router].to(self.device)
-            router = (router.float() * applied).to(router.dtype)
-            attention = arch.attention[0].rpartition(".")[0]
-            tensors |= content.rest | {arch.smooth_norm: norm, arch.router: router}
-            tensors |= {f"{attention}.{name}": scale for name, scale in kv_scales.items()}
+            # As the server holds it: in bf16 by powers of two, which it takes without a rounding.
+            readers = {name: content.rest[name].to(self.device) for name in arch.norm_readers(experts=0)}
+            served = {name: weight.dtype for name, weight in readers.items()}
+            served[arch.router] = DTYPES[arch.router_served]
+            readers = {name: (weight.float() * applied).to(served[name]) for name, weight in readers.items()}
+            tensors |= content.rest | {arch.smooth_norm: norm} | readers
+            tensors |= {f"{arch.attention_module}.{name}": scale for name, scale in kv_scales.items()}
         with clock.part("propagating"):
             decoder.set_norm(norm)
-            decoder.set_router(router)
-            output = self._served(decoder, block, residual)
+            decoder.set_router(readers[arch.router])
+            output = self._served(decoder, block, attended)
             squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
             statistics["loss_propagated"] = _number(squares / residual.numel())
             hidden = _added(residual, block, output if settings.propagate_quantized else reference)
@@ -240,7 +275,7 @@ class LayerQuantizer:
             "tokens_per_expert": block.counts.tolist(),
             "topped_up": extra.counts if extra else [0] * block.counts.numel(),
             **statistics,
-            "kv_scales": {name: float(scale) for name, scale in kv_scales.items()},
+            **self._kv_statistics(layer, kv_scales),
             "seconds": clock.seconds,
         }
         self._shares = dict(clock.seconds)
@@ -250,7 +285,10 @@ class LayerQuantizer:
         """The norm's and the inner scales that are best for rounding to nearest."""
         full = self.settings.search == "full"
         to_norm, to_down = SEARCHED
-        norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        if self.smooth_norm:
+            norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
+        else:
+            norm = unsmoothed(block.x)
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
         return norm, down
 

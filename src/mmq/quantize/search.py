@@ -19,7 +19,7 @@ from mmq.families.table import Architecture
 from mmq.quantize.race import COARSE, Runner, race
 from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
-from mmq.tensors.smoothing import candidate_scales
+from mmq.tensors.smoothing import candidate_scales, nearest_power_of_two
 
 
 class Error(Protocol):
@@ -78,6 +78,13 @@ class Found:
         return (self.ratio == 0) & ~self.duo
 
 
+def unsmoothed(x: torch.Tensor) -> Found:
+    """What stands for the search of a norm's scales where there is none to choose; `x` is [T, H]."""
+    unknown = torch.tensor(torch.nan, dtype=torch.float64)
+    ones = torch.ones(x.shape[1], device=x.device)
+    return Found(ones, torch.tensor(0.0, dtype=torch.float64), torch.tensor(False), unknown, unknown)
+
+
 # Told the share of a search that is done, and where it is.
 Told = Callable[[float, str], None]
 
@@ -86,7 +93,13 @@ def _untold(_share: float, _at: str) -> None: ...
 
 
 class StackedAWQModifier(AWQModifier):
-    """AWQModifier whose searches run on stacked experts."""
+    """AWQModifier whose searches run on stacked experts.
+
+    Attributes:
+        powers_of_two: the norm's scales are such, so that a norm and a router in bf16 take them without a rounding.
+    """
+
+    powers_of_two: bool = False
 
     @torch.no_grad()
     def search_norm(
@@ -194,14 +207,15 @@ class StackedAWQModifier(AWQModifier):
         return Found(scales.gather(0, chosen).squeeze(0), ratio[best], duo[best], found, losses[0])
 
 
-def grid_of_norm(modifier: AWQModifier, block: ExpertBlock) -> tuple[list[tuple[float, bool]], torch.Tensor]:
+def grid_of_norm(modifier: StackedAWQModifier, block: ExpertBlock) -> tuple[list[tuple[float, bool]], torch.Tensor]:
     """The norm's points, ratio and whether to scale by both activations and weights, and their scales [points, H]."""
     # bf16 magnitudes and, inside the sum, their fp32 copy.
     x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
     sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
     w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
     grid = modifier._get_grid_search_params()
-    return grid, candidate_scales(x_mean, w_mean.to(torch.float32), grid)
+    scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
+    return grid, nearest_power_of_two(scales) if modifier.powers_of_two else scales
 
 
 def lines(grid: list[tuple[float, bool]]) -> list[list[int]]:

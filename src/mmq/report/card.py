@@ -145,14 +145,18 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters |= {"code": _code, "size": bytes_text, "duration": duration_text}
     template = environment.from_string(files("mmq.report").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    reasons = sorted({layer["no_kv_scales"] for layer in facts.all_layers if "no_kv_scales" in layer})
+    without = f"{'; '.join(reasons)}" if reasons else None
+    none_has = bool(facts.all_layers) and not any(layer["kv_scales"] for layer in facts.all_layers)
     recipe = _fenced(yaml.safe_dump(_public(facts.recipe), sort_keys=False, allow_unicode=True), "yaml")
     body = template.render(
         facts=facts,
         setting=setting,
-        awq=facts.recipe["awq"],
+        awq=facts.recipe["awq"] | ({"kv_cache_scheme": None} if none_has and without else {}),
+        no_kv_scales=without,
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
-        layers=_layer_facts(facts.layers),
+        layers=_layer_facts(facts.layers, facts.all_layers),
         errors=_expert_errors(facts.verify),
         samples=_sample_rows(setting.calibration),
         held_out=[_place(part["path"]) for part in facts.evaluation["settings"]["data"]] if facts.evaluation else [],
@@ -203,14 +207,14 @@ def _sample_rows(calibration: dict[str, Any] | None) -> list[dict[str, Any]]:
     ]
 
 
-def _layer_facts(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Sums over the awq stage's statistics."""
+def _layer_facts(layers: list[dict[str, Any]], everywhere: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Sums over the awq stage's statistics: of the layers with experts, and of all that have a KV cache."""
     if not layers:
         return None
     counts = [count for layer in layers for count in layer["topped_up"]]
     shares = [share for layer in layers if (share := loss_share(layer)) is not None]
     scales = {
-        name: [layer["kv_scales"][name] for layer in layers if name in layer["kv_scales"]]
+        name: [layer["kv_scales"][name] for layer in everywhere if name in layer["kv_scales"]]
         for name in ("k_scale", "v_scale")
     }
     return {
@@ -227,7 +231,7 @@ def _expert_errors(verified: dict[str, Any] | None) -> dict[str, tuple[float, fl
     """Smallest and largest relative error over the layers, of each of the experts' linear layers."""
     found: dict[str, list[float]] = {}
     for layer in (verified or {}).get("layers", []):
-        for linear, error in layer["expert_error"].items():
+        for linear, error in layer.get("expert_error", {}).items():
             if error is not None:
                 found.setdefault(linear, []).append(error)
     return {linear: (min(errors), max(errors)) for linear, errors in found.items()}

@@ -9,15 +9,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmq.errors import CheckpointError, JournalError, MmqError
 from mmq.families import sizes
-from mmq.families.sizes import Dimensions, tensors_of
 from mmq.families.table import Architecture
 from mmq.prove import evaluate, verify
+from mmq.serve.outputs import output_tensors
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
@@ -84,13 +84,14 @@ class RunFacts:
     Attributes:
         recipe: as it was validated, defaults included.
         source: the recipe's `model.source`, a folder or a hub id.
-        layers: the awq stage's statistics, one entry a finished layer, in order.
+        layers: the awq stage's statistics, one entry a finished layer with experts, in order.
         stages: those that the recipe needs, then the evaluation if it was begun.
         components: all of `sizes.COMPONENTS`; empty where the source can't be read.
         sizes_measured: the sizes after are those of the finished checkpoint, not computed from config.json.
         verify, evaluation: verify.json and eval.json; None where there is none of this result.
         versions: of the packages that made it; where runs differ, all of a package's, in order.
         missing: what is not there yet, a sentence each.
+        dense_layers: the awq stage's statistics of layers without experts.
     """
 
     recipe: dict[str, Any]
@@ -104,6 +105,12 @@ class RunFacts:
     evaluation: dict[str, Any] | None
     versions: dict[str, str]
     missing: list[str]
+    dense_layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def all_layers(self) -> list[dict[str, Any]]:
+        """Statistics of all finished layers, in order."""
+        return sorted([*self.layers, *self.dense_layers], key=lambda layer: int(layer["layer"]))
 
     @property
     def complete(self) -> bool:
@@ -140,11 +147,12 @@ def read_run(workspace: Workspace) -> RunFacts:
     missing: list[str] = []
     stages = _stages(workspace, missing)
     components, measured = _components(workspace)
+    layers = _layers(workspace)
     return RunFacts(
         recipe=workspace.recipe.model_dump(mode="json"),
         source=workspace.recipe.model.source,
         work_dir=workspace.work_dir,
-        layers=_layers(workspace),
+        layers=[layer for layer in layers if "tokens_per_expert" in layer],
         stages=stages,
         components=components,
         sizes_measured=measured,
@@ -152,6 +160,7 @@ def read_run(workspace: Workspace) -> RunFacts:
         evaluation=_evaluated(workspace, missing),
         versions=_versions(stages),
         missing=missing,
+        dense_layers=[layer for layer in layers if "tokens_per_expert" not in layer],
     )
 
 
@@ -223,9 +232,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
     if result is not None:
         after = _summed(result.specs.values(), arch)
     else:
-        settings = workspace.recipe.awq
-        dims = Dimensions.of(source.config, arch)
-        tensors = tensors_of(dims, arch, "hybrid", settings.group_size, settings.kv_cache_scheme is not None)
+        tensors = output_tensors(workspace.recipe, source.config, arch, "hybrid")
         after = {name: _Sum(0, own.nbytes, own.dtypes) for name, own in sizes.components(tensors).items()}
     found = [
         Component(
@@ -237,6 +244,7 @@ def _components(workspace: Workspace) -> tuple[list[Component], bool]:
             _dtypes(after[name].dtypes),
         )
         for name in sizes.COMPONENTS
+        if parameters[name].elements or name not in sizes.RARE_COMPONENTS
     ]
     return found, result is not None
 

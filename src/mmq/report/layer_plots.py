@@ -161,7 +161,7 @@ def block_loss(layers: Layers) -> Figure:
 
 @styled
 def chosen_ratios(layers: Layers) -> Figure:
-    """The grid's ratio that each layer's norm got, over how many experts' w3 got which."""
+    """The grid's ratio that each layer's norm got, over how many experts' up got which."""
     norm = np.array([_one(layer["norm"]["ratio"]) for layer in layers])
     experts = np.array([layer["down"]["ratio"] for layer in layers])
     values = np.unique(np.concatenate([norm, experts.ravel()]).round(4))

@@ -68,7 +68,7 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         source=facts.source,
         subtitle=f"{'Finished' if facts.complete else 'Not finished yet'}: {facts.work_dir}",
         tiles=tiles(facts),
-        missing=[*facts.missing, *_left_out(facts.layers)],
+        missing=[*facts.missing, *_left_out(facts.all_layers)],
         problems=_problems(facts),
         plots=[
             {

@@ -58,7 +58,7 @@ PLOTS = (
         "tokens",
         "Scales of keys after rotary and of values; a cached number is stored as fp8 after division by its scale.",
         lambda facts: (
-            layer_plots.kv_scales(facts.layers) if any(layer["kv_scales"] for layer in facts.layers) else None
+            layer_plots.kv_scales(facts.all_layers) if any(layer["kv_scales"] for layer in facts.layers) else None
         ),
     ),
     Plot(
@@ -71,7 +71,7 @@ PLOTS = (
     Plot(
         "ratios",
         "scales",
-        "AWQ's exponent as the search found it: for the norm before each block, and for w3 into w2 of each expert.",
+        "AWQ's exponent as the search found it: for each layer's norm, and for up into down of each expert.",
         lambda facts: layer_plots.chosen_ratios(facts.layers) if facts.layers else None,
     ),
     Plot(
@@ -85,7 +85,9 @@ PLOTS = (
         "result",
         "Root mean square of the rounding of each layer's expert weights, relative to the weights, found by verify.",
         lambda facts: (
-            quality_plots.weight_errors(facts.verify["layers"]) if facts.verify and facts.verify["layers"] else None
+            quality_plots.weight_errors(layers)
+            if (layers := [layer for layer in (facts.verify or {}).get("layers", []) if "expert_error" in layer])
+            else None
         ),
     ),
     Plot(
@@ -98,13 +100,13 @@ PLOTS = (
         "layer-seconds",
         "costs",
         "Parts of the awq stage. Reading is what the computation waited for; writing goes on beside the next layer.",
-        lambda facts: cost_plots.layer_seconds(facts.layers) if facts.layers else None,
+        lambda facts: cost_plots.layer_seconds(facts.all_layers) if facts.layers else None,
     ),
     Plot(
         "layer-memory",
         "costs",
         "Resident memory of the process, and memory allocated on the device.",
-        lambda facts: cost_plots.layer_memory(facts.layers) if facts.layers else None,
+        lambda facts: cost_plots.layer_memory(facts.all_layers) if facts.layers else None,
     ),
 )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mmq.families.sizes import Dimensions, tensors_of
+from mmq.families.sizes import Dimensions
 from mmq.report.facts import RunFacts, loss_shares
 from mmq.serve.memory import (
     CACHE_BYTES,
@@ -19,6 +19,7 @@ from mmq.serve.memory import (
     serving,
     wants_whole_experts,
 )
+from mmq.serve.outputs import output_tensors
 from mmq.text import bytes_text, duration_text, gib_text
 from mmq.workdir.workspace import HYBRID, Workspace
 
@@ -82,8 +83,8 @@ def summarize(workspace: Workspace, facts: RunFacts, gpus: Gpus | None = None) -
     tokens = positions = None
     warnings: list[str] = []
     if gpus is not None:
-        scales = settings.kv_cache_scheme is not None
-        tensors = tensors_of(dims, arch, "hybrid", settings.group_size, scales)
+        scales = settings.kv_cache_scheme is not None and arch.has_kv_cache_scales
+        tensors = output_tensors(workspace.recipe, source.config, arch, "hybrid")
         item = CACHE_BYTES["fp8" if scales else "bf16"]
         tokens = serving(tensors, dims, gpus, DEFAULT_UTILIZATION, DEFAULT_RESERVE, item).tokens
         warnings += [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, count)]

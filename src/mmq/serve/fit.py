@@ -64,13 +64,18 @@ def _assumptions(
     hybrid, _, awq = rows
     freed = awq["weights_per_gpu"] - hybrid["weights_per_gpu"]
     heads = dims.kv_heads_per_gpu(gpus.count)
+    token = f"one latent of {dims.latent}" if dims.latent else f"2 x {heads} KV heads x {dims.head_dim}"
+    shared = (
+        "The latent of all heads is cached on each GPU."
+        if dims.latent
+        else f"Of {dims.kv_heads} KV heads each GPU holds {heads}."
+    )
     return [
         f"left for the cache = {gib_text(gpus.memory)} x {utilization} (gpu_memory_utilization) - weights -"
         f" {gib_text(reserve)} (reserve)",
-        f"bytes a token and GPU = {dims.layers} layers x 2 x {heads} KV heads x {dims.head_dim} x 2 bytes (bf16) or 1"
-        " (fp8)",
+        f"bytes a token and GPU = {dims.cached_layers} layers x {token} x 2 bytes (bf16) or 1 (fp8)",
         "Tensor parallelism splits experts, attention, embeddings and head over the GPUs; norms, router, biases and KV"
-        f" scales are on each. Of {dims.kv_heads} KV heads each GPU holds {heads}.",
+        f" scales are on each. {shared}",
         "The reserve is for activations, CUDA graphs, NCCL and the memory that CUDA does not show. Its default is what"
         " MiniMax-M2.5's model card implies: 370,000 tokens of fp8 cache on 4 x 48 GB (here 366,482).",
         "For one checkpoint an fp8 cache holds twice the tokens of a bf16 cache. Against awq/, whose attention is bf16,"

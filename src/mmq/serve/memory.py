@@ -4,6 +4,7 @@ KV cache under tensor parallelism, per GPU:
 
     cache  = memory * utilization - weights - reserve
     token  = layers * 2 * KV heads on the GPU * head_dim * bytes of the cache's dtype
+             or, where one latent stands for all heads, layers * its width * bytes, on each GPU
     tokens = cache / token
 
 `utilization` is vLLM's gpu_memory_utilization. `reserve` is all else that vLLM counts against it: activations at their
@@ -81,7 +82,8 @@ class Serving:
 
 def kv_bytes_per_token(dims: Dimensions, gpus: int, itemsize: int) -> int:
     """Keys and values of one token in all layers, on one of the GPUs."""
-    return dims.layers * 2 * dims.kv_heads_per_gpu(gpus) * dims.head_dim * itemsize
+    own = dims.latent or 2 * dims.kv_heads_per_gpu(gpus) * dims.head_dim
+    return dims.cached_layers * own * itemsize
 
 
 def weights_per_gpu(tensors: Iterable[Tensors], dims: Dimensions, gpus: int) -> int:
@@ -145,12 +147,13 @@ def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
             f"each of {gpus} GPUs gets {part} of an expert's {dims.intermediate} intermediate channels, not a multiple"
             f" of {BLOCK}{way_out}"
         )
+    rows = dims.size("query") // dims.heads
     if dims.heads % gpus:
         problems.append(f"{dims.heads} query heads can't be shared out to {gpus} GPUs")
-    elif dims.heads // gpus * dims.head_dim % BLOCK:
-        problems.append(
-            f"each of {gpus} GPUs gets {dims.heads // gpus * dims.head_dim} rows of q, not a multiple of {BLOCK}"
-        )
+    elif dims.heads // gpus * rows % BLOCK:
+        problems.append(f"each of {gpus} GPUs gets {dims.heads // gpus * rows} rows of q, not a multiple of {BLOCK}")
+    if dims.latent:
+        return problems
     if max(dims.kv_heads, gpus) % min(dims.kv_heads, gpus):
         problems.append(f"{dims.kv_heads} KV heads can't be shared out to {gpus} GPUs")
     elif dims.kv_heads_per_gpu(gpus) * dims.head_dim % BLOCK:

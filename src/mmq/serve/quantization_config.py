@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import compressed_tensors
@@ -17,28 +18,34 @@ from compressed_tensors.quantization import (
 )
 
 from mmq.families.rotary import rope_parameters
+from mmq.families.sizes import BLOCK_FP8, Storage
 from mmq.families.table import Architecture
 from mmq.recipe import Recipe
-from mmq.tensors.fp8 import BLOCK
+from mmq.source.formats import format_of
 from mmq.tensors.int4 import weight_args
 
 
-def output_config(architecture: Architecture, recipe: Recipe, source: dict[str, Any], hybrid: bool) -> dict[str, Any]:
+def output_config(
+    architecture: Architecture, recipe: Recipe, source: dict[str, Any], kept: Sequence[str]
+) -> dict[str, Any]:
     """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
 
     Args:
-        hybrid: attention is block fp8; otherwise it is bf16, as the awq stage leaves it.
+        kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
-    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size)}
-    if hybrid:
-        groups["group_1"] = attention_scheme(architecture, recipe.restore.attention_activations == "dynamic")
-    scheme = recipe.awq.kv_cache_scheme
+    carried = [module for module in kept if architecture.is_extra(module)]
+    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
+    if kept:
+        dynamic = recipe.restore.attention_activations == "dynamic"
+        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(source))
+    hybrid = len(groups) > 1
+    scheme = recipe.awq.kv_cache_scheme if architecture.has_kv_cache_scales else None
     quantization = QuantizationConfig(
         config_groups=groups,
         format=(CompressionFormat.mixed_precision if hybrid else CompressionFormat.pack_quantized).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
-        ignore=[architecture.head.removesuffix(".weight")],
+        ignore=[architecture.head.removesuffix(".weight"), *ignored_extras(architecture, carried)],
     )
     config = {key: value for key, value in source.items() if key != "quantization_config"}
     config["rope_parameters"] = rope_parameters(source, architecture)
@@ -49,38 +56,82 @@ def output_config(architecture: Architecture, recipe: Recipe, source: dict[str, 
     return config
 
 
-def experts_scheme(architecture: Architecture, group_size: int) -> QuantizationScheme:
-    """int4 experts. The pattern names no prefix: vLLM matches transformers' module names, sglang the hub's."""
+def experts_scheme(architecture: Architecture, group_size: int, elsewhere: Sequence[str] = ()) -> QuantizationScheme:
+    """int4 experts. The pattern names no prefix: vLLM matches transformers' module names, sglang the hub's.
+
+    Args:
+        elsewhere: beginnings of the names of experts that are not int4.
+    """
     linears = "|".join(re.escape(linear) for linear in sorted(architecture.expert_linears))
+    but = f"(?!{'|'.join(map(re.escape, elsewhere))})" if elsewhere else ""
     return QuantizationScheme(
-        targets=[rf"re:.*experts\.\d+\.({linears})$"],
+        targets=[rf"re:{but}.*experts\.\d+\.({linears})$"],
         weights=weight_args(group_size),
         format=CompressionFormat.pack_quantized.value,
     )
 
 
-def attention_scheme(architecture: Architecture, dynamic_activations: bool) -> QuantizationScheme:
-    """Block-fp8 attention; with dynamic activations, as the source's `activation_scheme: dynamic` says."""
-    parent, _, _ = architecture.attention[0].rpartition(".")
-    linears = "|".join(linear.rpartition(".")[2].removesuffix("_proj") for linear in architecture.attention)
-    activations = QuantizationArgs(
-        num_bits=8,
-        type=QuantizationType.FLOAT,
-        strategy=QuantizationStrategy.GROUP,
-        group_size=BLOCK,
-        symmetric=True,
-        dynamic=True,
-    )
+def fp8_prefixes(architecture: Architecture, carried: Sequence[str]) -> list[str]:
+    """Of what is carried as it is, the beginnings under which modules are fp8."""
+    return [prefix for prefix in architecture.extra_prefixes if any(name.startswith(prefix) for name in carried)]
+
+
+def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[str]:
+    """Patterns of what is carried in bf16: what the groups' patterns would match there is not quantized."""
+    fp8 = fp8_prefixes(architecture, carried)
+    return [f"re:{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
+
+
+def _fp8_storage(source: dict[str, Any]) -> Storage:
+    """How what is fp8 in the result is stored: as in the source, or in blocks where it has none."""
+    found = format_of(source)
+    return found.storage if found.quantized else BLOCK_FP8
+
+
+def kept_scheme(
+    architecture: Architecture, kept: Sequence[str], dynamic_activations: bool, storage: Storage = BLOCK_FP8
+) -> QuantizationScheme:
+    """fp8 attention, dense layers and shared experts, in blocks or by rows; with dynamic activations, as the source's
+    `activation_scheme: dynamic` says: in groups as wide as a block, or by tokens."""
+    weights: dict[str, Any] = {"strategy": QuantizationStrategy.CHANNEL}
+    activations: dict[str, Any] = {"strategy": QuantizationStrategy.TOKEN}
+    if all(storage.block):
+        weights = {"strategy": QuantizationStrategy.BLOCK, "block_structure": list(storage.block)}
+        activations = {"strategy": QuantizationStrategy.GROUP, "group_size": storage.block[1]}
+    fp8: dict[str, Any] = {"num_bits": 8, "type": QuantizationType.FLOAT, "symmetric": True}
     return QuantizationScheme(
-        targets=[rf"re:.*{re.escape(parent)}\.({linears})_proj$"],
-        weights=QuantizationArgs(
-            num_bits=8,
-            type=QuantizationType.FLOAT,
-            strategy=QuantizationStrategy.BLOCK,
-            block_structure=[BLOCK, BLOCK],
-            symmetric=True,
-            dynamic=False,
-        ),
-        input_activations=activations if dynamic_activations else None,
+        targets=kept_targets(architecture, kept),
+        weights=QuantizationArgs(**fp8, **weights, dynamic=False),
+        input_activations=QuantizationArgs(**fp8, **activations, dynamic=True) if dynamic_activations else None,
         format=CompressionFormat.float_quantized.value,
     )
+
+
+def kept_targets(architecture: Architecture, kept: Sequence[str]) -> list[str]:
+    """Patterns of what keeps the source's fp8, a parent module each: under transformers' names and the hub's alike."""
+    attention = {module.rpartition(".")[0] for module in architecture.attention}
+    by_parent: dict[str, list[str]] = {}
+    for module in kept:
+        if architecture.is_extra(module):
+            above, _, linear = module.rpartition(".")
+            # One pattern for all experts.
+            parent = re.sub(r"\.\d+$", ".NUMBER", above) if _number_of_expert(architecture, module) else above
+            parent = re.escape(parent).replace("NUMBER", r"\d+")
+        else:
+            local, _, linear = architecture.split(module)[1].rpartition(".")
+            # An expert's linear layers lie deeper than a dense layer's, under the same parent.
+            parent = (".*" if local in attention else r".*\.\d+\.") + re.escape(local)
+        linears = by_parent.setdefault(parent, [])
+        if linear not in linears:
+            linears.append(linear)
+    return [f"re:{parent}\\.{_any_of(linears)}$" for parent, linears in by_parent.items()]
+
+
+def _number_of_expert(architecture: Architecture, module: str) -> bool:
+    return architecture.split_expert(architecture.split(module)[1] + ".weight") is not None
+
+
+def _any_of(linears: Sequence[str]) -> str:
+    """A pattern of some names; what all end in stands once."""
+    end = "_proj" if all(linear.endswith("_proj") for linear in linears) else ""
+    return f"({'|'.join(re.escape(linear.removesuffix(end)) for linear in linears)}){end}"

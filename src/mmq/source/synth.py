@@ -1,14 +1,15 @@
-"""A tiny synthetic mixture-of-experts checkpoint in the hub's layout of MiniMax-M2: for demos, tests and smoke runs.
+"""A tiny synthetic mixture-of-experts checkpoint in the hub's layout of a family: for demos, tests and smoke runs.
 
-The weights are random but shaped like the real ones where it matters: fp8 in 128x128 blocks, an fp32 router with a bias
-near 8, norms with outlier channels that AWQ must protect, a tokenizer and a chat template.
+The weights are random but shaped like the real ones where it matters: fp8 in 128x128 blocks or another source format,
+a router and, where the family has it, a bias near 8, norms with outlier channels that AWQ must protect, a tokenizer and
+a chat template. What there is follows from the family's table.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ import torch
 
 from mmq.errors import RecipeError
 from mmq.families.minimax_m2 import MINIMAX_M2
-from mmq.families.table import Architecture
+from mmq.families.sizes import Dimensions
+from mmq.families.table import Architecture, Weight
 from mmq.shipped import TRAINED
-from mmq.source.block_fp8 import SCALE_SUFFIX
+from mmq.source.formats import CT_BLOCK_FP8, CT_CHANNEL_FP8, FINE_GRAINED_FP8, PLAIN_BF16, SourceFormat
 from mmq.storage.atomic import copy_file, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME
-from mmq.storage.shards import save_tensors
-from mmq.tensors.fp8 import BLOCK, scale_shape
+from mmq.storage.shards import DTYPES, save_tensors
+from mmq.tensors import fp8
+from mmq.tensors.fp8 import BLOCK, block_scales
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}]~b]{{ message.role }}\n{{ message.content }}"
@@ -38,7 +41,66 @@ TRAINING_TEXT = (
     "SELECT layer, expert, count(*) FROM routing GROUP BY layer, expert ORDER BY count(*) DESC;",
     "量化 校准 专家 路由 注意力 Квантование весов модели",
 )
-FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """How the matrices of the decoder layers are written.
+
+    Attributes:
+        settings: config.json's quantization_config.
+        scale_dtype: of the scales.
+        powers_of_two: the scales are such.
+    """
+
+    format: SourceFormat
+    settings: Mapping[str, Any] | None = None
+    scale_dtype: str = "F32"
+    powers_of_two: bool = False
+
+
+BLOCK_FP8_SETTINGS = {
+    "quant_method": "fp8",
+    "fmt": "float8_e4m3fn",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+    "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
+}
+
+
+def compressed_settings(weights: Mapping[str, Any], activations: Mapping[str, Any]) -> dict[str, Any]:
+    """quantization_config of compressed-tensors' fp8, as llm-compressor writes it."""
+    common = {"num_bits": 8, "type": "float", "symmetric": True, "observer": "minmax"}
+    group = {
+        "targets": ["Linear"],
+        "weights": common | {"dynamic": False} | dict(weights),
+        "input_activations": common | {"dynamic": True} | dict(activations),
+        "output_activations": None,
+        "format": "float-quantized",
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["re:.*gate$", "lm_head"],
+        "kv_cache_scheme": None,
+    }
+
+
+CT_BLOCK_SETTINGS = compressed_settings(
+    {"strategy": "block", "block_structure": [BLOCK, BLOCK]}, {"strategy": "group", "group_size": BLOCK}
+)
+CT_CHANNEL_SETTINGS = compressed_settings({"strategy": "channel"}, {"strategy": "token"})
+# What `mmq synth --format` offers.
+STORED = {
+    "fp8": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS),
+    "fp8-bf16-scales": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS, "BF16"),
+    "fp8-powers-of-two": Stored(FINE_GRAINED_FP8, BLOCK_FP8_SETTINGS, powers_of_two=True),
+    "ct-block": Stored(CT_BLOCK_FP8, CT_BLOCK_SETTINGS, "BF16"),
+    "ct-channel": Stored(CT_CHANNEL_FP8, CT_CHANNEL_SETTINGS, "BF16"),
+    "bf16": Stored(PLAIN_BF16),
+}
 
 
 @dataclass(frozen=True)
@@ -54,14 +116,26 @@ class Sizes:
     kv_heads: int = 2
     head_dim: int = 64
     vocabulary: int = 512
+    dense: int = 384
 
 
-def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3, shuffle: bool = False) -> None:
+def write_checkpoint(
+    folder: Path,
+    sizes: Sizes,
+    seed: int = 0,
+    shards: int = 3,
+    shuffle: bool = False,
+    family: Architecture = MINIMAX_M2,
+    stored: Stored = STORED["fp8"],
+    settings: Mapping[str, Any] | None = None,
+) -> None:
     """Write the checkpoint.
 
     Args:
         shards: into how many files the tensors are cut, by size.
         shuffle: put the tensors into the shards in random order, so that weights and their scales are apart.
+        family: its table, as it is for all models.
+        settings: of config.json, beside the family's example and in its place.
 
     Raises:
         RecipeError: the folder holds something already, or the sizes make no model.
@@ -72,11 +146,12 @@ def write_checkpoint(folder: Path, sizes: Sizes, seed: int = 0, shards: int = 3,
         raise RecipeError("top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1")
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, sizes.vocabulary)
-    tensors = _tensors(MINIMAX_M2, sizes, torch.Generator().manual_seed(seed))
+    config = model_config(sizes, family, stored, settings)
+    tensors = _tensors(family.resolved(config), config, stored, torch.Generator().manual_seed(seed))
     names = list(tensors)
     if shuffle:
         random.Random(seed).shuffle(names)
-    save_checkpoint(folder, {name: tensors[name] for name in names}, model_config(sizes), shards)
+    save_checkpoint(folder, {name: tensors[name] for name in names}, config, shards)
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any], shards: int) -> None:
@@ -123,18 +198,21 @@ def write_samples(path: Path, count: int, seed: int = 0) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def quantize_block(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [out, in] -> float8_e4m3fn [out, in] and float32 scales [ceil(out/128), ceil(in/128)]."""
-    rows, columns = scale_shape(tuple(weight.shape))
-    padded = torch.zeros(rows * BLOCK, columns * BLOCK)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    blocks = padded.view(rows, BLOCK, columns, BLOCK)
-    scale = (blocks.abs().amax((1, 3)) / FP8_MAX).clamp(min=1e-12)
-    quantized = (blocks / scale[:, None, :, None]).view_as(padded)[: weight.shape[0], : weight.shape[1]]
-    return quantized.to(torch.float8_e4m3fn).contiguous(), scale
+def quantize_block(weight: torch.Tensor, stored: Stored = STORED["fp8"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [out, in] -> float8_e4m3fn [out, in] and the scales of its blocks."""
+    block = stored.format.storage.block
+    scale = block_scales(weight, block)
+    scale = scale.log2().ceil().exp2() if stored.powers_of_two else scale.to(DTYPES[stored.scale_dtype]).float()
+    return fp8.quantize_block(weight, scale, block), scale.to(DTYPES[stored.scale_dtype])
 
 
-def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def _tensors(
+    arch: Architecture, config: dict[str, Any], stored: Stored, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    dims, suffix = Dimensions.of(config, arch), stored.format.storage.scale_suffix
+    hidden, inner = dims.hidden, dims.intermediate
+    tensors: dict[str, torch.Tensor] = {}
+
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
@@ -143,76 +221,109 @@ def _tensors(arch: Architecture, sizes: Sizes, generator: torch.Generator) -> di
         magnitude = (normal(count) * spread).exp()
         return torch.where(torch.rand(count, generator=generator) < 0.012, magnitude * outliers, magnitude)
 
-    tensors: dict[str, torch.Tensor] = {}
+    def matrix(name: str, weight: torch.Tensor) -> None:
+        if suffix is None:
+            tensors[name] = weight.to(torch.bfloat16)
+        else:
+            tensors[name], tensors[name + suffix] = quantize_block(weight, stored)
 
-    def fp8(name: str, weight: torch.Tensor) -> None:
-        tensors[f"{name}.weight"], tensors[f"{name}.weight{SCALE_SUFFIX}"] = quantize_block(weight)
+    def vector(weight: Weight) -> torch.Tensor:
+        (count,) = dims.shape(weight)
+        if weight.name.endswith("bias"):
+            return 0.2 * normal(count)
+        return channels(count, 0.2, 3) if weight.shape == ("hidden",) else channels(count, 0.1, 2)
 
-    hidden, inner = sizes.hidden, sizes.intermediate
-    query, key = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
-    tensors[arch.embedding] = normal(sizes.vocabulary, hidden).to(torch.bfloat16)
-    for layer in range(sizes.layers):
+    def norm_weight(weight: Weight) -> torch.Tensor:
+        """A norm or a bias as it is stored."""
+        offset = arch.norm_offset if weight.shape in (("hidden",), ("head",)) and weight.name.endswith("weight") else 0
+        return (vector(weight) - offset).to(torch.bfloat16)
+
+    def attention(weight: Weight, prefix: str) -> None:
+        shape = dims.shape(weight)
+        if weight.is_matrix:
+            matrix(prefix + weight.name, normal(*shape) * shape[1] ** -0.5)
+        elif len(shape) > 1:
+            tensors[prefix + weight.name] = (normal(*shape) * shape[-1] ** -0.5).to(torch.bfloat16)
+        elif not weight.name.endswith((".weight", "bias")):
+            tensors[prefix + weight.name] = (0.5 * normal(*shape)).to(torch.bfloat16)
+        else:
+            tensors[prefix + weight.name] = norm_weight(weight)
+
+    def gated(names: list[str], width: int, gain: float) -> None:
+        """A unit's gate, up and down, which read a norm's output of the magnitude 1 / gain."""
+        gate, up, down = names
+        matrix(gate, normal(width, hidden) * gain * 2)
+        matrix(up, normal(width, hidden) * gain * channels(width, 0.3, 20)[:, None])
+        matrix(down, normal(hidden, width) * 0.6 * width**-0.5)
+
+    tensors[arch.embedding] = normal(dims.vocabulary, hidden).to(torch.bfloat16)
+    for layer in range(dims.layers):
         prefix = arch.layer_prefix(layer)
-        for linear, (out, width) in zip(
-            arch.attention, ((query, hidden), (key, hidden), (key, hidden), (hidden, query)), strict=True
-        ):
-            fp8(prefix + linear, normal(out, width) * width**-0.5)
-        tensors[prefix + "self_attn.q_norm.weight"] = channels(query, 0.1, 2).to(torch.bfloat16)
-        tensors[prefix + "self_attn.k_norm.weight"] = channels(key, 0.1, 2).to(torch.bfloat16)
-        tensors[prefix + "input_layernorm.weight"] = channels(hidden, 0.2, 3).to(torch.bfloat16)
+        for weight in arch.attention_of(layer):
+            attention(weight, prefix)
         norm = channels(hidden, 0.3, 25)
-        tensors[prefix + arch.smooth_norm] = norm.to(torch.bfloat16)
-        tensors[prefix + arch.router] = normal(sizes.experts, hidden) * (hidden**-0.5 / norm.square().mean().sqrt())
-        assert arch.router_bias is not None
-        tensors[prefix + arch.router_bias] = 8 + 0.1 * normal(sizes.experts)
-        for expert in range(sizes.experts):
-            gain = hidden**-0.5 / norm.square().mean().sqrt()
-            fp8(arch.expert_weight(layer, expert, arch.gate), normal(inner, hidden) * gain * 2)
-            fp8(
-                arch.expert_weight(layer, expert, arch.up),
-                normal(inner, hidden) * gain * channels(inner, 0.3, 20)[:, None],
-            )
-            fp8(arch.expert_weight(layer, expert, arch.down), normal(hidden, inner) * 0.6 * inner**-0.5)
-    tensors[arch.final_norm] = channels(hidden, 0.1, 2).to(torch.bfloat16)
-    tensors[arch.head] = (normal(sizes.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
+        gain = hidden**-0.5 / float(norm.square().mean().sqrt())
+        tensors[prefix + arch.smooth_norm] = (norm - arch.norm_offset).to(torch.bfloat16)
+        if not arch.has_experts(layer):
+            assert arch.dense is not None
+            gated([prefix + weight.name for weight in arch.dense.weights], dims.dense, gain)
+            continue
+        tensors[prefix + arch.router] = (normal(dims.experts, hidden) * gain).to(DTYPES[arch.router_stored])
+        if arch.router_bias:
+            tensors[prefix + arch.router_bias] = 8 + 0.1 * normal(dims.experts)
+        if arch.shared:
+            gated([prefix + weight.name for weight in arch.shared.weights], dims.size(arch.shared.width), gain)
+        if arch.shared_gate:
+            tensors[prefix + arch.shared_gate.name] = (normal(*dims.shape(arch.shared_gate)) * gain).bfloat16()
+        for expert in range(dims.experts):
+            gated([prefix + weight.name.format(expert=expert) for weight in arch.experts.weights], inner, gain)
+    for weight in arch.extra_tensors():
+        shape = dims.shape(weight)
+        for name in {weight.name.format(expert=expert): None for expert in range(dims.experts)}:
+            values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
+            if weight.is_matrix:
+                matrix(name, values)
+            else:
+                tensors[name] = values.to(DTYPES[weight.dtypes[0]])
+    tensors[arch.final_norm] = (channels(hidden, 0.1, 2) - arch.norm_offset).to(torch.bfloat16)
+    tensors[arch.head] = (normal(dims.vocabulary, hidden) * 2 * hidden**-0.5).to(torch.bfloat16)
     return tensors
 
 
-def model_config(sizes: Sizes) -> dict[str, Any]:
-    return {
-        "architectures": [MINIMAX_M2.causal_lm],
-        "model_type": MINIMAX_M2.model_type,
+def model_config(
+    sizes: Sizes,
+    family: Architecture = MINIMAX_M2,
+    stored: Stored = STORED["fp8"],
+    settings: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """config.json of a model of these sizes; `settings` are put beside the family's example and in its place."""
+    config: dict[str, Any] = {
+        "architectures": [family.causal_lm],
+        "model_type": family.model_type,
         "vocab_size": sizes.vocabulary,
-        "hidden_size": sizes.hidden,
-        "intermediate_size": sizes.intermediate,
-        "num_hidden_layers": sizes.layers,
+        family.hidden_key: sizes.hidden,
+        family.intermediate_key: sizes.intermediate,
+        family.layers_key: sizes.layers,
         "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "head_dim": sizes.head_dim,
-        "rotary_dim": sizes.head_dim // 2,
+        "num_key_value_heads": sizes.heads if family.latent else sizes.kv_heads,
+        family.head_dim_key: sizes.head_dim,
         "rope_theta": 5000000,
-        "num_local_experts": sizes.experts,
-        "num_experts_per_tok": sizes.top_k,
-        "scoring_func": "sigmoid",
-        "use_routing_bias": True,
-        "use_qk_norm": True,
-        "qk_norm_type": "per_layer",
+        family.experts_key: sizes.experts,
+        family.top_k_key: sizes.top_k,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-06,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
-        "use_mtp": True,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "torch_dtype": "bfloat16",
-        "quantization_config": {
-            "quant_method": "fp8",
-            "fmt": "float8_e4m3fn",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
-            "modules_to_not_convert": ["gate", "e_score_correction_bias", "lm_head"],
-        },
     }
+    if family.dense:
+        config[family.dense_key] = sizes.dense
+    if family.rotary_dim_key:
+        config[family.rotary_dim_key] = sizes.head_dim // 2
+    config |= dict(family.example) | dict(settings or {})
+    return config | ({"quantization_config": dict(stored.settings)} if stored.settings else {})
 
 
 def _cut(names: list[str], tensors: dict[str, torch.Tensor], shards: int) -> list[list[str]]:

@@ -36,7 +36,7 @@ from mmq.quantize.memory import awq_memory
 from mmq.quantize.rounding import EVIDENCE
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
-from mmq.source.block_fp8 import Fp8Source
+from mmq.source.model import SourceModel
 from mmq.source.samples import most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages.awq_checks import calibration_tokens, check_groups, dequant_output, widest_layer
@@ -80,7 +80,8 @@ def plan(workspace: Workspace) -> Plan:
         if layer is None:
             units.append(Unit(OUTSIDE, read, written))
         else:
-            units.append(Unit(layer_unit(layer), read, written, arithmetic))
+            searched = arithmetic if source.architecture.has_experts(layer) else 0
+            units.append(Unit(layer_unit(layer), read, written, searched))
     widest = widest_layer(source)
     hidden_states = tokens * int(source.config[source.architecture.hidden_key])
     device = named_device(recipe.awq.device)
@@ -91,16 +92,16 @@ def plan(workspace: Workspace) -> Plan:
     # The hidden states after a layer and, until its journal entry is written, those after the layer before it.
     states = 2 * hidden_states * torch.bfloat16.itemsize
     if compensated:
-        states += source.layer_count() * _evidence_bytes(source)
+        states += sum(map(source.architecture.has_experts, range(source.layer_count()))) * _evidence_bytes(source)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
 
-def _evidence_bytes(source: Fp8Source) -> int:
+def _evidence_bytes(source: SourceModel) -> int:
     """At most, of the tokens of a layer that verify gets, with the scales of all experts' down inputs in fp32."""
     arch, config = source.architecture, source.config
     width = int(config[arch.hidden_key]) * torch.bfloat16.itemsize
-    inner = source.specs[f"{arch.expert_weight(0, 0, arch.down)}.weight"].shape[1]
+    inner = int(config[arch.intermediate_key])
     # index and weight of each choice: at most as many as there are experts.
     choices = source.expert_count() * (torch.int64.itemsize + torch.float32.itemsize)
     return EVIDENCE * (width + choices) + source.expert_count() * inner * torch.float32.itemsize
@@ -117,6 +118,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,
+        # Of families that have none it decides nothing, and runs that were begun before there was the key go on.
+        **({"awq.shared_experts": awq.shared_experts} if workspace.architecture.shared else {}),
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
         "seed": workspace.recipe.seed,
@@ -132,7 +135,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         stage.finish_writing()
         if OUTSIDE not in journal.units:
             stage.carry_outside()
-    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, hybrid=False)
+    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, [])
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
     stage.finish_state()
@@ -167,7 +170,7 @@ class _Stage:
 
     def __init__(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         self.workspace, self.plan, self.journal = workspace, plan, journal
-        self.source: Fp8Source = workspace.source
+        self.source: SourceModel = workspace.source
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
@@ -184,6 +187,7 @@ class _Stage:
             self.device,
             self._say,
             self._excluded(),
+            workspace.smooths_norm,
         )
         self.hidden = self._hidden_states(tokens)
         workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
@@ -377,7 +381,7 @@ class _Stage:
         """
         checkpoint = self.weights.checkpoint
         whole = set()
-        if not isinstance(self.weights, Fp8Source):
+        if not isinstance(self.weights, SourceModel):
             dequant = self.workspace.journal.stage("dequant")
             for shard in sorted({*map(checkpoint.shard_of, names)}):
                 if self.stopping.is_set():
@@ -402,7 +406,7 @@ class _Stage:
         arch, source = self.workspace.architecture, self.source
         names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
         hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
-        experts = range(source.expert_count())
+        experts = range(source.expert_count() if arch.has_experts(layer) else 0)
         with self.weights.checkpoint.reader() as reader, self.up.running():
             content = LayerContent(
                 torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
@@ -420,7 +424,8 @@ class _Stage:
                 (arch.down, content.down),
             ):
                 weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
-                self.weights.read_stack(reader, weights, self.up, target)
+                if weights:
+                    self.weights.read_stack(reader, weights, self.up, target)
         return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
@@ -457,7 +462,7 @@ def _weights(workspace: Workspace) -> _Weights:
     return _Bf16Folder(Checkpoint.open(workspace.folder(BF16)))
 
 
-def operations_per_token(source: Fp8Source, n_grid: int) -> int:
+def operations_per_token(source: SourceModel, n_grid: int) -> int:
     """Multiply-adds for one token in a layer: each point of the grid takes it through its experts once, which is
     nearly all of what a layer computes."""
     arch, config = source.architecture, source.config
@@ -467,6 +472,8 @@ def operations_per_token(source: Fp8Source, n_grid: int) -> int:
 
 def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
     """What is worth showing of a layer."""
+    if "tokens_per_expert" not in statistics:
+        return {"experts": "none", "seconds": round(sum(statistics["seconds"].values()), 1)}
     before, after = statistics["loss_round_to_nearest"], statistics["loss_chosen"]
     return {
         "loss": "-" if after is None else f"{after:.3e}",

@@ -14,9 +14,9 @@ from mmq.quantize.decoder_layer import DecoderLayer, check_tokens, transformers_
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET
 from mmq.recipe import FileSamples, Recipe
-from mmq.source.block_fp8 import Fp8Source
 from mmq.source.calibration import load_tokens
 from mmq.source.hub import source_config
+from mmq.source.model import SourceModel
 from mmq.source.tokens import CACHE_NAME, Tokens
 from mmq.stages.base import BASE_MEMORY, Check
 from mmq.text import bytes_text
@@ -55,11 +55,12 @@ def dequant_output(workspace: Workspace) -> str:
     return f"{len(journal.units)} units in {folder}"
 
 
-def check_groups(source: Fp8Source, group_size: int) -> str:
+def check_groups(source: SourceModel, group_size: int) -> str:
     """Raises CheckpointError where the experts' input channels can't be cut into groups."""
-    widths = []
-    for linear in source.architecture.expert_linears:
-        spec = source.specs[f"{source.architecture.expert_weight(0, 0, linear)}.weight"]
+    widths, arch = [], source.architecture
+    layer = next(filter(arch.has_experts, range(source.layer_count())))
+    for linear in arch.expert_linears:
+        spec = source.specs[f"{arch.expert_weight(layer, 0, linear)}.weight"]
         widths.append(spec.shape[1])
         if spec.shape[1] % group_size:
             raise CheckpointError(
@@ -69,7 +70,7 @@ def check_groups(source: Fp8Source, group_size: int) -> str:
     return f"{group_size} of {' and '.join(map(str, sorted(set(widths))))} input channels"
 
 
-def widest_layer(source: Fp8Source) -> int:
+def widest_layer(source: SourceModel) -> int:
     """Bytes of the largest dequantized layer."""
     return max(sum(source.specs[n].nbytes for n in source.layer_names(i)) for i in range(source.layer_count()))
 

@@ -9,6 +9,7 @@ from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.rotary import rope_parameters
 from mmq.families.sizes import (
+    RARE_COMPONENTS,
     Component,
     Dimensions,
     Form,
@@ -17,13 +18,14 @@ from mmq.families.sizes import (
     disk_bytes,
     layer_bytes,
     outside_bytes,
-    tensors_of,
 )
+from mmq.families.table import Architecture
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.recipe import Recipe
 from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
+from mmq.serve.outputs import output_tensors
 from mmq.source.hub import source_config
 from mmq.source.samples import most_tokens
 from mmq.stages.base import BASE_MEMORY, free_disk
@@ -46,17 +48,25 @@ def make_plan(
     arch = architecture_of(config)
     dims = Dimensions.of(config, arch)
     rope_parameters(config, arch)
-    scales = recipe.awq.kv_cache_scheme is not None
-    forms = {form: tensors_of(dims, arch, form, recipe.awq.group_size, scales) for form in FORMS}
+    forms = {form: output_tensors(recipe, config, arch, form) for form in FORMS}
     value: dict[str, Any] = {
         "source": recipe.model.source,
         "components": _components(forms),
+        "kv_cache": _kv_cache(recipe, arch, dims),
         "disk": _disk(recipe, dims, forms),
         "awq_memory": _awq_memory(recipe, dims, forms),
     }
     if gpus is not None:
         value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
     return value
+
+
+def _kv_cache(recipe: Recipe, arch: Architecture, dims: Dimensions) -> dict[str, Any]:
+    """How many layers get scales of an fp8 KV cache, and why others get none."""
+    wanted = recipe.awq.kv_cache_scheme is not None
+    scaled = dims.cached_layers if wanted and arch.has_kv_cache_scales else 0
+    reasons = {arch.without_kv_scales(layer) for layer in (*arch.linear_at, *range(dims.layers)[:1])} - {None}
+    return {"layers": dims.cached_layers, "with_scales": scaled, "without": sorted(map(str, reasons)) if wanted else []}
 
 
 def _components(forms: Forms) -> list[dict[str, Any]]:
@@ -69,6 +79,7 @@ def _components(forms: Forms) -> list[dict[str, Any]]:
     entries = [
         {"component": name, "parameters": own.parameters, "before": side(own), "after": side(after[name])}
         for name, own in before.items()
+        if own.parameters or name not in RARE_COMPONENTS
     ]
     total: dict[str, Any] = {"component": "total", "parameters": sum(own.parameters for own in before.values())}
     for place, parts in (("before", before), ("after", after)):

@@ -1,8 +1,8 @@
-"""Stage 3, restore: the source's own fp8 attention back into the quantized checkpoint.
+"""Stage 3, restore: the source's own bytes of all but the experts back into the quantized checkpoint.
 
-Norms, router and experts come from the awq output, smoothed together; attention, embeddings, head and the router's bias
-are the source's bytes. That is only right if awq left everything that attention depends on alone, which is checked
-first.
+Norms, router and experts come from the awq output, smoothed together; attention, dense layers, embeddings, head and the
+router's bias are the source's bytes. That is only right if awq left everything that attention depends on alone, which
+is checked first.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from mmq.serve.quantization_config import output_config
 from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
+from mmq.tensors.fp8 import block_scales, quantize_block
 from mmq.workdir.journal import StageJournal
-from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, shard_name
+from mmq.workdir.output_shards import SCALE_NAME, hybrid_specs, layers_and_rest, scale_name, shard_name
 from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
@@ -49,6 +50,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "model.source": workspace.source.checkpoint.fingerprint(),
         "awq (its output)": workspace.journal.stage("awq").digest(AWQ),
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
+        # Where it is the default nothing depends on it, and runs that were begun before there was the key go on.
+        **({"restore.attention": "fp8_block"} if workspace.rounded else {}),
     }
 
 
@@ -79,14 +82,27 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 check_stop(stop)
                 reporter.step(unit.name, "copying", done, total, spec.name)
                 origin = origins[spec.name]
-                shard.add(spec.name, originals[origin] if origin else results[spec.name])
+                tensor = originals[origin] if origin else results[spec.name]
+                if origin in workspace.rounded:
+                    # A shard has its scales where they fit in, not beside their weights.
+                    scale = block_scales(tensor)
+                    tensor = scale if spec.name == scale_name(origin) else quantize_block(tensor, scale)
+                shard.add(spec.name, tensor)
                 done += 2 * spec.nbytes
         journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
         reporter.unit(unit.name)
 
     in_threads(pending, restore, workspace.recipe.worker_count)
-    config = output_config(workspace.architecture, workspace.recipe, source.config, hybrid=True)
+    kept = [name.removesuffix(".weight") for name in (*workspace.kept_scales, *_in_order(workspace))]
+    config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
+
+
+def _in_order(workspace: Workspace) -> list[str]:
+    """What is rounded to fp8, by layers and as the table has it."""
+    arch, layers = workspace.architecture, range(workspace.source.layer_count())
+    names = (arch.layer_prefix(layer) + weight.name for layer in layers for weight in arch.attention_of(layer))
+    return [name for name in names if name in workspace.rounded]
 
 
 def _awq_output(workspace: Workspace) -> str:
@@ -103,8 +119,10 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
     source, arch = workspace.source, workspace.architecture
     groups = [[arch.embedding]]
     for layer in range(source.layer_count()):
-        tensors = [*arch.attention_inputs, *(f"{linear}.weight" for linear in arch.attention)]
-        groups.append([arch.layer_prefix(layer) + local for local in tensors])
+        prefix = arch.layer_prefix(layer)
+        tensors = [*arch.attention_inputs(layer), *(weight.name for weight in arch.kept(layer))]
+        tensors += [w.name for w in arch.scaled(layer) if prefix + w.name in workspace.kept_scales]
+        groups.append([prefix + local for local in tensors])
     with source.checkpoint.reader() as originals, quantized.reader() as results:
         for names in groups:
             scales = [source.scales[tensor] for tensor in names if tensor in source.scales]
@@ -122,10 +140,13 @@ def check_attention(workspace: Workspace, quantized: Checkpoint) -> None:
 def _original(workspace: Workspace, name: str) -> str | None:
     """The source's tensor whose bytes a tensor of the hybrid checkpoint has; None for what awq made."""
     source, arch = workspace.source, workspace.architecture
-    component = arch.component(name)
-    if component == "attention" and name.endswith(SCALE_NAME):
-        return source.scales[name.removesuffix(SCALE_NAME) + "weight"]
-    if component in ("attention", "embeddings", "head") or arch.split(name)[1] == arch.router_bias:
+    weight = name.removesuffix(SCALE_NAME) + "weight" if name.endswith(SCALE_NAME) else name
+    layer, local = arch.split(weight)
+    if weight in workspace.rounded:
+        return weight
+    if weight in workspace.kept_scales or (layer is not None and local in {kept.name for kept in arch.kept(layer)}):
+        return name if weight == name else source.scales[weight]
+    if arch.component(name) in ("embeddings", "head") or local == arch.router_bias:
         return name
     return None
 

@@ -1,4 +1,4 @@
-"""fp8 e4m3 weights with one fp32 scale per 128x128 block."""
+"""fp8 e4m3 weights with one fp32 scale per 128x128 block, or one per row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import torch
 from mmq.tensors.dispatch import Way, way
 
 BLOCK = 128
+# Numbers that are fp32 at one time where rows have scales.
+ROW_NUMBERS = 2**24
+LARGEST = 448.0
 # float8_e4m3fn has no infinities; 0x7f and 0xff are NaN.
 _MAGNITUDE, _NAN = 0x7F, 0x7F
 
@@ -21,7 +24,7 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
 
     Args:
         weight: float8_e4m3fn [out, in].
-        scale: float32 [ceil(out/128), ceil(in/128)].
+        scale: float32 [ceil(out/128), ceil(in/128)], or [out, 1] of rows.
         out: bfloat16 [out, in], contiguous and on the weight's device, to write to.
 
     Returns:
@@ -29,6 +32,12 @@ def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
     """
     rows, columns = weight.shape
     result = torch.empty(rows, columns, dtype=torch.bfloat16, device=weight.device) if out is None else out
+    if scale.shape == (rows, 1) and scale_shape((rows, columns)) != (rows, 1):
+        step = max(1, ROW_NUMBERS // columns)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            result[part] = weight[part].float() * scale[part]
+        return result
     match way(weight):
         case Way.TRITON:
             from mmq.tensors.fused import dequantize
@@ -49,14 +58,14 @@ def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tens
 
     Args:
         weight: float8_e4m3fn [n, out, in].
-        scale: float32 [n, ceil(out/128), ceil(in/128)].
+        scale: float32 [n, ceil(out/128), ceil(in/128)], or [n, out, 1] of rows.
         out: where to put the result.
 
     Returns:
         bfloat16 [n, out, in], on the weight's device.
     """
     result = torch.empty(weight.shape, dtype=torch.bfloat16, device=weight.device) if out is None else out
-    if way(weight) is Way.TRITON:
+    if way(weight) is Way.TRITON and tuple(scale.shape[1:]) == scale_shape(tuple(weight.shape[1:])):
         from mmq.tensors.fused import dequantize
 
         dequantize.dequantize_blocks(weight, scale, result, BLOCK)
@@ -64,6 +73,34 @@ def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tens
     for matrix, own, target in zip(weight, scale, result, strict=True):
         dequantize_block(matrix, own, target)
     return result
+
+
+def block_scales(weight: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
+    """The scales that bring each block's largest magnitude to fp8's: float32 [blocks of rows, blocks of columns].
+
+    Args:
+        weight: [out, in].
+        block: rows and columns that share a scale; 0 stands for all of them.
+    """
+    largest = _in_blocks(weight.float(), block).abs().amax((1, 3))
+    return (largest / LARGEST).clamp(min=1e-12)
+
+
+def quantize_block(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> torch.Tensor:
+    """weight / scale of its block, to the nearest fp8: float8_e4m3fn [out, in]."""
+    blocks = _in_blocks(weight.float(), block) / scale[:, None, :, None]
+    rows, columns = weight.shape
+    whole = blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
+    return whole[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
+
+
+def _in_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """[out, in] padded with zeros: [blocks of rows, rows, blocks of columns, columns]."""
+    high, wide = (share or size for size, share in zip(weight.shape, block, strict=True))
+    rows, columns = (-(-size // share) for size, share in zip(weight.shape, (high, wide), strict=True))
+    padded = weight.new_zeros(rows * high, columns * wide)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    return padded.view(rows, high, columns, wide)
 
 
 def broken_matrices(weight: torch.Tensor) -> torch.Tensor:

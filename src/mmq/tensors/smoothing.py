@@ -32,20 +32,28 @@ def candidate_scales(
     return torch.where(torch.isfinite(scales), scales, 1.0)
 
 
-def smooth_norm(norm: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_power_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """Positive float32 scales of any shape, each rounded to a power of two by its logarithm."""
+    return scales.log2().round().exp2()
+
+
+def smooth_norm(norm: torch.Tensor, scales: torch.Tensor, offset: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Divide a norm's weight by the scales and say what scale the rounded result really applies.
 
     Args:
         norm: [hidden], usually bfloat16.
         scales: float32 [hidden], positive.
+        offset: what the norm adds to its weight.
 
     Returns:
-        norm' = round(norm / scales) in the norm's dtype, and float32 norm / norm'. Multiplying the columns of every
+        norm' = round((offset + norm) / scales - offset) in the norm's dtype, and float32 of
+        (offset + norm) / (offset + norm'). Multiplying the columns of every
         layer that reads the norm by the latter leaves the function as it was, to fp32 rounding. Channels whose norm is
         zero, or would become zero or infinite, keep their value and get 1.
     """
-    original = norm.float()
-    smoothed = (original / scales).to(norm.dtype)
-    applied = original / smoothed.float()
-    keep = (smoothed == 0) | ~torch.isfinite(applied) | (applied == 0)
+    original = norm.float() + offset
+    smoothed = (original / scales - offset).to(norm.dtype)
+    multiplies = smoothed.float() + offset
+    applied = original / multiplies
+    keep = (multiplies == 0) | ~torch.isfinite(applied) | (applied == 0)
     return torch.where(keep, norm, smoothed), torch.where(keep, 1.0, applied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmq.families.sizes import BLOCK_FP8
 from mmq.storage.shards import TensorSpec
 from mmq.workdir.workspace import Workspace
 
@@ -34,30 +35,37 @@ def quantized_specs(workspace: Workspace, layer: int | None) -> list[TensorSpec]
     specs = []
     for tensor in source.layer_names(layer):
         spec = source.specs[tensor]
-        if arch.split_expert(arch.split(tensor)[1]) is None:
+        local = arch.split(tensor)[1]
+        if local == arch.router:
+            specs.append(TensorSpec(tensor, arch.router_served, spec.shape))
+            continue
+        if arch.split_expert(local) is None:
             specs.append(spec)
             continue
         rows, columns = spec.shape
         specs.append(TensorSpec(f"{tensor}_packed", "I32", (rows, columns // PACK)))
         specs.append(TensorSpec(f"{tensor}_scale", "BF16", (rows, columns // awq.group_size)))
         specs.append(TensorSpec(f"{tensor}_shape", "I64", (2,)))
-    if awq.kv_cache_scheme is not None:
-        prefix = arch.layer_prefix(layer) + arch.attention[0].rpartition(".")[0]
+    if awq.kv_cache_scheme is not None and arch.has_kv_scales(layer):
+        prefix = arch.layer_prefix(layer) + arch.attention_module
         specs += [TensorSpec(f"{prefix}.{scale}", "F32", (1,)) for scale in ("k_scale", "v_scale")]
     return specs
 
 
 def hybrid_specs(workspace: Workspace, layer: int | None) -> list[TensorSpec]:
-    """A shard of the hybrid checkpoint: the awq output's, with attention and its block scales as in the source."""
+    """A shard of the hybrid checkpoint: the awq output's, with what else was fp8, and its scales, as in the source."""
     originals = workspace.source.checkpoint.specs
     specs = []
     for spec in quantized_specs(workspace, layer):
-        scale = workspace.source.scales.get(spec.name)
-        if scale is None:
+        scale = workspace.kept_scales.get(spec.name)
+        if spec.name in workspace.rounded:
+            specs.append(TensorSpec(spec.name, BLOCK_FP8.dtype, spec.shape))
+            specs.append(TensorSpec(scale_name(spec.name), "F32", BLOCK_FP8.scale_shape(spec.shape)))
+        elif scale is None:
             specs.append(spec)
         else:
             specs.append(originals[spec.name])
-            specs.append(TensorSpec(scale_name(spec.name), "F32", originals[scale].shape))
+            specs.append(TensorSpec(scale_name(spec.name), originals[scale].dtype, originals[scale].shape))
     return specs
 
 

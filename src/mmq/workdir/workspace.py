@@ -9,9 +9,9 @@ from pathlib import Path
 from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
-from mmq.recipe import Recipe
-from mmq.source.block_fp8 import Fp8Source
+from mmq.recipe import KvCacheScheme, Recipe
 from mmq.source.hub import is_hub_id, source_refused
+from mmq.source.model import SourceModel
 from mmq.source.tokenizer import CODE, TOKENIZER_FILES
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
@@ -53,10 +53,42 @@ class Workspace:
         return Journal(self.work_dir)
 
     @cached_property
-    def source(self) -> Fp8Source:
+    def source(self) -> SourceModel:
         """The fp8 checkpoint. Raises CheckpointError or RecipeError when it can't be taken."""
         checkpoint = Checkpoint.open(self.source_folder)
-        return Fp8Source(checkpoint, architecture_of(checkpoint.config))
+        return SourceModel(checkpoint, architecture_of(checkpoint.config))
+
+    @cached_property
+    def kept_scales(self) -> dict[str, str]:
+        """fp8 weights of the source whose bytes the hybrid checkpoint has, and the names of their scales."""
+        return self.source.kept_scales(self.recipe.awq.shared_experts == "source")
+
+    @cached_property
+    def rounded(self) -> frozenset[str]:
+        """Attention's matrices that are bf16 in the source and block fp8 in the hybrid checkpoint.
+
+        Raises:
+            RecipeError: the recipe asks for it, and the source is no bf16 checkpoint.
+        """
+        if self.recipe.restore.attention == "source":
+            return frozenset()
+        if self.source.format.quantized:
+            raise RecipeError(
+                f"restore.attention is fp8_block, which is for bf16 sources; this one is {self.source.format.name}"
+            )
+        return self.source.attention_matrices()
+
+    @property
+    def kv_cache_scheme(self) -> KvCacheScheme | None:
+        """The recipe's, where the family has a KV cache that servers take scales for."""
+        return self.recipe.awq.kv_cache_scheme if self.architecture.has_kv_cache_scales else None
+
+    @property
+    def smooths_norm(self) -> bool:
+        """Whether all that reads the norm before the experts can be scaled; what keeps fp8 bytes can't."""
+        arch = self.architecture
+        kept = {arch.split(name)[1] for name in self.kept_scales if not arch.is_extra(name)}
+        return kept.isdisjoint(arch.norm_readers(experts=0))
 
     @property
     def architecture(self) -> Architecture:

@@ -1,41 +1,49 @@
-"""A block-fp8 checkpoint as the source of a run: its weights, scales, and their dequantized values."""
+"""A checkpoint as the source of a run: its weights, scales, and their dequantized values."""
 
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from mmq.errors import CheckpointError, shown
 from mmq.families.rotary import rope_parameters
-from mmq.families.sizes import Dimensions, attention_shapes
+from mmq.families.sizes import Dimensions
 from mmq.families.table import Architecture
 from mmq.machine.transfer import Lane
+from mmq.source.formats import FP8, format_of
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.storage.shards import TensorSpec
-from mmq.tensors.fp8 import BLOCK, broken_matrices, dequantize_block, dequantize_blocks, is_finite, scale_shape
+from mmq.tensors.fp8 import broken_matrices, dequantize_block, dequantize_blocks, is_finite
 
-FP8 = "F8_E4M3"
-SCALE_SUFFIX = "_scale_inv"
+# Endings of all formats' scales, which in another one belong to nothing.
+SCALES = ("_scale_inv", ".weight_scale")
 # fp8 codes on a GPU at one time, before they are dequantized.
 STACK_BYTES = 2**28
 # Times fp8's largest value, 448, it is still a bf16.
 LARGEST_SAFE_SCALE = torch.finfo(torch.bfloat16).max / torch.finfo(torch.float8_e4m3fn).max
 
 
-class Fp8Source:
-    """An fp8 checkpoint whose headers say that it can be taken.
+class SourceModel:
+    """A checkpoint whose headers say that it can be taken.
+
+    Attributes:
+        architecture: how it is wired.
+        format: how its matrices are stored.
 
     Raises:
-        CheckpointError: it is not block fp8, or a scale is missing, orphaned or of the wrong shape or dtype.
+        CheckpointError: its format is none that mmq reads, or a scale is missing, orphaned or of the wrong shape or
+            dtype.
     """
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.config = checkpoint.config
-        _check_quantization(checkpoint)
+        try:
+            self.format = format_of(checkpoint.config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.folder}: {error}") from None
         self._check_sizes()
         for name in self.scales:
             self._check_pair(name)
@@ -47,8 +55,8 @@ class Fp8Source:
     @cached_property
     def scales(self) -> dict[str, str]:
         """fp8 weights and the names of their scales."""
-        specs = self.checkpoint.specs
-        return {name: name + SCALE_SUFFIX for name, spec in specs.items() if spec.dtype == FP8}
+        specs, suffix = self.checkpoint.specs, self.format.storage.scale_suffix
+        return {name: name + suffix for name, spec in specs.items() if spec.dtype == FP8} if suffix else {}
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -70,7 +78,7 @@ class Fp8Source:
         """A tensor of the dequantized checkpoint: fp8 weights become bf16, all others are as in the file.
 
         Args:
-            out: bfloat16 of its shape on the device, where an fp8 weight is dequantized to.
+            out: bfloat16 of its shape on the device, where the weight is dequantized or copied to.
 
         Raises:
             CheckpointError: it holds a NaN or an infinity, or its dequantized values would.
@@ -81,8 +89,9 @@ class Fp8Source:
         if not is_finite(weight):
             raise CheckpointError(f"{self.checkpoint.folder}: {name} holds NaN or infinite values")
         if name not in self.scales:
-            return weight
-        scale = reader[self.scales[name]].to(weight.device)
+            return weight if out is None else out.copy_(weight)
+        # In fp32, where a bf16 is exact.
+        scale = reader[self.scales[name]].to(weight.device).float()
         if not is_finite(scale):
             raise CheckpointError(f"{self.checkpoint.folder}: {self.scales[name]} holds NaN or infinite values")
         result = dequantize_block(weight, scale, out)
@@ -92,7 +101,7 @@ class Fp8Source:
         return result
 
     def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None:
-        """fp8 matrices of one shape, dequantized into bfloat16 [n, out, in] on the lane's device.
+        """Matrices of one shape and format, dequantized into bfloat16 [n, out, in] on the lane's device.
 
         Raises:
             CheckpointError: as `read`.
@@ -102,8 +111,17 @@ class Fp8Source:
                 self.read(reader, name, out=own)
             return
         folder = self.checkpoint.folder
+        if names[0] not in self.scales:
+            with lane.running():
+                for name, own in zip(names, target, strict=True):
+                    lane.to_device(reader[name], own)
+                found = broken_matrices(target).cpu()
+            for name, bad in zip(names, found.tolist(), strict=True):
+                if bad:
+                    raise CheckpointError(f"{folder}: {name} holds NaN or infinite values")
+            return
         together = max(1, STACK_BYTES // target[0].numel())
-        scales = torch.stack([reader[self.scales[name]] for name in names])
+        scales = torch.stack([reader[self.scales[name]].float() for name in names])
         broken = []
         with lane.running():
             for first in range(0, len(names), together):
@@ -133,6 +151,32 @@ class Fp8Source:
     def expert_count(self) -> int:
         return int(self.config[self.architecture.experts_key])
 
+    def kept_scales(self, shared: bool) -> dict[str, str]:
+        """fp8 weights that keep the source's bytes, and the names of their scales: of the decoder layers, then of what
+        is carried.
+
+        Args:
+            shared: what reads the norm before the experts keeps them too.
+        """
+        arch: Architecture = self.architecture
+        result: dict[str, str] = {}
+        for layer in range(self.layer_count()):
+            prefix = arch.layer_prefix(layer)
+            for weight in (*arch.kept(layer), *(arch.scaled(layer) if shared else ())):
+                if (name := prefix + weight.name) in self.scales:
+                    result[name] = self.scales[name]
+        return result | {name: scale for name, scale in self.scales.items() if arch.is_extra(name)}
+
+    def attention_matrices(self) -> frozenset[str]:
+        """All of attention's matrices in the decoder layers but those that are too narrow for fp8."""
+        arch, layers = self.architecture, range(self.layer_count())
+        return frozenset(
+            arch.layer_prefix(layer) + weight.name
+            for layer in layers
+            for weight in arch.attention_of(layer)
+            if weight.is_matrix
+        )
+
     def layer_names(self, layer: int) -> list[str]:
         """Dequantized tensors of a decoder layer."""
         return self._by_layer[layer]
@@ -156,27 +200,34 @@ class Fp8Source:
         scale = specs.get(self.scales[name])
         if scale is None:
             raise CheckpointError(f"{folder}: {name} is fp8, but its scale {self.scales[name]} is missing")
-        shape = specs[name].shape
-        if len(shape) != 2 or scale.shape != scale_shape(shape) or scale.dtype != "F32":
-            wanted = str(list(scale_shape(shape))) if len(shape) == 2 else "and a matrix"
+        shape, storage, wanted = specs[name].shape, self.format.storage, self.format.scale_dtypes
+        fits = len(shape) == 2 and scale.shape == storage.scale_shape(shape)
+        if not fits or scale.dtype not in wanted:
+            sizes = str(list(storage.scale_shape(shape))) if len(shape) == 2 else "and a matrix"
             raise CheckpointError(
                 f"{folder}: {scale.name} is {scale.dtype} {shown(list(scale.shape))}, but {name} of shape"
-                f" {shown(list(shape))} needs F32 {wanted} for {BLOCK}x{BLOCK} blocks"
+                f" {shown(list(shape))} needs {' or '.join(wanted)} {sizes} for {_blocks_text(storage.block)}"
             )
         layer, local = self.architecture.split(name)
+        arch = self.architecture
+        kept = {w.name for w in (*arch.kept(layer), *arch.scaled(layer))} if layer is not None else set()
         inside = layer is not None and layer < self.layer_count()
-        attention = [f"{linear}.weight" for linear in self.architecture.attention]
-        if not inside or not (local in attention or self.architecture.split_expert(local)):
+        if not arch.is_extra(name) and not (inside and (local in kept or arch.split_expert(local))):
             raise CheckpointError(f"{folder}: {name} is fp8, but neither attention nor an expert of a decoder layer")
 
     def _check_rest(self) -> None:
         known = set(self.scales.values())
         for name, spec in self.checkpoint.specs.items():
-            if name.endswith(SCALE_SUFFIX) and name not in known:
+            if spec.dtype == FP8 and name not in self.scales:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: {name} is fp8, but config.json has no quantization_config that says so"
+                )
+        for name, spec in self.checkpoint.specs.items():
+            if name.endswith(SCALES) and name not in known:
                 raise CheckpointError(f"{self.checkpoint.folder}: the scale {name} belongs to no fp8 weight")
             layer, _ = self.architecture.split(name)
             inside = layer is not None and layer < self.layer_count()
-            if not inside and self.architecture.looks_quantized(name):
+            if not inside and not self.architecture.is_extra(name) and self.architecture.looks_quantized(name):
                 raise CheckpointError(
                     f"{self.checkpoint.folder}: {name} lies outside the decoder layers under the name of what is"
                     " quantized in them"
@@ -192,7 +243,7 @@ class Fp8Source:
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{where}: {key} is {shown(value)} instead of a positive number")
         layers, experts = self.layer_count(), self.expert_count()
-        if layers * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
+        if (layers - len(arch.dense_at)) * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
             raise CheckpointError(
                 f"{where} tells of {shown(layers)} layers with {shown(experts)} experts, the shards hold"
                 f" {len(self.checkpoint.specs)} tensors"
@@ -206,44 +257,50 @@ class Fp8Source:
             raise CheckpointError(
                 f"{where}: num_attention_heads is {dims.heads}, not a multiple of num_key_value_heads = {dims.kv_heads}"
             )
+        if arch.latent and dims.heads != dims.kv_heads:
+            raise CheckpointError(
+                f"{where}: num_key_value_heads is {dims.kv_heads}, though all {dims.heads} heads share one latent"
+            )
         rope_parameters(config, arch)
 
     def _check_layers(self) -> None:
         """Every layer holds attention, router and all experts, of config.json's sizes, in fp8 where it must be."""
         arch, specs = self.architecture, self.checkpoint.specs
-        hidden, inner = self.config[arch.hidden_key], self.config[arch.intermediate_key]
-        experts = self.expert_count()
-        linears = {arch.gate: (inner, hidden), arch.up: (inner, hidden), arch.down: (hidden, inner)}
-        attention = attention_shapes(Dimensions.of(self.config, arch), arch)
+        experts, dims = self.expert_count(), Dimensions.of(self.config, arch)
+        hidden = dims.hidden
         for layer in range(self.layer_count()):
-            prefix = arch.layer_prefix(layer)
-            shapes: dict[str, tuple[int, ...]] = {
-                f"{arch.expert_weight(layer, expert, linear)}.weight": shape
-                for expert in range(experts)
-                for linear, shape in linears.items()
+            prefix, routed = arch.layer_prefix(layer), range(experts if arch.has_experts(layer) else 0)
+            shapes = {
+                prefix + weight.name.format(expert=expert): dims.shape(weight)
+                for expert in routed
+                for weight in arch.experts.weights
             }
-            shapes |= {f"{prefix}{linear}.weight": attention[f"{linear}.weight"] for linear in arch.attention}
-            for name in shapes:
-                if name in specs and name not in self.scales:
+            shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.kept(layer)}
+            either = {prefix + weight.name for weight in (arch.shared.weights if arch.shared else ())}
+            either |= {prefix + w.name for w in arch.kept(layer) if w.plain or self.format.partly}
+            for name in shapes.keys() - either:
+                if self.format.quantized and name in specs and name not in self.scales:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is {specs[name].dtype} instead of fp8")
-            norms: dict[str, tuple[int, ...]] = {prefix + local: attention[local] for local in arch.attention_inputs}
+            norms = {prefix + w.name: dims.shape(w) for w in arch.attention_of(layer) if len(w.shape) != 2}
             norms[prefix + arch.smooth_norm] = (hidden,)
+            dtypes = {prefix + w.name: w.dtypes for w in arch.attention_of(layer)}
+            shapes |= {prefix + weight.name: dims.shape(weight) for weight in arch.scaled(layer)}
+            plain = [*norms, *(name for name in shapes if name in specs and name not in self.scales)]
             shapes |= norms
-            shapes[prefix + arch.router] = (experts, hidden)
-            if arch.router_bias:
-                shapes[prefix + arch.router_bias] = (experts,)
+            router = [prefix + name for name in (arch.router, arch.router_bias) if name and routed]
+            shapes |= dict(zip(router, ((experts, hidden), (experts,)), strict=False))
             for name, expected in shapes.items():
                 if name not in specs:
                     raise CheckpointError(f"{self.checkpoint.folder}: {name} is missing")
-                if expected and specs[name].shape != expected:
+                if specs[name].shape != expected:
                     raise CheckpointError(
                         f"{self.checkpoint.folder}: {name} has the shape {shown(list(specs[name].shape))},"
                         f" config.json's sizes make it {list(expected)}"
                     )
-            for name in norms:
-                self._check_dtype(name, "BF16")
-            for name in filter(None, (arch.router, arch.router_bias)):
-                self._check_dtype(prefix + name, "BF16", "F32")
+            for name in plain:
+                self._check_dtype(name, *dtypes.get(name, ("BF16",)))
+            for name in router:
+                self._check_dtype(name, "BF16", "F32")
             for name in self.layer_names(layer):
                 parts = arch.split_expert(arch.split(name)[1])
                 if parts and parts[0] >= experts:
@@ -269,15 +326,6 @@ class Fp8Source:
             raise CheckpointError(f"{self.checkpoint.folder}: {name} is {dtype} instead of {' or '.join(wanted)}")
 
 
-def _check_quantization(checkpoint: Checkpoint) -> None:
-    settings: Any = checkpoint.config.get("quantization_config")
-    where = checkpoint.folder / "config.json"
-    if not isinstance(settings, dict) or settings.get("quant_method") != "fp8":
-        raise CheckpointError(
-            f"{where} does not describe a block-fp8 checkpoint (quantization_config.quant_method: fp8)"
-        )
-    block = settings.get("weight_block_size")
-    if block != [BLOCK, BLOCK]:
-        raise CheckpointError(f"{where}: weight_block_size is {shown(block)}; only [{BLOCK}, {BLOCK}] is supported")
-    if settings.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
-        raise CheckpointError(f"{where}: fmt is {shown(settings['fmt'])}; only float8_e4m3fn is supported")
+def _blocks_text(block: tuple[int, int]) -> str:
+    rows, columns = (str(size) if size else "all" for size in block)
+    return f"{rows}x{columns} blocks" if block[0] and block[1] else f"blocks of {rows} rows and {columns} columns"

@@ -1,0 +1,392 @@
+"""Every family all the way, in the formats that its releases come in: against a plain forward and transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
+from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
+from tests.reference import Weights, dequantized, divergence, read_folder, round_to_nearest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from mmq.cli.app import app
+from mmq.errors import CheckpointError
+from mmq.families.registry import ARCHITECTURES, architecture_of
+from mmq.families.sizes import Dimensions
+from mmq.prove.forward import run_layer
+from mmq.prove.verify import verify_checkpoint
+from mmq.prove.weights import SourceWeights, read_layer
+from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.recipe import load
+from mmq.report.card import render
+from mmq.serve.outputs import output_tensors
+from mmq.source.formats import format_of
+from mmq.source.synth import STORED, Sizes, model_config, write_checkpoint, write_samples
+from mmq.stages.awq_checks import calibration_tokens
+from mmq.stages.pipeline import run_stages
+from mmq.stages.plan import make_plan
+from mmq.workdir.workspace import Workspace
+
+# Kinds of attention whose KV cache gets no scales.
+WITHOUT_KV_SCALES = {
+    "deepseek_v3": {"full": "vLLM takes no calibrated scales for the latent that this attention caches"},
+    "qwen3_next": {"linear": "linear attention has no KV cache"},
+}
+HELD_OUT = torch.arange(4, 100) * 5 % 500
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family in a format."""
+
+    family: str
+    stored: str
+    layers: int = 2
+    settings: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    restore: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def smooths(self) -> bool:
+        return self.recipe.get("shared_experts") != "source"
+
+    @property
+    def readers(self) -> list[str]:
+        """What the norm's scales go into beside the experts."""
+        return READERS[self.family] if self.smooths else READERS[self.family][:1]
+
+
+CASES = {
+    "qwen3_moe in bf16": Case("qwen3_moe", "bf16"),
+    "qwen3_moe with bf16 scales and a dense layer": Case(
+        "qwen3_moe", "fp8-bf16-scales", 3, {"mlp_only_layers": [1], "norm_topk_prob": False}
+    ),
+    "glm4_moe in fp8, its shared expert scaled": Case("glm4_moe", "fp8", 3, {"attention_bias": False}),
+    "glm4_moe in fp8, its shared expert kept": Case(
+        "glm4_moe", "fp8", settings={"use_qk_norm": False}, recipe={"shared_experts": "source"}
+    ),
+    "deepseek_v3 with scales that are powers of two": Case("deepseek_v3", "fp8-powers-of-two", 3),
+    "qwen3_moe in compressed-tensors' blocks": Case("qwen3_moe", "ct-block"),
+    "glm4_moe by compressed-tensors' channels": Case("glm4_moe", "ct-channel", 3, {"use_qk_norm": False}),
+    "qwen3_moe in bf16, attention rounded to fp8": Case("qwen3_moe", "bf16", restore={"attention": "fp8_block"}),
+    "deepseek_v3, errors compensated": Case("deepseek_v3", "fp8", 3, recipe={"rounding": "compensated"}),
+    "deepseek_v3 without a query latent": Case(
+        "deepseek_v3",
+        "fp8",
+        settings={"q_lora_rank": None, "n_group": 1, "topk_group": 1},
+        recipe={"shared_experts": "source"},
+    ),
+    "qwen3_next in fp8": Case("qwen3_next", "fp8", 3, {"full_attention_interval": 3, "mlp_only_layers": [1]}),
+    "qwen3_next in bf16, kinds of layers named": Case(
+        "qwen3_next", "bf16", 2, {"layer_types": ["full_attention", "linear_attention"]}
+    ),
+    "glm4_moe in bf16, in groups": Case(
+        "glm4_moe", "bf16", 3, {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A project after its stages."""
+
+    case: Case
+    folder: Path
+    config: dict[str, Any]
+    source: Weights
+    stored: Weights
+    hybrid: Weights
+
+    @property
+    def before(self) -> Weights:
+        return read_folder(self.folder / "source")[1]
+
+    def workspace(self) -> Workspace:
+        return Workspace.of(load(self.folder / "recipe.yaml"))
+
+    def layers(self) -> Iterator[tuple[int, str, bool]]:
+        """Number and prefix of each decoder layer, and whether it has experts."""
+        for layer in range(self.case.layers):
+            prefix = f"model.layers.{layer}."
+            yield layer, prefix, f"{prefix}mlp.gate.weight" in self.source
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=list(CASES))
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    case: Case = request.param
+    folder = tmp_path_factory.mktemp("family")
+    write_checkpoint(
+        folder / "source",
+        Sizes(layers=case.layers),
+        family=ARCHITECTURES[case.family],
+        stored=STORED[case.stored],
+        settings=case.settings,
+        shuffle=True,
+    )
+    write_samples(folder / "samples.jsonl", SAMPLES)
+    recipe = write_recipe(folder, source="fp8", **case.recipe)
+    with recipe.open("a", encoding="utf-8") as file:
+        yaml.safe_dump({"restore": case.restore}, file)
+    run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
+    config, before = read_folder(folder / "source")
+    stored = read_folder(folder / "run/hybrid")[1]
+    return Made(case, folder, config, dequantized(before), stored, dequantized(stored))
+
+
+def test_the_plain_forward_is_transformers(made: Made) -> None:
+    settings = {key: value for key, value in made.config.items() if key != "quantization_config"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
+    # transformers has no layers past the last.
+    past = (f"model.layers.{made.case.layers}.", "mtp.")
+    state = {name: t for name, t in made.source.items() if ".mlp.experts." not in name and not name.startswith(past)}
+    for _, prefix, has_experts in made.layers():
+        if has_experts:
+            gate, up, down = (stacked(made.source, prefix, name) for name in ("gate", "up", "down"))
+            state[f"{prefix}mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+            state[f"{prefix}mlp.experts.down_proj"] = down
+    model.load_state_dict(state, strict=True)
+    with torch.no_grad():
+        theirs = model(HELD_OUT[None]).logits[0]
+    ours = logits(HELD_OUT, made.source, made.config)
+    assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def stacked(weights: Weights, prefix: str, linear: str) -> torch.Tensor:
+    return torch.stack([weights[f"{prefix}mlp.experts.{expert}.{linear}_proj.weight"] for expert in range(8)])
+
+
+def test_the_streamed_layers_are_the_plain_ones(made: Made) -> None:
+    source = made.workspace().source
+    arch, weights = source.architecture, SourceWeights(source)
+    config = transformers_config(arch, source.config)
+    truth = hidden_states(HELD_OUT, made.source, made.config)
+    with source.checkpoint.reader() as reader:
+        hidden = embed(reader[arch.embedding], HELD_OUT).to(DEVICE)
+    for layer, _, has_experts in made.layers():
+        content = read_layer(weights, arch, layer, DEVICE)
+        decoder = DecoderLayer(arch, config, layer, content.rest, DEVICE)
+        assert decoder.has_experts == has_experts
+        # From the plain states each time: a choice of experts that bf16 turns over is met once, not for ever.
+        found = run_layer(decoder, content, truth[layer].bfloat16().to(DEVICE), [len(HELD_OUT)], 128).float().cpu()
+        change, wanted = found - truth[layer], truth[layer + 1] - truth[layer]
+        off = (change - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert float(off.median()) < 0.02, layer
+    assert hidden.shape == truth[0].shape
+
+
+def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -> None:
+    report = verify_checkpoint(made.workspace())
+    assert not report.problems
+    before = made.before
+    smoothed = ("post_attention_layernorm.weight", *made.case.readers)
+    kept = [
+        name
+        for name in before
+        if ".experts." not in name and before[name].dtype == torch.float8_e4m3fn and not name.endswith(smoothed)
+    ]
+    assert bool(kept) == (made.case.stored != "bf16")
+    suffix = format_of(made.config).storage.scale_suffix
+    for name in kept:
+        assert torch.equal(made.stored[name].view(torch.uint8), before[name].view(torch.uint8))
+        scale, original = made.stored[f"{name}_scale"], before[f"{name}{suffix}"]
+        assert scale.dtype == original.dtype and torch.equal(scale, original)
+    for name, tensor in before.items():
+        if made.case.restore and ".self_attn." in name and tensor.ndim == 2:
+            found = made.hybrid[name]
+            # Rounded once, to four bits: half a unit in the last place of a block's largest is 16.
+            assert made.stored[name].dtype == torch.float8_e4m3fn
+            assert bool(
+                ((found - tensor.float()).abs() <= tensor.float().abs() / 16 + tensor.abs().max() / 2**18).all()
+            )
+            assert not torch.equal(found, tensor.float())
+        elif ".experts." not in name and "scale" not in name and name not in kept and not name.endswith(smoothed):
+            assert torch.equal(made.stored[name], tensor) and made.stored[name].dtype == tensor.dtype, name
+
+
+def norms(made: Made, prefix: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm before a layer's block, of the source and the hybrid checkpoint."""
+    name = prefix + "post_attention_layernorm.weight"
+    return made.source[name], made.hybrid[name]
+
+
+def test_smoothing_alone_leaves_the_logits_unchanged(made: Made) -> None:
+    if not made.case.smooths:
+        for _, prefix, _ in made.layers():
+            norm = prefix + "post_attention_layernorm.weight"
+            assert torch.equal(made.source[norm], made.hybrid[norm])
+        return
+    # What was fp8 and is scaled is rounded to bf16 once, before it is scaled.
+    source = {
+        name: tensor.bfloat16().float() if name.endswith(tuple(made.case.readers)) else tensor
+        for name, tensor in made.source.items()
+    }
+    smoothed, moved = dict(source), 0.0
+    for _, prefix, has_experts in made.layers():
+        norm = prefix + "post_attention_layernorm.weight"
+        offset = ARCHITECTURES[made.case.family].norm_offset
+        applied = (made.source[norm] + offset) / (made.hybrid[norm] + offset)
+        if not has_experts:
+            assert torch.equal(applied, torch.ones_like(applied))
+            continue
+        moved = max(moved, float(applied.log().abs().max()))
+        smoothed[norm] = made.hybrid[norm]
+        for name in (prefix + reader for reader in made.case.readers):
+            smoothed[name] = source[name] * applied
+            # In the files it is rounded once to what a server holds.
+            assert torch.equal(made.hybrid[name], smoothed[name].to(made.stored[name].dtype).float()), name
+        for expert in range(made.config[ARCHITECTURES[made.case.family].experts_key]):
+            for linear in ("gate_proj", "up_proj"):
+                name = f"{prefix}mlp.experts.{expert}.{linear}.weight"
+                smoothed[name] = source[name] * applied
+    before, after = (logits(HELD_OUT, w, made.config) for w in (source, smoothed))
+    assert moved > 0.5, "nothing was smoothed"
+    assert float((after - before).abs().max()) < 2e-5 * float(before.abs().max())
+
+
+def test_verify_sees_a_reader_that_was_not_scaled(made: Made, tmp_path: Path) -> None:
+    """Norm x reader, for every reader: each one put back to the source's, in turn."""
+    moved = (prefix for _, prefix, _ in made.layers() if not torch.equal(*norms(made, prefix)))
+    prefix = next(moved) if made.case.smooths else ""
+    for reader in made.case.readers if made.case.smooths else ():
+        path = next(p for p in (made.folder / "run/hybrid").glob("*.safetensors") if prefix + reader in load_file(p))
+        good, tensors = path.read_bytes(), load_file(path)
+        tensors[prefix + reader] = made.source[prefix + reader].to(tensors[prefix + reader].dtype)
+        save_file(tensors, path)
+        try:
+            problems = verify_checkpoint(made.workspace()).problems
+        finally:
+            path.write_bytes(good)
+        assert any(f"{prefix}{reader} does not undo" in problem for problem in problems), problems
+
+
+def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Made, tmp_path: Path) -> None:
+    source = dequantized(made.before)
+    nearest = {name: round_to_nearest(tensor) if ".experts." in name else tensor for name, tensor in source.items()}
+    tokenizer = AutoTokenizer.from_pretrained(made.folder / "source")
+    write_samples(tmp_path / "held-out.jsonl", 16, seed=1)
+    lines = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
+    texts = [torch.tensor(tokenizer(line["text"])["input_ids"]) for line in lines if "text" in line]
+    truth = [logits(ids, source, made.config) for ids in texts]
+    ours, theirs = (
+        sum(divergence(t, logits(ids, w, made.config)) for t, ids in zip(truth, texts, strict=True))
+        for w in (made.hybrid, nearest)
+    )
+    assert ours < (0.75 if made.case.smooths else 1) * theirs, f"KL {ours:.4f} against {theirs:.4f} of round-to-nearest"
+
+
+def test_no_scales_where_no_server_takes_them(made: Made) -> None:
+    """And it is said why, in the statistics, the plan and the card."""
+    reasons = WITHOUT_KV_SCALES.get(made.case.family, {})
+    records = json.loads((made.folder / "run/state/awq/layers.json").read_text(encoding="utf-8"))
+    for layer, prefix, _ in made.layers():
+        kind = "linear" if f"{prefix}linear_attn.A_log" in made.source else "full"
+        assert (f"{prefix}self_attn.k_scale" in made.stored) == (kind not in reasons)
+        assert reasons.get(kind, "") in records[layer].get("no_kv_scales", "")
+        assert bool(records[layer]["kv_scales"]) == (kind not in reasons)
+    scheme = json.loads((made.folder / "run/hybrid/config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert bool(scheme) == ("full" not in reasons)
+    plan, card = CliRunner().invoke(app, ["plan", str(made.folder / "recipe.yaml")]), render(made.workspace())
+    for reason in reasons.values():
+        assert reason in " ".join(plan.output.split()) and reason in card
+
+
+def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
+    if "model.layers.0.self_attn.k_scale" not in made.stored:
+        return
+    tokens = calibration_tokens(made.workspace())
+    largest = {"k_scale": 0.0, "v_scale": 0.0}
+    for ids in tokens.ids.split(tokens.lengths):
+        x = made.source["model.embed_tokens.weight"][ids]
+        x = normed(x, made.source["model.layers.0.input_layernorm.weight"], made.config)
+        for name, tensor in zip(largest, keys_and_values(x, made.source, "model.layers.0.", made.config), strict=True):
+            largest[name] = max(largest[name], float(tensor.abs().max()))
+    for name, value in largest.items():
+        # The observers see bf16 activations.
+        assert float(made.stored[f"model.layers.0.self_attn.{name}"]) == pytest.approx(value / 448, rel=0.02)
+
+
+def test_transformers_loads_the_hybrid_checkpoint(made: Made) -> None:
+    model, info = AutoModelForCausalLM.from_pretrained(
+        made.folder / "run/hybrid", output_loading_info=True, dtype=torch.bfloat16
+    )
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    # The KV cache's scales have no place there where attention's class is not one that compressed-tensors fits with it.
+    past = f"model.layers.{made.case.layers}."
+    known = ("k_scale", "v_scale")
+    assert not [name for name in info["unexpected_keys"] if not name.endswith(known) and not name.startswith(past)]
+    for layer, prefix, has_experts in made.layers():
+        if has_experts:
+            down = model.model.layers[layer].mlp.experts.down_proj
+            assert torch.equal(down, stacked(made.hybrid, prefix, "down").to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["source", "awq", "hybrid"])
+def test_the_plans_tensors_are_those_of_the_shards(made: Made, form: Any) -> None:
+    arch = architecture_of(made.config)
+    dims = Dimensions.of(made.config, arch)
+    folder = made.folder / ("source" if form == "source" else f"run/{form}")
+    found = read_folder(folder)[1]
+    for tensors in output_tensors(load(made.folder / "recipe.yaml"), made.config, arch, form):
+        layers = range(dims.layers) if tensors.in_layer else range(1)
+        experts = range(dims.experts) if "{expert}" in tensors.name else range(1)
+        names = {tensors.name.format(layer=layer, expert=expert) for layer in layers for expert in experts}
+        own = [found.pop(name) for name in names if name in found]
+        assert len(own) == tensors.count and {tuple(tensor.shape) for tensor in own} == {tensors.shape}
+        # config.json does not say what dtype the scales have; F32 is planned with.
+        if not tensors.name.endswith(("_scale_inv", "_scale")):
+            assert sum(tensor.nbytes for tensor in own) == tensors.nbytes, tensors.name
+    assert not found
+
+
+def test_the_plan_and_the_card_tell_of_it(made: Made) -> None:
+    value = make_plan(load(made.folder / "recipe.yaml"))
+    parameters = {entry["component"]: entry["parameters"] for entry in value["components"]}
+    assert parameters["total"] == sum(tensor.numel() for tensor in made.source.values())
+    assert ("dense layers" in parameters) == any(not has_experts for _, _, has_experts in made.layers())
+    verify_checkpoint(made.workspace())
+    card = render(made.workspace())
+    assert f"{parameters['experts']:,}" in card
+
+
+def test_a_recipe_finds_family_and_format(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    config = tmp_path / "source/config.json"
+
+    def init() -> Any:
+        config.parent.joinpath("recipe.yaml").unlink(missing_ok=True)
+        return CliRunner().invoke(
+            app, ["recipe", "init", str(config.parent / "recipe.yaml"), "--source", str(config.parent)]
+        )
+
+    config.write_text(json.dumps(made.config), encoding="utf-8")
+    assert f"{made.case.family} in {format_of(made.config).name}" in init().output
+    assert load(config.parent / "recipe.yaml").model.source == str(config.parent)
+    edit_json(config, lambda content: content.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]))
+    said = init()
+    assert said.exit_code == 2 and "'gpt2' is not supported" in said.output
+    assert not (config.parent / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("mlp_only_layers", "all", "mlp_only_layers is no list of layers"),
+        ("mlp_only_layers", [0, "1"], "mlp_only_layers is no list of layers"),
+        ("mlp_only_layers", [0, 1], "no layer has experts"),
+        ("decoder_sparse_step", 0, "decoder_sparse_step is 0"),
+        ("decoder_sparse_step", True, "decoder_sparse_step is no number of layers"),
+    ],
+)
+def test_what_decides_over_layers_and_is_none_is_refused(key: str, value: Any, words: str) -> None:
+    config = model_config(Sizes(), ARCHITECTURES["qwen3_moe"]) | {key: value}
+    with pytest.raises(CheckpointError, match=words):
+        Dimensions.of(config, architecture_of(config))
