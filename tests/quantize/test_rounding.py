@@ -17,7 +17,7 @@ from cli.test_cli import cli, refused, succeed
 from conftest import digests
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
-from mmq.quantize.rounding import Compensation, Rounded, Smoothing, held_back
+from mmq.quantize.rounding import Compensation, Rounded, Smoothing, damping, held_back
 from mmq.recipe import load
 from mmq.tensors.int4 import quantize_stack
 from mmq.workdir.workspace import Workspace
@@ -195,6 +195,26 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
         steps = found.scale[1][0].float().repeat_interleave(128, 1)
         codes = (block.down[0].float() / steps).round().clamp(-8, 7)
         assert torch.equal(found.stored(1, 0, 1)[0], codes * steps)
+
+
+def test_narrow_text_is_not_believed() -> None:
+    """Rows of twenty different tokens, however many there are: on other rows, codes fitted to them alone do harm."""
+    assert damping(3072, 20000) == damping(256, 640) == 0.1
+    assert damping(256, 32) == 2.0
+    block = make_block(Shape(2, 256, 128, 2000, 2, 0), 2**28)
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randn(20, 256, generator=generator)
+    noise = torch.randn(2000, 256, generator=generator) * 0.05
+    block.x.copy_((kinds[torch.randint(0, 20, (2000,), generator=generator)] + noise).bfloat16())
+    other, weight = torch.randn(500, 256, generator=generator), block.gate_up.float()
+    plain, losses = Smoothing(torch.ones(256), torch.ones(2, 128)), []
+    for distinct in (2000, 20):
+        found = Rounded(block, plain)
+        Compensation(block, torch.arange(2000), distinct).fit([found], 2)
+        losses.append(float((other @ (found.stored(0, 0, 2) - weight).mT).square().mean()))
+    nearest = quantize_stack(weight.clone(), 128).dequantize(torch.float32)
+    losses.append(float((other @ (nearest - weight).mT).square().mean()))
+    assert losses[1] < 0.8 * losses[0] and losses[1] < 1.05 * losses[2]
 
 
 def test_moments_are_those_of_each_experts_rows() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN
-from mmq.tensors.dispatch import worth_compiling_columns
+from mmq.tensors.dispatch import Way, way_of_columns
 from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
@@ -117,10 +117,15 @@ def searched_scale(weight: torch.Tensor, importance: torch.Tensor, group_size: i
 
     All are positive. With equal squares the larger share of max|w| wins; where no share gives a number, it is 1.
     """
-    if worth_compiling_columns(weight):
-        from mmq.tensors import compiled
+    match way_of_columns(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.searched_scale(weight, importance, group_size, SHARES)
+            return compiled.searched_scale(weight, importance, group_size, SHARES)
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import rounding
+
+            return rounding.searched_scale(weight, importance, group_size, SHARES)
     return torch.cat([_searched(tile, importance, group_size) for tile in _tiles(weight)], 1)
 
 
@@ -175,10 +180,15 @@ def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor,
 
 def _columns_by(weight: torch.Tensor) -> Callable[..., None]:
     """`_round_columns`, or what takes its place."""
-    if worth_compiling_columns(weight):
-        from mmq.tensors import compiled
+    match way_of_columns(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.round_columns
+            return compiled.round_columns
+        case Way.TRITON:
+            from mmq.tensors.fused import rounding
+
+            return rounding.round_columns
     return _round_columns
 
 
