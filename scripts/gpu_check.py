@@ -274,7 +274,7 @@ def checks() -> list[Check]:
             lambda d, m: experts.quadratic_form(d, m @ m.transpose(1, 2)),
             ROUNDED,
         ),
-        Check("sum_of_squares", lambda g: [normal(g, 700, 1000)], lambda x: experts.sum_of_squares(x.clone()), 1e-6),
+        Check("row_squares", lambda g: [normal(g, 700, 1000)], lambda x: experts.row_squares(x.clone()), 1e-6),
         Check("gated_rows, rows given", lambda g: routed(g, 512, 256), _gated, ROUNDED),
         Check(
             "gated_rows, one row",

@@ -68,6 +68,10 @@ class DeviceMemoryError(MmqError):
     """The GPU's memory doesn't hold what the stage needs at its least."""
 
 
+class RankError(MmqError):
+    """Another rank of the run failed, died, or did not come in time. `exit_code` is that rank's where it said one."""
+
+
 class PushError(MmqError):
     """The hub does not take the checkpoint, or can't be reached."""
 

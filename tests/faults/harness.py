@@ -47,7 +47,7 @@ LIMIT = 30.0
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["mmq.stages.pipeline", "mmq.cli.app", "llmcompressor", "transformers", "pytest"])
 # Differ from run to run: times, memory, and what is computed from files that hold them.
-VARIES = {"seconds", "peak_host_bytes", "peak_device_bytes", "host_bytes", "open_files", "runs"}
+VARIES = {"seconds", "peak_host_bytes", "peak_device_bytes", "host_bytes", "open_files", "runs", "ranks"}
 
 
 @dataclass(frozen=True)

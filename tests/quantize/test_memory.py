@@ -126,7 +126,7 @@ def test_compensated_rounding_stays_within_its_budget(shape: Shape, budget: int)
     least = Compensation.least(shape.hidden, shape.intermediate)
     smoothing = Smoothing(torch.full((shape.hidden,), 2.0), torch.full((shape.experts, shape.intermediate), 0.5))
     results = [Rounded(block, smoothing) for _ in range(2)]
-    most, *_ = peak(lambda: fit.fit(results, shape.experts))
+    most, *_ = peak(lambda: fit.fit(results, torch.ones(shape.experts, dtype=torch.bool)))
     assert most <= max(budget * 2**20, least) + SLACK
     assert fit.step == shape.experts // 8 or fit.step * least <= budget * 2**19 or fit.step == 1
     most, _, verdict = peak(lambda: judge(block, reference, [shape.tokens // 10] * 10, shape.tokens, smoothing))

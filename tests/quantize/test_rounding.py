@@ -183,7 +183,7 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
     mix = torch.randn(256, 256, generator=generator) / 16 + torch.eye(256)
     block.x.copy_((block.x.float() @ mix * torch.rand(256, generator=generator)).bfloat16())
     found = Rounded(block, plain)
-    Compensation(block, torch.arange(0, 2000, 2), 1000).fit([found], 6)
+    Compensation(block, torch.arange(0, 2000, 2), 1000).fit([found], torch.ones(6, dtype=torch.bool))
     x, weight = block.x[1::2].float(), block.gate_up[:1].float()
     others = {
         "compensated": found.stored(0, 0, 1),
@@ -210,7 +210,7 @@ def test_narrow_text_is_not_believed() -> None:
     plain, losses = Smoothing(torch.ones(256), torch.ones(2, 128)), []
     for distinct in (2000, 20):
         found = Rounded(block, plain)
-        Compensation(block, torch.arange(2000), distinct).fit([found], 2)
+        Compensation(block, torch.arange(2000), distinct).fit([found], torch.ones(2, dtype=torch.bool))
         losses.append(float((other @ (found.stored(0, 0, 2) - weight).mT).square().mean()))
     nearest = quantize_stack(weight.clone(), 128).dequantize(torch.float32)
     losses.append(float((other @ (nearest - weight).mT).square().mean()))

@@ -252,7 +252,7 @@ def test_a_changed_down_weight_is_measured_by_moments_as_by_rows(many: bool) -> 
     counts, inner, hidden = [5, 0, 9, 1], 12, 7
     chunks = [(torch.randn(sum(counts), inner, generator=generator), counts) for _ in range(2)]
     change = torch.randn(4, hidden, inner, generator=generator)
-    inputs = DownInputs.empty(torch.tensor(counts) * 2, inner)
+    inputs = DownInputs.empty(torch.tensor(counts) * 2, inner, 2 * sum(counts), 4)
     assert inputs.moments is None
     if many:
         inputs.moments = torch.zeros(4, inner, inner)
@@ -263,4 +263,4 @@ def test_a_changed_down_weight_is_measured_by_moments_as_by_rows(many: bool) -> 
         assert torch.allclose(inputs.sums[expert].double(), own.abs().sum(0), rtol=1e-5)
         expected = (own @ change[expert].double().T).square().sum()
         assert torch.allclose(inputs.squared_change(change)[expert].double(), expected, rtol=1e-5, atol=1e-9)
-    assert DownInputs.empty(torch.tensor([13 * 4, 0, 0, 0]), inner).moments is not None
+    assert DownInputs.empty(torch.tensor([13 * 4, 0, 0, 0]), inner, 13 * 4, 4).moments is not None

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import IO, cast
+from typing import IO, NoReturn, cast
 
 from rich.console import Console
 from rich.text import Text
 
+from mmq.cli.launch import is_launched, speaks
 from mmq.cli.streams import Stream, Terminated
-from mmq.errors import MmqError, printable
+from mmq.errors import MmqError, RankError, one_line, printable
 
 # A shell's exit code for a command that a signal ended is this and the signal's number.
 SIGNALLED = 128
@@ -34,15 +37,20 @@ def handled(resume: str = "") -> Iterator[None]:
     numbers = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, _terminate) for number in numbers}
     _received.clear()
+    unraisable, sys.unraisablehook = sys.unraisablehook, _raise_again
     try:
         yield
     except BaseException as error:
         if (end := ending(error, resume)) is None:
+            if isinstance(error, Exception):
+                _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)
             raise
-        _leave(*end)
+        _leave(error, *end)
     finally:
+        sys.unraisablehook = unraisable
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            # A launcher's signal, when all ends anyway, must not cut the end short.
+            signal.signal(number, signal.SIG_IGN if is_launched() else handler)
 
 
 def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
@@ -74,10 +82,44 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
-def _leave(message: str, code: int) -> None:
+def _raise_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that comes while compiled code calls Python's is dropped there: send it once more."""
+    if isinstance(lost.exc_value, Terminated):
+        number = lost.exc_value.number
+        signal.signal(number, _terminate)
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _leave(error: BaseException, message: str, code: int) -> NoReturn:
+    message, code = _among_ranks(error, message, code)
     if message:
         text = Text(printable(message))
         text.highlight_regex(r"^error:", "red")
         stream = cast(IO[str], Stream(sys.stderr, needed=False))
         Console(file=stream, stderr=True).print(text, soft_wrap=True)
     sys.exit(code)
+
+
+def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, int]:
+    """What this process says and ends with, as one of several: the leading one speaks for all."""
+    if not is_launched():
+        return message, code
+    if "mmq.machine.team" not in sys.modules:  # none has heard of the others yet, and all meet with the same
+        return message if speaks() else "", code
+    from mmq.machine.team import STOPPED, joined
+
+    team = joined()
+    if team.size == 1:
+        return message if speaks() else "", code
+    if isinstance(error, Terminated):
+        # The launcher ends all where one has failed.
+        if (found := team.failure(STOPPED)) is not None:
+            message, code = f"error: {found}", found.exit_code
+        team.leave()
+    elif isinstance(error, RankError):
+        team.leave()
+    else:
+        team.fail(message.removeprefix("error: "), code)
+    return message if team.leads else "", code

@@ -29,6 +29,16 @@ GpusOption = Annotated[
     str | None,
     typer.Option("--gpus", metavar="NxSIZE", help="Say how the result fits on N GPUs of SIZE each, e.g. 4x48GiB."),
 ]
+Devices = Annotated[
+    int | None,
+    typer.Option(
+        "--devices",
+        metavar="N",
+        min=1,
+        help="Work with N processes on this machine, each on a GPU of its own, or on a CPU's cores; as `torchrun"
+        " --nproc-per-node N -m mmq ...` does.",
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 

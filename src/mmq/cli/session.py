@@ -16,6 +16,7 @@ from pathlib import Path
 
 import mmq
 from mmq.cli.errors import ending, handled
+from mmq.cli.launch import is_launched, launch, rank
 from mmq.cli.options import quiet_libraries, recipe_arguments
 from mmq.cli.output import Logged, Mode, Output, make_output
 from mmq.cli.streams import Terminated
@@ -55,19 +56,29 @@ def session(
     mode: Mode,
     log_file: Path | None = None,
     options: Iterable[str] = (),
+    devices: int | None = None,
 ) -> Iterator[Session]:
     """Load the recipe and run the block under `handled`. With a log file, what the output is told goes there as well,
     and the command outlives its terminal.
 
     Args:
         options: further arguments that say what to do again after an interruption.
+        devices: start so many processes that do it together, if this is not one of them.
     """
     again = recipe_arguments(path, overrides)
+    options = [*options, *(["--devices", str(devices)] if devices else [])]
     logging_to = ["--log-file", str(log_file)] if log_file else []
     resume = shlex.join(["mmq", command, *again, *options, *logging_to])
     with handled(resume):
         recipe = load(path, overrides)
         quiet_libraries()
+        if devices and devices > 1 and not is_launched():
+            launch(devices)
+        if rank():
+            # The leading one speaks for all, and its log is theirs.
+            if log_file:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            mode, log_file = Mode.QUIET, None
         if log_file is None:
             yield Session(recipe, make_output(mode), again)
             return

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmq.cli.options import DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
+from mmq.cli.options import Devices, DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
 from mmq.text import bytes_text
@@ -30,11 +30,12 @@ def stage_command(name: str) -> Callable[..., None]:
         set_: Set = None,
         dry_run: DryRun = False,
         restart: Restart = False,
+        devices: Devices = None,
         json: Json = False,
         quiet: Quiet = False,
         log_file: LogFile = None,
     ) -> None:
-        _run(name, recipe, set_, dry_run, restart, mode(json, quiet), log_file)
+        _run(name, recipe, set_, dry_run, restart, mode(json, quiet), log_file, devices=devices)
 
     return command
 
@@ -45,12 +46,13 @@ def run(
     set_: Set = None,
     dry_run: DryRun = False,
     restart: Restart = False,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     log_file: LogFile = None,
 ) -> None:
     """All stages in order, then verify and a report. Resumes where it was stopped."""
-    _run("run", recipe, set_, dry_run, restart, mode(json, quiet), log_file, gpus)
+    _run("run", recipe, set_, dry_run, restart, mode(json, quiet), log_file, gpus, devices)
 
 
 def _run(
@@ -62,10 +64,14 @@ def _run(
     shown: Mode,
     log_file: Path | None,
     gpus: str | None = None,
+    devices: int | None = None,
 ) -> None:
     options = ["--gpus", gpus] if gpus else []
     # A plan touches nothing, a log file neither.
-    with session(command, path, overrides, shown, None if dry_run else log_file, options) as run:
+    with session(
+        command, path, overrides, shown, None if dry_run else log_file, options, None if dry_run else devices
+    ) as run:
+        from mmq.machine.team import Team
         from mmq.serve.memory import Gpus
         from mmq.stages.pipeline import run_stages, stages_of
         from mmq.workdir.workspace import Workspace
@@ -73,10 +79,11 @@ def _run(
         whole = command == "run"
         machines = Gpus.parse(gpus) if gpus else None
         names = stages_of(run.recipe) if whole else [command]
-        workspace = Workspace.of(run.recipe, run.output, offline=dry_run)
         if dry_run:
-            _show_plans(workspace, names, run.output, restart, shown)
+            _show_plans(Workspace.of(run.recipe, run.output, offline=True), names, run.output, restart, shown)
             return
+        team = Team.join(run.recipe.awq.device)
+        workspace = Workspace.of(run.recipe, run.output, team=team)
         with run.output.live():
             run_stages(workspace, names, restart)
             if whole:
@@ -84,6 +91,9 @@ def _run(
                 from mmq.cli.verify import verify_and_report
 
                 verify_and_report(workspace, run.output)
+            if not team.leads:
+                return
+            if whole:
                 facts, _ = write_and_note(workspace, run.output)
         if whole:
             from mmq.report.summary import summarize

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmq.cli.errors import handled
-from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
+from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
 from mmq.cli.output import Output, Rows, make_output
 from mmq.cli.session import session
 from mmq.errors import RecipeError
@@ -21,14 +21,21 @@ if TYPE_CHECKING:
 
 
 def verify(
-    recipe: RecipePath, set_: Set = None, json: Json = False, quiet: Quiet = False, log_file: LogFile = None
+    recipe: RecipePath,
+    set_: Set = None,
+    devices: Devices = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    log_file: LogFile = None,
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
-    with session("verify", recipe, set_, mode(json, quiet), log_file) as run:
+    with session("verify", recipe, set_, mode(json, quiet), log_file, devices=devices) as run:
+        from mmq.machine.team import Team
         from mmq.workdir.workspace import Workspace
 
         with run.output.live():
-            verify_and_report(Workspace.of(run.recipe, run.output), run.output)
+            team = Team.join("cpu")
+            verify_and_report(Workspace.of(run.recipe, run.output, team=team), run.output)
 
 
 def verify_and_report(workspace: Workspace, output: Output) -> None:

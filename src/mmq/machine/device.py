@@ -40,7 +40,7 @@ def present_device(name: str) -> torch.device:
     if device.type == "cuda":
         # Parts of a sum in bf16 would cost more precision than they save time.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        device = torch.device("cuda", device.index or torch.cuda.current_device())
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 

@@ -11,6 +11,7 @@ import torch
 from mmq.errors import MmqError
 from mmq.families.sizes import BLOCK, Storage
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.machine.threads import each
 from mmq.prove.check_config import Original, carried_scales, kept_scales, layer_of
 from mmq.prove.findings import Report
@@ -45,8 +46,10 @@ def check_tensors(
     judged: Callable[[int], Judged | None],
     workers: int,
     reporter: Reporter,
+    team: Team = ALONE,
 ) -> None:
-    """All that needs the tensors' bytes, layer by layer on threads.
+    """All that needs the tensors' bytes, layer by layer on threads. Of several ranks each looks at its part of the
+    layers, and all get all findings.
 
     Args:
         judged: what is known of a layer's rounding; None where every code must be the nearest.
@@ -75,12 +78,13 @@ def check_tensors(
         reporter.unit(units[layer])
         return part
 
-    for part in each(guarded, layers, workers):
-        report.problems += part.problems
-        report.layers += part.layers
-        report.attention |= part.attention
-        for check, number in part.checks.items():
-            report.count(check, number)
+    # Neighbours are alike: the ranks' layers come in turns.
+    found = team.everyone([part.findings() for part in each(guarded, layers[team.rank :: team.size], workers)])
+    for number, layer in enumerate(layers):
+        rank, place = number % team.size, number // team.size
+        report.add(found[rank][place])
+        if rank != team.rank:
+            reporter.unit(units[layer])
     reporter.finish(NAME)
 
 

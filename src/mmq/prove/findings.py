@@ -38,6 +38,23 @@ class Report:
         if not condition:
             self.problems.append(problem)
 
+    def findings(self) -> dict[str, Any]:
+        """What was found, as JSON."""
+        return {
+            "problems": self.problems,
+            "checks": self.checks,
+            "layers": self.layers,
+            "attention": self.attention,
+        }
+
+    def add(self, findings: dict[str, Any]) -> None:
+        """What another found, as `findings` has it."""
+        self.problems += findings["problems"]
+        self.layers += findings["layers"]
+        self.attention |= findings["attention"]
+        for check, number in findings["checks"].items():
+            self.count(check, number)
+
     def require_ok(self) -> None:
         """Raises VerifyError where something is off."""
         if not self.problems:

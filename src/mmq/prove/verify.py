@@ -22,7 +22,7 @@ REPORT_NAME = "verify.json"
 
 
 def verify_checkpoint(workspace: Workspace) -> Report:
-    """Check the hybrid folder against the source and write verify.json beside it.
+    """Check the hybrid folder against the source and write verify.json beside it; on all ranks.
 
     Raises:
         JournalError: restore has not ended.
@@ -47,8 +47,10 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         check_config(report, original, result)
         if not report.problems:
             judged = partial(judged_layer, workspace)
-            check_tensors(report, original, result, judged, workspace.recipe.worker_count, workspace.reporter)
-    write_json(report.path, report.as_json())
+            workers, team = workspace.recipe.worker_count, workspace.team
+            check_tensors(report, original, result, judged, workers, workspace.reporter, team)
+    if workspace.team.leads:
+        write_json(report.path, report.as_json())
     return report
 
 

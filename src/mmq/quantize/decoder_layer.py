@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 from mmq.errors import CalibrationError, CheckpointError, one_line, shown
 from mmq.families.rotary import rope_parameters
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.storage.shards import DTYPES
 from mmq.tensors.experts import Activation
 
@@ -166,11 +167,13 @@ class DecoderLayer:
         self.module.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
 
     @torch.no_grad()
-    def attend(self, hidden: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def attend(self, hidden: torch.Tensor, lengths: list[int], team: Team = ALONE) -> torch.Tensor:
         """Everything before the experts: [T, H] of concatenated sequences -> the residual stream after attention; of a
-        layer that has none, its output."""
+        layer that has none, its output. Each rank computes its part of the batches, and is given the others'.
+        """
         result = torch.empty_like(hidden)
-        for starts, length in batches(lengths):
+        whole = list(batches(lengths))
+        for starts, length in (whole[number] for number in team.part(len(whole))):
             batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
             positions = torch.arange(length, device=self.device).unsqueeze(0)
             output = self.module(
@@ -181,6 +184,18 @@ class DecoderLayer:
             )
             for start, sequence in zip(starts, output, strict=True):
                 result[start : start + length] = sequence
+        if team.size == 1:
+            return result
+        spans = [
+            [(start, length) for at in part for (starts, length) in [whole[at]] for start in starts]
+            for part in team.parts(len(whole))
+        ]
+        own = [result[start : start + length] for start, length in spans[team.rank]]
+        gathered = team.gather(torch.cat([result[:0], *own]), [sum(length for _, length in span) for span in spans])
+        done = 0
+        for start, length in (one for span in spans for one in span):
+            result[start : start + length] = gathered[done : done + length]
+            done += length
         return result
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from compressed_tensors.modeling.kvcache import (
     initialize_hooked_kv_cache,
     register_key_hook,
@@ -21,7 +22,11 @@ from llmcompressor.modifiers.quantization.calibration import (
 )
 
 from mmq.errors import CheckpointError
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer, batches
+
+# Observers whose statistics are extremes, which need no order: several ranks' can be put together.
+ORDERLESS = ("static_minmax",)
 
 
 class KvObserver:
@@ -38,6 +43,7 @@ class KvObserver:
         # Observe only: the hidden states of calibration are not those of a quantized cache.
         attention.quantization_enabled = False
         initialize_hooked_kv_cache(SimpleNamespace(config=decoder.config), attention)
+        self._device = decoder.device
         self._finite: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
         for name, register, hook in (
             ("k", register_key_hook, calibrate_key_hook),
@@ -48,10 +54,13 @@ class KvObserver:
             register(attention, hook)
         self._attention = attention
 
-    def broken(self, lengths: list[int]) -> list[int]:
+    def broken(self, lengths: list[int], team: Team = ALONE) -> list[int]:
         """Which samples had NaN or infinite keys or values: indices into the lengths of the one `attend` since."""
-        finite = torch.cat(self._finite["k"]) & torch.cat(self._finite["v"])
-        starts = [start for group, _ in batches(lengths) for start in group]
+        none = torch.empty(0, dtype=torch.bool, device=self._device)
+        finite = torch.cat([none, *self._finite["k"]]) & torch.cat([none, *self._finite["v"]])
+        whole = list(batches(lengths))
+        finite = team.gather(finite, [sum(len(whole[at][0]) for at in part) for part in team.parts(len(whole))])
+        starts = [start for group, _ in whole for start in group]
         order = {start: sample for sample, start in enumerate(accumulate(lengths, initial=0))}
         return sorted(order[start] for start, good in zip(starts, finite.tolist(), strict=True) if not good)
 
@@ -59,14 +68,28 @@ class KvObserver:
         """Note which sequences of a batch [B, heads, T, dim] are finite."""
         self._finite[name].append(torch.isfinite(states).flatten(1).all(1))
 
-    def scales(self) -> dict[str, torch.Tensor]:
-        """`k_scale` and `v_scale`, float32 [1], from all that was observed."""
+    def scales(self, team: Team = ALONE) -> dict[str, torch.Tensor]:
+        """`k_scale` and `v_scale`, float32 [1], from all that was observed, on several ranks of which
+        the observer is one of ORDERLESS."""
         result = {}
         for name in ("k", "v"):
             observer: Any = getattr(self._attention, f"{name}_observer")
             # The statistics are in the activations' bf16; the scale itself is stored in fp32.
-            for attribute, value in observer.get_statistics().items():
-                setattr(observer, attribute, value.float())
+            own = (
+                {key: value.float() for key, value in observer.get_statistics().items()}
+                if observer.has_statistics
+                else {}
+            )
+            # A rank that no sequence fell to has observed nothing.
+            shapes = max(team.everyone({key: [*value.shape] for key, value in own.items()}), key=len)
+            for key, shape in shapes.items():
+                value = own.get(key)
+                if team.size > 1:
+                    least = observer._act_sync_dict[key] == dist.ReduceOp.MIN
+                    if value is None:
+                        value = torch.full(shape, torch.inf if least else -torch.inf, device=self._device)
+                    value = team.least(value) if least else team.largest(value)
+                setattr(observer, key, value)
             scale = observer.get_qparams()["scale"].float().cpu().reshape(1)
             # A server divides by it, on devices that may read a denormal as zero.
             result[f"{name}_scale"] = scale.clamp(min=torch.finfo(torch.float32).tiny)

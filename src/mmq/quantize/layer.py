@@ -14,6 +14,7 @@ import torch
 
 from mmq.errors import CalibrationError, CheckpointError
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
@@ -22,7 +23,6 @@ from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unsmoothed
 from mmq.recipe import Awq
 from mmq.storage.shards import DTYPES
-from mmq.tensors.experts import sum_of_squares
 from mmq.tensors.fp8 import is_finite
 from mmq.tensors.int4 import fits, quantize_in_place
 from mmq.tensors.smoothing import smooth_norm
@@ -33,7 +33,7 @@ class LayerContent:
     """A dequantized layer.
 
     Attributes:
-        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows.
+        gate_up: bfloat16 [E, 2I, H] on the device, gate rows above up rows; of several ranks, of this one's experts.
         down: bfloat16 [E, H, I] on the device.
         rest: all other tensors by their names in the layer.
     """
@@ -75,7 +75,8 @@ class LayerResult:
     """A quantized layer.
 
     Attributes:
-        tensors: what the layer's shard holds, by names in the layer, where they were computed.
+        tensors: what the layer's shard holds, by names in the layer, where they were computed; of the experts, those of
+            this rank.
         hidden: bfloat16 [T, H] on the device, the next layer's input.
         statistics: JSON of what was found and how long it took.
         evidence: what verify needs to find a loss of the statistics again; see `rounding.Verdict`.
@@ -112,6 +113,7 @@ class LayerQuantizer:
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
         distinct: how many different tokens they have.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
+        team: the ranks that share the experts and the tokens.
         smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
@@ -131,9 +133,10 @@ class LayerQuantizer:
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
+        team: Team = ALONE,
         smooth_norm: bool = True,
     ) -> None:
-        self.arch, self.settings, self.device, self.say = arch, settings, device, say
+        self.arch, self.settings, self.device, self.say, self.team = arch, settings, device, say, team
         self.distinct, self.smooth_norm = distinct, smooth_norm
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
@@ -187,10 +190,10 @@ class LayerQuantizer:
         """All of a layer that comes before its experts: the residual stream [T, H], and the KV scales that it takes."""
         scheme = self.settings.kv_cache_scheme if self.arch.has_kv_scales(layer) else None
         observer = KvObserver(decoder, scheme.model_dump()) if scheme else None
-        residual = decoder.attend(hidden, self.lengths)
-        if observer and (broken := observer.broken(self.lengths)):
+        residual = decoder.attend(hidden, self.lengths, self.team)
+        if observer and (broken := observer.broken(self.lengths, self.team)):
             raise NotFiniteError(f"keys or values of layer {layer} are", self._numbers(broken))
-        return residual, observer.scales() if observer else {}
+        return residual, observer.scales(self.team) if observer else {}
 
     def _pass(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
         """A layer without experts: nothing is quantized but the KV cache."""
@@ -222,22 +225,29 @@ class LayerQuantizer:
             logits, weight, index = decoder.route(x)
         with clock.part("searching"):
             extra = top_up(logits, index, settings.min_tokens)
+            rows_per_expert = index.numel() / logits.shape[1]
             del logits
             full = settings.search == "full"
             block = ExpertBlock(
                 x, index, weight, content.gate_up, content.down, decoder.activation, settings.group_size, extra,
-                self.budget, (1.0,) if full else parts(index.numel() / content.down.shape[0]),
+                self.budget, (1.0,) if full else parts(rows_per_expert), self.team,
             )  # fmt: skip
             reference = block.outputs(Weights(block))
             # The sum is bf16 as well, and what the next layer gets.
-            self._check_finite(_added(residual, block, reference), f"the output of layer {layer}'s experts is")
+            sums = (
+                residual[share.mine] + part.to(residual.dtype)
+                for share, part in zip(block.shares, reference, strict=True)
+            )
+            finite = block.in_order([torch.isfinite(tokens).all(dim=1) for tokens in sums])
+            self._check_tokens(finite, f"the output of layer {layer}'s experts is")
             found = self._search(clock, block, reference)
             own_norm = content.rest[arch.smooth_norm].to(self.device)
             norm, applied = smooth_norm(own_norm, found[0].scales, arch.norm_offset)
-            inner, rounded, evidence = found[1].scales, None, {}
+            inner = found[1].scales[block.own.start : block.own.stop]
+            rounded, evidence = None, {}
             if settings.rounding == "nearest":
                 clock.step(SEARCHED[1], "comparing with round-to-nearest")
-                better, statistics = self._better(block, reference, *found)
+                better, statistics = self._better(block, reference, found[0].scales, inner)
                 if not better:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
@@ -267,7 +277,7 @@ class LayerQuantizer:
             decoder.set_norm(norm)
             decoder.set_router(readers[arch.router])
             output = self._served(decoder, block, attended)
-            squares = sum(float(sum_of_squares(one - other)) for one, other in zip(output, reference, strict=True))
+            squares = sum(map(block.squared_distance, block.shares, output, reference))
             statistics["loss_propagated"] = _number(squares / residual.numel())
             hidden = _added(residual, block, output if settings.propagate_quantized else reference)
         statistics = {
@@ -293,11 +303,11 @@ class LayerQuantizer:
         return norm, down
 
     def _better(
-        self, block: ExpertBlock, reference: list[torch.Tensor], norm: Found, down: Found
+        self, block: ExpertBlock, reference: list[torch.Tensor], norm: torch.Tensor, inner: torch.Tensor
     ) -> tuple[bool, dict[str, Any]]:
         """Whether the block as a whole, rounded to nearest, is better for the scales that were found."""
-        plain = Smoothed(block, torch.ones_like(norm.scales), torch.ones_like(down.scales))
-        found = Smoothed(block, norm.scales, down.scales)
+        plain = Smoothed(block, torch.ones_like(norm), torch.ones_like(inner))
+        found = Smoothed(block, norm, inner)
         before, after = Runner(), Runner()
         for share, part in zip(block.shares, reference, strict=True):
             before.losses.append(block.losses(share, plain, part))
@@ -322,7 +332,7 @@ class LayerQuantizer:
 
         Args:
             norm_scales: float32 [H], onto gate's and up's columns.
-            inner_scales: float32 [E, I], off up's rows and onto down's columns.
+            inner_scales: float32 [E, I], off up's rows and onto down's columns, of this rank's experts.
 
         Returns:
             the packed tensors by their names in the layer.
@@ -348,7 +358,7 @@ class LayerQuantizer:
             (block.down[part], inner.unsqueeze(1), None, (arch.down,)),
         ):
             packed, scale = quantize_in_place(weight, factors, divisor, self.settings.group_size)
-            tensors |= self._by_name(layer, first, packed, scale, linears)
+            tensors |= self._by_name(layer, block.own.start + first, packed, scale, linears)
         return tensors
 
     def _store(self, layer: int, block: ExpertBlock, rounded: Rounded) -> dict[str, torch.Tensor]:
@@ -362,7 +372,7 @@ class LayerQuantizer:
         for packed, scale, linears in zip(
             rounded.packed, rounded.scale, ((arch.gate, arch.up), (arch.down,)), strict=True
         ):
-            tensors |= self._by_name(layer, 0, packed, scale, linears)
+            tensors |= self._by_name(layer, block.own.start, packed, scale, linears)
         return tensors
 
     def _by_name(
@@ -392,17 +402,20 @@ class LayerQuantizer:
         _, weight, index = decoder.route(x)
         served = ExpertBlock(
             x, index, weight, block.gate_up, block.down, block.activation, block.group_size, None, block.budget,
-            block.parts,
+            block.parts, self.team,
         )  # fmt: skip
         return served.outputs(Weights(served))
 
     def _check_finite(self, tensor: torch.Tensor, what: str) -> None:
         """Raises NotFiniteError where [T, H] holds NaN or infinity."""
-        if is_finite(tensor):
-            return
-        good = torch.isfinite(tensor).all(dim=1).cpu()
-        broken = [place for place, tokens in enumerate(good.split(self.lengths)) if not tokens.all()]
-        raise NotFiniteError(what, self._numbers(broken))
+        if not is_finite(tensor):
+            self._check_tokens(torch.isfinite(tensor).all(dim=1), what)
+
+    def _check_tokens(self, finite: torch.Tensor, what: str) -> None:
+        """Raises NotFiniteError where one of bool [T] is not so."""
+        if not bool(finite.all()):
+            parts = finite.cpu().split(self.lengths)
+            raise NotFiniteError(what, self._numbers([place for place, own in enumerate(parts) if not own.all()]))
 
     def _numbers(self, places: list[int]) -> list[int]:
         """Numbers of the samples at these places among those still in the run."""

@@ -65,14 +65,14 @@ class Rounded(Weights):
     """Experts as they will be stored, on the host; asked for as weights, with the smoothing undone.
 
     Attributes:
-        done: how many are rounded, from the first on; the others' weights are still the source's.
+        done: bool [E], which are rounded; the others' weights are still the source's.
         packed: int32 [E, out, in/8] of gate and up, and of down.
         scale: bfloat16 [E, out, in/group] of each.
     """
 
     def __init__(self, block: ExpertBlock, smoothing: Smoothing) -> None:
         super().__init__(block)
-        self.smoothing, self.done = smoothing, 0
+        self.smoothing, self.done = smoothing, torch.zeros(block.gate_up.shape[0], dtype=torch.bool)
         stacks = (block.gate_up, block.down)
         self.packed = [torch.empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
         self.scale = [
@@ -92,29 +92,33 @@ class Rounded(Weights):
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
     def digests(self) -> list[str]:
-        """xxh3-128 of each expert's codes and scales: of gate and up, then of down."""
-        found = []
+        """xxh3-128 of all experts' codes and scales, one after the other: of gate and up, then of down."""
+        found: list[str] = []
         for expert in range(self.packed[0].shape[0]):
             digest = xxhash.xxh3_128()
             for tensor in (part[expert] for pair in zip(self.packed, self.scale, strict=True) for part in pair):
                 digest.update(tensor.view(torch.uint8).numpy().data)
             found.append(digest.hexdigest())
-        return found
+        return [digest for own in self.block.team.everyone(found) for digest in own]
 
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        source = super().take(first, last)
-        done = min(last, self.done)
-        if first >= done:
+        source, done = super().take(first, last), self.done[first:last]
+        if not bool(done.any()):
             return source
-        inner = self.smoothing.inner[first:done]
-        gate_up = self.stored(0, first, done).div_(self.smoothing.norm)
+        inner = self.smoothing.inner[first:last]
+        gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
         gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
-        down = self.stored(1, first, done).div_(inner.unsqueeze(1))
-        gate_up, down = (
-            torch.cat([rounded.to(whole.dtype), whole[done - first :]])
-            for rounded, whole in zip((gate_up, down), source, strict=True)
-        )
-        return gate_up, down
+        rounded = gate_up.to(source[0].dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(source[1].dtype)
+        if bool(done.all()):
+            return rounded
+        mask = done.to(gate_up.device).view(-1, 1, 1)
+        return torch.where(mask, rounded[0], source[0]), torch.where(mask, rounded[1], source[1])
+
+
+def probed(block: ExpertBlock) -> torch.Tensor:
+    """One expert in `PROBED`, in runs that are rounded together, the same ones on any number of ranks: bool [E]."""
+    run = max(1, block.experts // (PROBED * CPU_STEPS))
+    return torch.arange(block.own.start, block.own.stop) // run % PROBED == 0
 
 
 @dataclass
@@ -137,7 +141,7 @@ class Compensation:
     def __post_init__(self) -> None:
         block, fitted = self.block, self.fitted
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
-        rows = Rows.of(block.index[fitted], experts)
+        rows = Rows.of(block.index[fitted], block.experts).of_experts(block.own.start, block.own.stop)
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
@@ -167,15 +171,24 @@ class Compensation:
         hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
         return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
 
-    def fit(self, results: list[Rounded], last: int, say: Callable[[float, str], None] = lambda *_: None) -> None:
-        """Round the experts that are not yet done, up to `last`, under the smoothing of each result.
+    def fit(
+        self, results: list[Rounded], which: torch.Tensor, say: Callable[[float, str], None] = lambda *_: None
+    ) -> None:
+        """Round experts that are not yet done, under the smoothing of each result.
 
         Args:
-            results: as many of the experts are done in all of them.
+            results: the same experts are done in all of them.
+            which: bool [E], which to have done.
             say: told the share of the experts that are done, and which come next; also from threads that compute.
         """
-        done = results[0].done
-        steps = [(first, min(first + self.step, last)) for first in range(done, last, self.step)]
+        wanted = which & ~results[0].done
+        begun = int(results[0].done.sum())
+        steps = []
+        for first, last in _runs(wanted):
+            for start in range(first, last, self.step):
+                stop = min(start + self.step, last)
+                steps.append((begun, start, stop))
+                begun += stop - start
         fit = partial(self._fit_step, results, say)
         if self.block.x.device.type != "cpu":
             for step in steps:
@@ -189,12 +202,12 @@ class Compensation:
             finally:
                 torch.set_num_threads(threads)
         for result in results:
-            result.done = last
+            result.done |= wanted
 
-    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], experts: tuple[int, int]) -> None:
-        block, (first, last) = self.block, experts
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], step: tuple[int, int, int]) -> None:
+        block, (begun, first, last) = self.block, step
         count = block.gate_up.shape[0]
-        say(first / count, f"rounding expert {first + 1} of {count}")
+        say(begun / count, f"rounding expert {begun + 1} of {count}")
         inputs, middles, counts, seen = self._moments(first, last)
         inner = block.down.shape[2]
         for result in results:
@@ -248,6 +261,12 @@ class Compensation:
         return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
 
 
+def _runs(which: torch.Tensor) -> list[tuple[int, int]]:
+    """First and one past the last of each run of True in bool [E]."""
+    edges = torch.cat([torch.tensor([False]), which, torch.tensor([False])]).int().diff().nonzero().flatten().tolist()
+    return [*zip(edges[::2], edges[1::2], strict=True)]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What samples that were held back say.
@@ -274,7 +293,7 @@ class _Jury:
 
     Attributes:
         block: the layer's experts with these tokens alone.
-        wanted: float32 [n, H], the unquantized block's outputs.
+        wanted: float32 [t, H], the unquantized block's outputs for this rank's share of them.
         losses: float32 [n] of each way, squared errors of these tokens' outputs.
         values: their mean per element; infinity where it is not a number.
     """
@@ -288,15 +307,12 @@ class _Jury:
     def of(cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor) -> _Jury:
         heard = ExpertBlock(
             block.x[tokens], block.index[tokens], block.weight[tokens], block.gate_up, block.down, block.activation,
-            block.group_size, None, block.working_memory // 2,
+            block.group_size, None, block.working_memory // 2, team=block.team,
         )  # fmt: skip
-        place = torch.full((block.x.shape[0],), -1, dtype=torch.int64, device=block.x.device)
-        place[tokens] = torch.arange(len(tokens), device=block.x.device)
-        wanted = block.x.new_empty(len(tokens), block.x.shape[1], dtype=torch.float32)
-        for share, part in zip(block.shares, reference, strict=True):
-            own = place[share.tokens]
-            wanted[own[own >= 0]] = part[own >= 0]
-        return cls(heard, wanted)
+        chosen = torch.zeros(block.x.shape[0], dtype=torch.bool, device=block.x.device)
+        chosen[tokens] = True
+        (share,) = heard.shares
+        return cls(heard, block.in_order(reference, chosen)[share.mine])
 
     def hear(self, way: str, weights: Weights) -> None:
         self.losses[way] = self.block.losses(self.block.shares[0], weights, self.wanted)
@@ -326,20 +342,21 @@ def judge(
     jury = _Jury.of(block, reference, judging)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
-    if bool((found.norm != 1).any() | (found.inner != 1).any()):
+    changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])
+    if bool(block.team.largest(changed).any()):
         smoothings["smoothed_"] = found
     # Of equal losses the simpler way wins.
     nearest = {f"{name}nearest": smoothing for name, smoothing in smoothings.items()}
     for way, smoothing in nearest.items():
         jury.hear(way, Smoothed(jury.block, smoothing.norm, smoothing.inner))
-    compensation, experts = Compensation(block, fitted, distinct), block.gate_up.shape[0]
+    compensation = Compensation(block, fitted, distinct)
     results = {name: Rounded(block, smoothing) for name, smoothing in smoothings.items()}
 
     def progress(share: float, at: str) -> None:
         say(ROUNDED * share, at)
 
     if len(results) > 1:
-        compensation.fit([*results.values()], -(-experts // PROBED), progress)
+        compensation.fit([*results.values()], probed(block), progress)
         say(ROUNDED / PROBED, "judging by samples held back")
         for name, result in results.items():
             jury.hear(f"{name}probe", result)
@@ -347,7 +364,7 @@ def judge(
     name = min(results, key=lambda name: (jury.values.get(f"{name}probe", 0.0), jury.values[f"{name}nearest"]))
     way, result = f"{name}compensated", results[name]
     del results
-    compensation.fit([result], experts, progress)
+    compensation.fit([result], torch.ones_like(result.done), progress)
     say(ROUNDED, "judging by samples held back")
     jury.hear(way, result)
     best = min((*nearest, way), key=jury.values.__getitem__)
@@ -370,7 +387,8 @@ def judge(
         },
     }
     heard = jury.block
-    evidence = {"x": heard.x[kept], "index": heard.index[kept], "weight": heard.weight[kept], "inner": smoothing.inner}
+    evidence = {"x": heard.x[kept], "index": heard.index[kept], "weight": heard.weight[kept]}
+    evidence["inner"] = block.team.gather_parts(smoothing.inner, block.experts)
     return Verdict(
         smoothing, smoothing is not plain, rounded, statistics, {name: t.cpu() for name, t in evidence.items()}
     )

@@ -3,6 +3,9 @@
 The rows of all tokens are sorted by expert, and every pass goes from expert to expert: an expert's weights are asked
 for once, and all its rows go through them, as many at a time as have room. So neither the number of experts nor that of
 tokens decides how much memory a pass takes, and no weight is quantized twice for want of it.
+
+Of several ranks each has some of the experts and all of the tokens, and sums up its part of every share's tokens; what
+is found of each token is known to all of them, so that they choose alike.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ from functools import partial
 
 import torch
 
+from mmq.machine.team import ALONE, Team
 from mmq.machine.threads import Item, Result, each
+from mmq.quantize.delivery import Delivery
 from mmq.tensors.experts import (
     Activation,
     Piece,
@@ -24,6 +29,7 @@ from mmq.tensors.experts import (
     grouped_rows,
     magnitude_sums,
     quadratic_form,
+    row_squares,
     second_moments,
     squares_by_expert,
     token_losses,
@@ -39,6 +45,8 @@ CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 8 * 2**30}
 # What a GPU whose memory turns out to be short is asked for at least.
 LEAST_BUDGET = 2**28
+# Of several ranks, in how many batches each computes its rows at least, so that one is sent while the next is computed.
+ROUNDS = 4
 
 
 def default_budget(device: torch.device) -> int:
@@ -67,10 +75,11 @@ class Share:
 
     Attributes:
         tokens: int64 [t], which.
-        weight: float32 [t, k], the router's.
-        rows: the rows' tokens count among all, their places among the share's.
+        weight: float32 [n, k], the router's, of the tokens that this rank sums up.
+        rows: this rank's experts' rows; their tokens count among all.
         batches: what is computed at one time, in order; those of one step's experts in one list.
         inputs: [R, H], the rows' inputs where the budget lets them be kept.
+        delivery: which tokens this rank sums up, and how their rows come to it.
     """
 
     tokens: torch.Tensor
@@ -78,6 +87,12 @@ class Share:
     rows: Rows
     batches: list[list[Batch]]
     inputs: torch.Tensor | None
+    delivery: Delivery
+
+    @property
+    def mine(self) -> torch.Tensor:
+        """int64 [n], the tokens that this rank sums up."""
+        return self.tokens[self.delivery.mine.start : self.delivery.mine.stop]
 
 
 @dataclass
@@ -87,11 +102,14 @@ class ExpertBlock:
     Attributes:
         x: [T, H], the block's input.
         index, weight: int64 and float32 [T, k], the router's choices; sorted by expert, so that sums have one order.
-        gate_up: [E, 2I, H], gate rows above up rows.
+        gate_up: [E, 2I, H], gate rows above up rows; of several ranks, of this one's own experts.
         down: [E, H, I].
-        extra: rows that take part in the down search only; tokens that top up experts which few tokens reach.
+        extra: rows that take part in the down search only; tokens that top up experts which few tokens reach. Given of
+            all experts, kept of this rank's.
         budget: bytes of working memory; by default what suits the device.
         parts: how the tokens are shared out: every share is a sample of all of them, of about this part.
+        team: the ranks that the experts are shared out among.
+        own: which of all experts are this rank's; `experts`, how many there are.
         step: experts at a time.
         most_rows: rows at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
@@ -107,6 +125,9 @@ class ExpertBlock:
     extra: Rows | None = None
     budget: int | None = None
     parts: tuple[float, ...] = (1.0,)
+    team: Team = ALONE
+    own: range = field(init=False)
+    experts: int = field(init=False)
     shares: list[Share] = field(init=False)
     step: int = field(init=False)
     most_rows: int = field(init=False)
@@ -115,6 +136,11 @@ class ExpertBlock:
     def __post_init__(self) -> None:
         hidden, width = self.x.shape[1], self.x.element_size()
         experts, inner = self.gate_up.shape[0], self.down.shape[2]
+        self.experts = sum(self.team.everyone(experts))
+        self.own = self.team.part(self.experts)
+        self._all_rows = self.index.numel() + (self.extra.token.numel() if self.extra else 0)
+        if self.extra:
+            self.extra = self.extra.of_experts(self.own.start, self.own.stop)
         cpu = self.x.device.type == "cpu"
         # Weights of a step as a search changes them, and what changing them takes; or, in the down search, fp32 second
         # moments and a copy of them, the change of the weights, and its product.
@@ -138,10 +164,14 @@ class ExpertBlock:
         together = (batch for share in self.shares for (batch, *_) in share.batches if len(batch.pieces) > 1)
         held = max((batch.rows for batch in together), default=0)
         self._outputs = self.x.new_empty(held, hidden)
+        arriving = max(share.delivery.rows for share in self.shares) if self.team.size > 1 else 0
+        self._arrived = self.x.new_empty(arriving, hidden)
 
     def _share(self, tokens: torch.Tensor) -> Share:
         cpu = self.x.device.type == "cpu"
-        rows = Rows.of(self.index[tokens], self.gate_up.shape[0])
+        choices = self.index[tokens]
+        rows = Rows.of(choices, self.experts).of_experts(self.own.start, self.own.stop)
+        most = self.most_rows if self.team.size == 1 else min(self.most_rows, -(-rows.token.numel() // ROUNDS))
         inputs = None
         if cpu and rows.token.numel() * self.x[0].nbytes <= self.working_memory // 8:
             inputs = self.x.index_select(0, tokens[rows.token])
@@ -151,7 +181,7 @@ class ExpertBlock:
             last = min(first + self.step, self.gate_up.shape[0])
             pieces = list(rows.pieces(first, last, self.most_rows))
             together = cpu and len(pieces) == 1
-            if gathered and not (together and Batch(gathered + pieces).rows <= self.most_rows):
+            if gathered and not (together and Batch(gathered + pieces).rows <= most):
                 batches.append([Batch(gathered)])
                 gathered = []
             if together:
@@ -160,7 +190,10 @@ class ExpertBlock:
                 batches.append([Batch([piece]) for piece in pieces])
         if gathered:
             batches.append([Batch(gathered)])
-        return Share(tokens, self.weight[tokens], Rows(tokens[rows.token], rows.ends, rows.place), batches, inputs)
+        bounds = [slice(batch.start, batch.start + batch.rows) for step in batches for batch in step]
+        delivery = Delivery.plan(self.team, choices, self.experts, rows, bounds)
+        weight = self.weight[tokens[delivery.mine.start : delivery.mine.stop]]
+        return Share(tokens, weight, Rows(tokens[rows.token], rows.ends, rows.place), batches, inputs, delivery)
 
     @property
     def working_memory(self) -> int:
@@ -180,7 +213,7 @@ class ExpertBlock:
     @property
     def counts(self) -> torch.Tensor:
         """int64 [E], routed tokens of each expert."""
-        return torch.bincount(self.index.reshape(-1), minlength=self.gate_up.shape[0])
+        return torch.bincount(self.index.reshape(-1), minlength=self.experts)
 
     def passes(self, share: Share, weights: Weights) -> Iterator[tuple[int, torch.Tensor]]:
         """The experts' outputs of a share's rows, a batch after the other: the first row, and [n, H], which the next
@@ -214,12 +247,21 @@ class ExpertBlock:
             return gated_rows(share.inputs[own], None, gate_up, piece.ends, self.activation)
         return gated_rows(self.x, share.rows.token[own], gate_up, piece.ends, self.activation)
 
+    def arrivals(self, share: Share, weights: Weights) -> Iterator[tuple[int, torch.Tensor]]:
+        """The outputs that this rank sums up: those of `passes` where it is alone, or all that the ranks send it."""
+        if self.team.size == 1:
+            yield from self.passes(share, weights)
+            return
+        arrived = self._arrived[: share.delivery.rows]
+        share.delivery.send(self.team, (outputs for _, outputs in self.passes(share, weights)), arrived)
+        yield 0, arrived
+
     def outputs(self, weights: Weights) -> list[torch.Tensor]:
-        """The block's output for the tokens of each share: float32 [t, H]."""
+        """The block's output for the tokens of each share that this rank sums up: float32 [n, H]."""
         results = []
         for share in self.shares:
-            result = self.x.new_zeros(share.tokens.numel(), self.x.shape[1], dtype=torch.float32)
-            for begin, outputs in self.passes(share, weights):
+            result = self.x.new_zeros(len(share.delivery.mine), self.x.shape[1], dtype=torch.float32)
+            for begin, outputs in self.arrivals(share, weights):
                 self._add(share, share.weight, begin, outputs, result)
             results.append(result)
         return results
@@ -228,52 +270,85 @@ class ExpertBlock:
         """The block's output for all tokens: float32 [T, H]."""
         return self.in_order(self.outputs(weights))
 
-    def in_order(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """What is given for each share, [t, n], for all tokens in their order: [T, n]."""
-        if len(parts) == 1:
+    def in_order(self, parts: list[torch.Tensor], chosen: torch.Tensor | None = None) -> torch.Tensor:
+        """What the ranks give for their tokens of each share, [n, ...], for all tokens in their order: [T, ...].
+
+        Args:
+            chosen: bool [T], the tokens to give it for: [sum, ...].
+        """
+        if len(parts) == 1 and self.team.size == 1 and chosen is None:
             return parts[0]
-        result = parts[0].new_empty(self.x.shape[0], *parts[0].shape[1:])
-        for share, part in zip(self.shares, parts, strict=True):
-            result[share.tokens] = part
+        everyone = [
+            torch.cat([share.tokens[own.start : own.stop] for share, own in zip(self.shares, owns, strict=True)])
+            for owns in zip(*(self.team.parts(share.tokens.numel()) for share in self.shares), strict=True)
+        ]
+        own = torch.cat(parts)
+        if chosen is not None:
+            own = own[chosen[everyone[self.team.rank]]]
+            everyone = [tokens[chosen[tokens]] for tokens in everyone]
+        whole = self.team.gather(own, [tokens.numel() for tokens in everyone])
+        tokens = torch.cat(everyone)
+        result = torch.empty_like(whole)
+        if chosen is not None:
+            tokens = (chosen.cumsum(0) - 1)[tokens]
+        result[tokens] = whole
         return result
 
     def losses(self, share: Share, weights: Weights, reference: torch.Tensor) -> torch.Tensor:
-        """Squared distance of the block's output of each token of a share from float32 [t, H]: float32 [t]."""
-        left = sum(len(batches) for batches in share.batches)
+        """Squared distance of the block's output of each token of a share from a reference: float32 [t].
+
+        Args:
+            reference: float32 [n, H], of those that this rank sums up.
+        """
+        return self.team.gather_parts(self._own_losses(share, weights, reference), share.tokens.numel())
+
+    def squared_distance(self, share: Share, outputs: torch.Tensor, other: torch.Tensor) -> float:
+        """Sum of the squared differences of two outputs of a share, over all of its tokens.
+
+        Args:
+            outputs, other: float32 [n, H], of those that this rank sums up.
+        """
+        squares = row_squares(outputs - other)
+        return float(self.team.gather_parts(squares, share.tokens.numel()).sum(dtype=torch.float64))
+
+    def _own_losses(self, share: Share, weights: Weights, reference: torch.Tensor) -> torch.Tensor:
+        left = sum(len(batches) for batches in share.batches) if self.team.size == 1 else 1
         rest = reference
-        for begin, outputs in self.passes(share, weights):
+        for begin, outputs in self.arrivals(share, weights):
             left -= 1
             if left:
                 # What is left of the reference, so that the last batch's outputs need not be summed before.
                 rest = reference.clone() if rest is reference else rest
                 self._add(share, share.weight.neg(), begin, outputs, rest)
             else:
-                return torch.cat(self.each(partial(self._lose, share, begin, outputs, rest), self._parts(share)))
+                lose = partial(self._lose, share, begin, outputs, rest)
+                return torch.cat([reference.new_empty(0), *self.each(lose, self._parts(share))])
         return reference.square().sum(1)
 
     def _add(self, share: Share, weight: torch.Tensor, begin: int, outputs: torch.Tensor, result: torch.Tensor) -> None:
-        """Add a batch's outputs, weighted, to float32 [t, H]."""
-        place = share.rows.place
+        """Add a batch's outputs, weighted, to float32 [n, H]."""
+        place = share.delivery.place
         self.each(lambda part: combine(outputs, place[part], weight[part], result[part], begin), self._parts(share))
 
     def _lose(
         self, share: Share, begin: int, outputs: torch.Tensor, reference: torch.Tensor, part: slice
     ) -> torch.Tensor:
         """Losses of a part of a share's tokens, given a batch's outputs and what the others left of the reference."""
-        return token_losses(outputs, share.rows.place[part], share.weight[part], reference[part], begin)
+        place, whole = share.delivery.place[part], self.index.numel() * self.x.shape[1]
+        return token_losses(outputs, place, share.weight[part], reference[part], begin, whole)
 
     def _parts(self, share: Share) -> list[slice]:
         """A share's tokens, as many at a time as suits the device."""
         # An output that is summed takes up to 8 bytes on the way.
         most = CPU_PART_TOKENS if self.x.device.type == "cpu" else PART_TOKENS
         step = max(1, min(most, self.working_memory // 16 // (8 * self.x.shape[1])))
-        return [slice(start, start + step) for start in range(0, share.tokens.numel(), step)]
+        return [slice(start, start + step) for start in range(0, len(share.delivery.mine), step)]
 
     def down_inputs(self, first: int, last: int) -> DownInputs:
         """What goes into the down layers of experts first..last, from their routed and their extra rows."""
         kinds = [share.rows for share in self.shares] + ([self.extra] if self.extra else [])
         counts = torch.tensor([rows.counts[first:last] for rows in kinds]).sum(0)
-        inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2])
+        inputs = DownInputs.empty(counts.to(self.x.device), self.down.shape[2], self._all_rows, self.experts)
         for rows in kinds:
             for piece in rows.pieces(first, last, self.most_rows):
                 token = rows.token[piece.start : piece.stop]
@@ -304,22 +379,23 @@ class DownInputs:
     Attributes:
         counts: int64 [E], n_e.
         sums: float32 [E, I], summed |x|.
-        moments: float32 [E, I, I], X^T X, where there are more rows than I to an expert on average.
+        moments: float32 [E, I, I], X^T X, where the block has more rows than I to an expert on average.
         rows: otherwise the rows themselves, sorted by expert, and where each expert's end, one pair a piece.
+        all_rows: how many the block's experts have together; how many are here must not decide what is summed how.
     """
 
     counts: torch.Tensor
     sums: torch.Tensor
     moments: torch.Tensor | None
     rows: list[tuple[torch.Tensor, torch.Tensor]]
+    all_rows: int
 
     @classmethod
-    def empty(cls, counts: torch.Tensor, inner: int) -> DownInputs:
-        """Ready to take `counts` rows of each expert."""
-        experts = counts.shape[0]
-        sums = torch.zeros(experts, inner, dtype=torch.float32, device=counts.device)
-        many = int(counts.sum()) > experts * inner
-        return cls(counts, sums, sums.new_zeros(experts, inner, inner) if many else None, [])
+    def empty(cls, counts: torch.Tensor, inner: int, all_rows: int, experts: int) -> DownInputs:
+        """Ready to take `counts` rows of each expert, of a block with so many rows and experts in all."""
+        sums = torch.zeros(counts.shape[0], inner, dtype=torch.float32, device=counts.device)
+        moments = sums.new_zeros(counts.shape[0], inner, inner) if all_rows > experts * inner else None
+        return cls(counts, sums, moments, [], all_rows)
 
     def add(self, rows: torch.Tensor, ends: torch.Tensor) -> None:
         """Take rows [R, I], sorted by expert, and where each expert's end."""
@@ -338,7 +414,8 @@ class DownInputs:
             return quadratic_form(change, self.moments)
         total = torch.zeros(change.shape[0], dtype=torch.float64, device=change.device)
         for rows, ends in self.rows:
-            total += squares_by_expert(grouped_linear(rows, change, ends), ends)
+            outputs = grouped_linear(rows, change, ends)
+            total += squares_by_expert(outputs, ends, self.all_rows * outputs.shape[1])
         return total.float()
 
 

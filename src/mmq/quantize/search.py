@@ -154,7 +154,7 @@ class StackedAWQModifier(AWQModifier):
             told: how far the search is; called from the block's workers.
 
         Returns:
-            scales [E, I]; ratio, duo and errors [E]. An expert without rows keeps scales of 1.
+            scales [E, I]; ratio, duo and errors [E]; of all experts. An expert without rows keeps scales of 1.
         """
         step, experts = block.step, block.gate_up.shape[0]
 
@@ -164,12 +164,16 @@ class StackedAWQModifier(AWQModifier):
             return self._search_down(block, first, last)
 
         parts = block.each(search, range(0, experts, step))
+
+        def everyone(own: list[torch.Tensor]) -> torch.Tensor:
+            return block.team.gather_parts(torch.cat(own), block.experts)
+
         return Found(
-            torch.cat([part.scales for part in parts]),
-            torch.cat([part.ratio for part in parts]),
-            torch.cat([part.duo for part in parts]),
-            torch.cat([part.error for part in parts]),
-            torch.cat([part.identity_error for part in parts]),
+            everyone([part.scales for part in parts]),
+            everyone([part.ratio for part in parts]),
+            everyone([part.duo for part in parts]),
+            everyone([part.error for part in parts]),
+            everyone([part.identity_error for part in parts]),
         )
 
     def _search_down(self, block: ExpertBlock, first: int, last: int) -> Found:
@@ -211,8 +215,9 @@ def grid_of_norm(modifier: StackedAWQModifier, block: ExpertBlock) -> tuple[list
     """The norm's points, ratio and whether to scale by both activations and weights, and their scales [points, H]."""
     # bf16 magnitudes and, inside the sum, their fp32 copy.
     x_mean = _mean_magnitude(block.x, min(2**14, block.working_memory // 8 // (8 * block.x.shape[1]) + 1))
-    sums = block.each(lambda part: normalized_mean(part, block.group_size).sum(0), block.gate_up.split(block.step))
-    w_mean = torch.stack(sums).sum(0) / (block.gate_up.shape[0] * block.gate_up.shape[1])
+    sums = block.each(lambda part: normalized_mean(part, block.group_size), block.gate_up.split(block.step))
+    # Summed over all experts at once, so that neither steps nor ranks decide the order.
+    w_mean = block.team.gather_parts(torch.cat(sums), block.experts).sum(0) / (block.experts * block.gate_up.shape[1])
     grid = modifier._get_grid_search_params()
     scales = candidate_scales(x_mean, w_mean.to(torch.float32), grid)
     return grid, nearest_power_of_two(scales) if modifier.powers_of_two else scales

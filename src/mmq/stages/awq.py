@@ -2,14 +2,19 @@
 
 One layer is in memory at a time. While it computes, the next one is read and the last one's files are written: shard,
 statistics and hidden states are on disk before the journal says so, and a killed run goes on from the hidden states.
+
+Of several ranks each reads, searches, quantizes and writes its own experts of every layer. All hold the hidden states,
+and find the same; the leading one writes down what is not of the experts.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -42,9 +47,17 @@ from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages.awq_checks import calibration_tokens, check_groups, dequant_output, widest_layer
 from mmq.stages.awq_checks import checks as checks
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
-from mmq.storage.atomic import make_folder, write_json
+from mmq.storage.atomic import FileRecord, make_folder, write_json
 from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
-from mmq.storage.shards import save_tensors, shard_size, write_shard
+from mmq.storage.shards import (
+    begin_shard,
+    file_order,
+    fill_shard,
+    finish_shard,
+    save_tensors,
+    shard_size,
+    write_shard,
+)
 from mmq.text import gib_text
 from mmq.workdir.journal import StageJournal
 from mmq.workdir.layer_files import LayerFiles
@@ -133,12 +146,20 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 stage.quantize_layer(layer)
                 release_memory()
         stage.finish_writing()
-        if OUTSIDE not in journal.units:
+        if OUTSIDE not in journal.units and workspace.team.leads:
             stage.carry_outside()
+
+
+def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    """config.json and the index; the layers' statistics in one file. No hidden states are needed any more."""
     config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, [])
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
-    stage.finish_state()
+    files, layers = LayerFiles.of(workspace, name), range(workspace.source.layer_count())
+    write_json(files.folder / STATISTICS, [read_json(files.record(layer)) for layer in layers])
+    journal.forget_files(layer_unit(layers[-1]), [files.in_journal(files.hidden(layers[-1]))])
+    journal.save()
+    files.remove_hidden()
 
 
 class _Weights(Protocol):
@@ -171,13 +192,17 @@ class _Stage:
     def __init__(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
         self.workspace, self.plan, self.journal = workspace, plan, journal
         self.source: SourceModel = workspace.source
+        self.team = workspace.team
+        self.experts = self.team.part(self.source.expert_count())
         self.layers = range(self.source.layer_count())
         self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
         self.stopping = threading.Event()
         self.files = LayerFiles.of(workspace, name)
-        make_folder(self.files.folder)
         tokens = calibration_tokens(workspace)
+        if self.team.leads:
+            make_folder(self.files.folder)
+            workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
         self.quantizer = LayerQuantizer(
             workspace.architecture,
             self.source.config,
@@ -187,13 +212,13 @@ class _Stage:
             self.device,
             self._say,
             self._excluded(),
+            self.team,
             workspace.smooths_norm,
         )
         self.hidden = self._hidden_states(tokens)
-        workspace.calibration = save_tokens(tokens, workspace.folder(STATE) / CACHE_NAME)
         self.two_layers_fit = self._fit_memory()
         self.up, self.down = Lane(self.device), Lane(self.device)
-        self.writer = one_thread("mmq-writer")
+        self.writer, self.writers = one_thread("mmq-writer"), self.team.apart("writers")
         self.reader = one_thread("mmq-reader")
         self.pending: Future[None] | None = None
         self.ahead: Future[LayerContent | None] | None = None
@@ -203,8 +228,8 @@ class _Stage:
         beside the one at work; on a CPU one layer is the promise."""
         if self.device.type != "cuda":
             return False
-        layer = widest_layer(self.source)
-        largest = max(unit.written for unit in self.plan.units)
+        layer = widest_layer(self.source) // self.team.size
+        largest = max(unit.written for unit in self.plan.units) // self.team.size
         fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True).device
         room = free_device(self.device) - fixed
         if self.workspace.recipe.awq.memory_budget is None:
@@ -224,18 +249,29 @@ class _Stage:
         """All of one layer; its files are written while the next one computes."""
         self.workspace.reporter.step(layer_unit(layer), "reading", 0, 1)
         reset_peak_device(self.device)
-        begin = time.perf_counter()
+        begin, waited = time.perf_counter(), self.team.waited
         content = self._take_layer(layer)
         reading = round(time.perf_counter() - begin, 3)
         self._read_ahead(layer + 1)
         result = self._quantize(layer, content)
         result.statistics["seconds"] = {"reading": reading} | result.statistics["seconds"]
-        result.statistics["memory_budget"] = self.quantizer.budget
-        result.statistics["peak_host_bytes"] = peak_host()
-        result.statistics["host_bytes"] = resident_host()
-        result.statistics["open_files"] = open_files()
-        result.statistics["peak_device_bytes"] = peak_device(self.device)
-        result.statistics["peak_device_reserved_bytes"] = peak_reserved(self.device)
+        taken = {
+            "memory_budget": self.quantizer.budget,
+            "peak_host_bytes": peak_host(),
+            "host_bytes": resident_host(),
+            "open_files": open_files(),
+            "peak_device_bytes": peak_device(self.device),
+            "peak_device_reserved_bytes": peak_reserved(self.device),
+        }
+        result.statistics.update(taken)
+        if self.team.size > 1:
+            seconds = round(time.perf_counter() - begin, 3)
+            own = taken | {
+                "host": socket.gethostname(),
+                "seconds": seconds,
+                "waited": round(self.team.waited - waited, 3),
+            }
+            result.statistics["ranks"] = self.team.everyone(own)
         self.hidden = result.hidden
         if excluded := result.statistics["excluded_samples"]:
             self.workspace.reporter.note(
@@ -259,6 +295,12 @@ class _Stage:
                 return self.quantizer.quantize(layer, content, self.hidden)
             except torch.OutOfMemoryError as error:
                 reason = one_line(error)
+                if self.team.size > 1:
+                    # The others are in the midst of the layer.
+                    raise DeviceMemoryError(
+                        f"{self.device} has too little memory for layer {layer} with awq.memory_budget ="
+                        f" {gib_text(self.quantizer.budget)}; a smaller one needs less: {reason}"
+                    ) from None
             # The experts may be overwritten in part, so the layer is read again, once there is room.
             del content
             if self.two_layers_fit:
@@ -304,18 +346,9 @@ class _Stage:
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
-    def finish_state(self) -> None:
-        """All layers are done: collect their statistics; no hidden states are needed any more."""
-        statistics = [read_json(self.files.record(layer)) for layer in self.layers]
-        write_json(self.files.folder / STATISTICS, statistics)
-        self.journal.forget_files(
-            layer_unit(self.layers[-1]), [self.files.in_journal(self.files.hidden(self.layers[-1]))]
-        )
-        self.journal.save()
-        self.files.remove_hidden()
-
     def _say(self, layer: int, part: str, share: float, at: str) -> None:
         self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
+        self.team.at(f"{layer_unit(layer)}: {part}{f', {at}' if at else ''}")
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.
@@ -344,7 +377,8 @@ class _Stage:
         if done == len(self.layers):
             return torch.empty(0)
         path = self.files.hidden(done - 1) if done else None
-        self.files.remove_hidden(but=path)
+        if self.team.leads:
+            self.files.remove_hidden(but=path)
         if path is not None:
             self.journal.check_content(self.files.in_journal(path))
             return load_file(path, device=str(self.device))["hidden_states"]
@@ -356,7 +390,7 @@ class _Stage:
         """The layer that was read ahead, or read now."""
         content = None
         if self.ahead is None:
-            self._bring_near(self.source.layer_names(layer))
+            self._bring_near(self._own_names(layer))
         else:
             content, self.ahead = self.ahead.result(), None
         content = content or self._read_layer(layer)
@@ -370,7 +404,16 @@ class _Stage:
         if self.two_layers_fit:
             self.ahead = self.reader.submit(self._read_apart, layer)
         else:
-            self.ahead = self.reader.submit(self._bring_near, self.source.layer_names(layer))
+            self.ahead = self.reader.submit(self._bring_near, self._own_names(layer))
+
+    def _own_names(self, layer: int) -> list[str]:
+        """The layer's tensors that this rank reads: all but the other ranks' experts."""
+        names = []
+        for name in self.source.layer_names(layer):
+            parts = self.workspace.architecture.split_expert(self.workspace.architecture.split(name)[1])
+            if parts is None or parts[0] in self.experts:
+                names.append(name)
+        return names
 
     def _bring_near(self, names: list[str]) -> None:
         """Tensors' bytes into the system's page cache, which costs this process no memory: from the disk in large
@@ -383,7 +426,8 @@ class _Stage:
         whole = set()
         if not isinstance(self.weights, SourceModel):
             dequant = self.workspace.journal.stage("dequant")
-            for shard in sorted({*map(checkpoint.shard_of, names)}):
+            # Of several ranks each looks at its part of the shards, whose other tensors the others read.
+            for shard in sorted({*map(checkpoint.shard_of, names)})[self.team.rank :: self.team.size]:
                 if self.stopping.is_set():
                     return
                 if dequant.check_content(f"{BF16}/{shard}"):
@@ -392,7 +436,7 @@ class _Stage:
 
     def _read_apart(self, layer: int) -> LayerContent | None:
         """Read a layer beside the computations; None once stopping, or where it has no room there."""
-        self._bring_near(self.source.layer_names(layer))
+        self._bring_near(self._own_names(layer))
         if self.stopping.is_set():
             return None
         try:
@@ -406,7 +450,7 @@ class _Stage:
         arch, source = self.workspace.architecture, self.source
         names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
         hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
-        experts = range(source.expert_count() if arch.has_experts(layer) else 0)
+        experts = self.experts if arch.has_experts(layer) else range(0)
         with self.weights.checkpoint.reader() as reader, self.up.running():
             content = LayerContent(
                 torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
@@ -432,15 +476,14 @@ class _Stage:
         """Shard, statistics and hidden states, then the journal, then the last layer's hidden states may go."""
         begin = time.perf_counter()
         path = self.plan.folder / shard_name(self.workspace, layer)
-        prefix = self.workspace.architecture.layer_prefix(layer)
-        with write_shard(path, quantized_specs(self.workspace, layer)) as shard:
-            for spec in shard.specs:
-                shard.add(spec.name, self.down.to_host(result.tensors[spec.name.removeprefix(prefix)]))
+        record = self._write_shard(path, layer, result)
+        if record is None:
+            return
         hidden_path, statistics_path = self.files.hidden(layer), self.files.record(layer)
         hidden = save_tensors(hidden_path, {"hidden_states": self.down.to_host(result.hidden)})
         result.statistics["seconds"]["writing"] = round(time.perf_counter() - begin, 3)
         files = {
-            f"{AWQ}/{path.name}": shard.record,
+            f"{AWQ}/{path.name}": record,
             self.files.in_journal(hidden_path): hidden,
             self.files.in_journal(statistics_path): write_json(statistics_path, result.statistics),
         }
@@ -452,6 +495,27 @@ class _Stage:
         self.journal.finish_unit(layer_unit(layer), files)
         self.files.remove_hidden(but=hidden_path)
         self.workspace.reporter.unit(layer_unit(layer), **_summary(result.statistics))
+
+    def _write_shard(self, path: Path, layer: int, result: LayerResult) -> FileRecord | None:
+        """The layer's shard. Of several ranks each writes its own experts' tensors into it, and the leading one has its
+        record in the end."""
+        arch, specs = self.workspace.architecture, quantized_specs(self.workspace, layer)
+        prefix = arch.layer_prefix(layer)
+        if self.team.size == 1:
+            with write_shard(path, specs) as shard:
+                for spec in shard.specs:
+                    shard.add(spec.name, self.down.to_host(result.tensors[spec.name.removeprefix(prefix)]))
+            return shard.record
+        if self.team.leads:
+            begin_shard(path, specs)
+        self.writers.together()
+        with fill_shard(path, specs) as put:
+            for spec in file_order(specs):
+                local = spec.name.removeprefix(prefix)
+                if local in result.tensors and (self.team.leads or arch.split_expert(local) is not None):
+                    put(spec.name, self.down.to_host(result.tensors[local]))
+        self.writers.together()
+        return finish_shard(path) if self.team.leads else None
 
 
 def _weights(workspace: Workspace) -> _Weights:

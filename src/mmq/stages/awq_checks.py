@@ -11,6 +11,7 @@ from mmq.families.registry import architecture_of
 from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, total_device, total_host
 from mmq.quantize.decoder_layer import DecoderLayer, check_tokens, transformers_config
+from mmq.quantize.kv_cache import ORDERLESS
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET
 from mmq.recipe import FileSamples, Recipe
@@ -30,6 +31,7 @@ def checks(workspace: Workspace, before: Set[str]) -> list[Check]:
         Check("group size", lambda w: check_groups(w.source, w.recipe.awq.group_size)),
         *(order if workspace.recipe.awq.source == "bf16" and "dequant" not in before else []),
         Check("device", _device, weights=False),
+        Check("ranks", _ranks),
         Check("sequence length", _length, weights=False),
         Check("calibration samples, tokenizer and chat template", _calibration, weights=False),
         Check("decoder layers", _layers),
@@ -77,6 +79,20 @@ def widest_layer(source: SourceModel) -> int:
 
 def _device(workspace: Workspace) -> str:
     return str(present_device(workspace.recipe.awq.device))
+
+
+def _ranks(workspace: Workspace) -> str:
+    """Each has experts to work on, and what they observe can be put together."""
+    team, experts = workspace.team, workspace.source.expert_count()
+    if team.size > experts:
+        raise RecipeError(f"{team.size} ranks can't share {experts} experts a layer; start at most as many")
+    scheme = workspace.kv_cache_scheme
+    if team.size > 1 and scheme is not None and scheme.observer not in ORDERLESS:
+        raise RecipeError(
+            f"awq.kv_cache_scheme.observer: {scheme.observer} follows the order of the samples, which {team.size} ranks"
+            f" share; on several, {' or '.join(ORDERLESS)}"
+        )
+    return f"{team.size} for {experts} experts a layer"
 
 
 def _length(workspace: Workspace) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,8 @@ import torch
 
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.machine.device import named_device, peak_device, peak_host
-from mmq.machine.threads import computing, signals_held
-from mmq.storage.atomic import make_folder, remove_temporaries
+from mmq.machine.threads import computing, one_thread, signals_held
+from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries
 from mmq.text import bytes_text
 from mmq.workdir.journal import StageJournal
 from mmq.workdir.versions import versions
@@ -24,6 +25,8 @@ from mmq.workdir.workspace import Workspace
 
 # Python, torch and the libraries, before any tensor.
 BASE_MEMORY = 800 * 2**20
+# Seconds after which the leading rank looks for what others finished.
+TAKE_EVERY = 0.2
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,10 @@ class Stage(Protocol):
         """The inputs that decide the stage's bytes, by the name a user knows them by."""
 
     def work(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
-        """Do the units that the journal lacks, then complete the output folder."""
+        """Do this rank's part of the units that the journal lacks."""
+
+    def complete(self, workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+        """All units are done: complete the output folder."""
 
 
 class Stopped(MmqError):
@@ -134,13 +140,38 @@ def disk_of(folder: Path) -> int:
 
 
 def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
-    """Run or resume a stage; call under the work_dir's lock.
+    """Run or resume a stage, on all ranks; call under the work_dir's lock.
 
     Raises:
         MmqError: with one sentence. What was finished stays finished.
     """
-    plan = stage.plan(workspace)
+    plan, team, journal = stage.plan(workspace), workspace.team, workspace.journal.stage(stage.name)
+    if team.leads:
+        _begin(stage, workspace, plan, journal, restart)
+    _share_journal(workspace)
     journal = workspace.journal.stage(stage.name)
+    if journal.complete:
+        return
+    with _taking_letters(workspace, journal):
+        stage.work(workspace, plan, journal)
+        team.together()
+    if team.leads:
+        stage.complete(workspace, plan, journal)
+        journal.finish()
+        workspace.reporter.finish(stage.name)
+    _share_journal(workspace)
+
+
+def _share_journal(workspace: Workspace) -> None:
+    """All ranks know what the leading one's journal says."""
+    team = workspace.team
+    known = team.leader_says(workspace.journal.as_json() if team.leads else None)
+    if not team.leads:
+        workspace.journal.take(known)
+
+
+def _begin(stage: Stage, workspace: Workspace, plan: Plan, journal: StageJournal, restart: bool) -> None:
+    """Check and begin the stage, or resume it."""
     if restart:
         journal.reset()
         for folder in (plan.folder, workspace.folder("state") / stage.name):
@@ -166,9 +197,46 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     )
     if len(pending) < len(plan.units):
         workspace.reporter.note(f"{stage.name} resumes: {len(plan.units) - len(pending)} of {len(plan.units)} are done")
-    stage.work(workspace, plan, journal)
-    journal.finish()
-    workspace.reporter.finish(stage.name)
+
+
+def own_units(workspace: Workspace, plan: Plan, journal: StageJournal) -> list[Unit]:
+    """The units left to do that are this rank's: every rank's come in turns, since neighbours are alike in size."""
+    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    return pending[workspace.team.rank :: workspace.team.size]
+
+
+def finish_unit(workspace: Workspace, journal: StageJournal, unit: str, files: dict[str, FileRecord]) -> None:
+    """A unit's files are in place: the journal and its reader are told, by the leading rank."""
+    if workspace.team.leads:
+        journal.finish_unit(unit, files)
+        workspace.reporter.unit(unit)
+    else:
+        workspace.team.post([unit, {path: astuple(record) for path, record in files.items()}])
+
+
+@contextmanager
+def _taking_letters(workspace: Workspace, journal: StageJournal) -> Iterator[None]:
+    """The leading rank journals what the others finish while it works, and all of it by the block's end."""
+    team = workspace.team
+    if team.size == 1 or not team.leads:
+        yield
+        return
+    ended = threading.Event()
+
+    def take() -> None:
+        last = False
+        while not last:
+            last = ended.wait(TAKE_EVERY)
+            for unit, files in team.letters():
+                finish_unit(workspace, journal, unit, {path: FileRecord(*record) for path, record in files.items()})
+
+    with one_thread("mmq-letters") as pool:
+        taking = pool.submit(take)
+        try:
+            yield
+        finally:
+            ended.set()
+        taking.result()
 
 
 def begin_run(workspace: Workspace, journal: StageJournal) -> None:

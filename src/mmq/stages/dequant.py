@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import finish_folder
 from mmq.storage.shards import TensorSpec, shard_size, write_shard
 from mmq.workdir.journal import StageJournal
@@ -76,10 +76,12 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                 out = kept.of(spec) if spec.name in source.scales else None
                 shard.add(spec.name, source.read(reader, spec.name, out=out))
                 done += spec.nbytes + source.checkpoint.specs[spec.name].nbytes
-        journal.finish_unit(unit.name, {f"{BF16}/{unit.name}": shard.record})
-        reporter.unit(unit.name)
+        finish_unit(workspace, journal, unit.name, {f"{BF16}/{unit.name}": shard.record})
 
-    pending = [unit for unit in plan.units if unit.name not in journal.units]
-    in_threads(pending, convert, workspace.recipe.worker_count)
+    in_threads(own_units(workspace, plan, journal), convert, workspace.recipe.worker_count)
+
+
+def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    source = workspace.source
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])

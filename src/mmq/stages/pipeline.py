@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from mmq.recipe import Recipe
@@ -21,11 +22,16 @@ def stages_of(recipe: Recipe) -> list[str]:
 
 
 def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False) -> None:
-    """Run or resume stages under the work_dir's lock. Raises MmqError."""
-    stages = [STAGES[name] for name in names]
-    check_outputs(workspace, stages)
-    with lock(workspace.work_dir, workspace.reporter):
-        preflight(workspace, stages, restart=restart)
+    """Run or resume stages under the work_dir's lock, which the leading rank takes for all. Raises MmqError."""
+    stages, team = [STAGES[name] for name in names], workspace.team
+    if team.leads:
+        check_outputs(workspace, stages)
+    with lock(workspace.work_dir, workspace.reporter) if team.leads else nullcontext():
+        if team.leads:
+            preflight(workspace, stages, restart=restart)
+        # What is fetched from the hub is there for the others now.
+        team.together()
+        workspace.offline = workspace.offline or not team.leads
         for stage in stages:
             execute(stage, workspace, restart)
 

@@ -15,7 +15,7 @@ import torch
 
 from mmq.errors import CheckpointError, JournalError
 from mmq.serve.quantization_config import output_config
-from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, in_threads
+from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
 from mmq.tensors.fp8 import block_scales, quantize_block
@@ -60,7 +60,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     _awq_output(workspace)
     awq_journal = workspace.journal.stage("awq")
     quantized = Checkpoint.open(plan.source)
-    pending = [unit for unit in plan.units if unit.name not in journal.units]
+    pending = own_units(workspace, plan, journal)
     if pending:
         check_attention(workspace, quantized)
 
@@ -89,10 +89,13 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
                     tensor = scale if spec.name == scale_name(origin) else quantize_block(tensor, scale)
                 shard.add(spec.name, tensor)
                 done += 2 * spec.nbytes
-        journal.finish_unit(unit.name, {f"{HYBRID}/{unit.name}": shard.record})
-        reporter.unit(unit.name)
+        finish_unit(workspace, journal, unit.name, {f"{HYBRID}/{unit.name}": shard.record})
 
     in_threads(pending, restore, workspace.recipe.worker_count)
+
+
+def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
+    source = workspace.source
     kept = [name.removesuffix(".weight") for name in (*workspace.kept_scales, *_in_order(workspace))]
     config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])

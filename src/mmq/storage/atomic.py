@@ -36,21 +36,36 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         DiskSpaceError: the disk is full. Nothing is left behind, whatever the error.
         CheckpointError: bytes that were to be written could not be had from the mapped file that they lie in.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary_path(path)
     try:
-        with naming(path):
+        with named_errors(path):
             with open(temporary, "wb", buffering=0) as file:
                 yield file
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             sync_folder(path.parent)
-    except BaseException as error:
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise
+
+
+def temporary_path(path: Path) -> Path:
+    """What a file is called until it is whole."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
+
+
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """What goes wrong while `path` is written, as `atomic_file` raises it."""
+    try:
+        with naming(path):
+            yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskSpaceError(
                 f"the disk is full: {path} could not be written; free some room and run again"
             ) from error
-        if isinstance(error, OSError) and error.errno == errno.EFAULT:
+        if error.errno == errno.EFAULT:
             raise CheckpointError(
                 f"what belongs into {path} could not be read: the file that it comes from was cut short meanwhile, or"
                 " its disk failed"

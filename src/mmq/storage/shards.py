@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 import xxhash
 
-from mmq.storage.atomic import FileRecord, atomic_file, write_all
+from mmq.storage.atomic import (
+    FileRecord,
+    atomic_file,
+    file_digest,
+    named_errors,
+    sync_folder,
+    temporary_path,
+    write_all,
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -80,8 +90,7 @@ class ShardWriter:
         if found != spec:
             raise ValueError(f"the shard's next tensor is {spec}, not {found}")
         self._next += 1
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        self._put(raw.numpy().data)
+        self._put(_raw(tensor))
 
     def record(self, name: str) -> FileRecord:
         if self._next != len(self.specs):
@@ -120,6 +129,42 @@ def write_shard(path: Path, specs: Iterable[TensorSpec]) -> Iterator[PendingShar
     pending._record = record
 
 
+def begin_shard(path: Path, specs: Iterable[TensorSpec]) -> None:
+    """Make the file that several processes fill with `fill_shard`, under its temporary name: header and size."""
+    with named_errors(path), open(temporary_path(path), "wb", buffering=0) as file:
+        write_all(file, _header(file_order(specs)))
+        file.truncate(shard_size(specs))
+
+
+@contextmanager
+def fill_shard(path: Path, specs: Iterable[TensorSpec]) -> Iterator[Callable[[str, torch.Tensor], None]]:
+    """Put some of the tensors of a begun shard in their places; on disk when the block ends."""
+    ordered = file_order(specs)
+    ends = accumulate((spec.nbytes for spec in ordered), initial=len(_header(ordered)))
+    places = {spec.name: (spec, start) for spec, start in zip(ordered, ends, strict=False)}
+    with named_errors(path), open(temporary_path(path), "rb+", buffering=0) as file:
+
+        def put(name: str, tensor: torch.Tensor) -> None:
+            spec, start = places[name]
+            if TensorSpec(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != spec:
+                raise ValueError(f"the shard holds {spec}, not {tensor.dtype} {tuple(tensor.shape)}")
+            file.seek(start)
+            write_all(file, _raw(tensor))
+
+        yield put
+        os.fsync(file.fileno())
+
+
+def finish_shard(path: Path) -> FileRecord:
+    """All has been put into a begun shard: give it its name."""
+    with named_errors(path):
+        temporary = temporary_path(path)
+        record = FileRecord(path.name, temporary.stat().st_size, file_digest(temporary))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    return record
+
+
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> FileRecord:
     """Write the tensors as one safetensors file, atomically."""
     specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
@@ -133,6 +178,11 @@ def shard_size(specs: Iterable[TensorSpec]) -> int:
     """Bytes of the file that `write_shard` would make."""
     ordered = file_order(specs)
     return len(_header(ordered)) + sum(spec.nbytes for spec in ordered)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(specs: list[TensorSpec]) -> bytes:

@@ -1,7 +1,7 @@
 """Which of three ways of computing the same is taken: torch's, numba's on a CPU or Triton's on a GPU.
 
 What each operation computes is said, and computed by torch, in `int4`, `experts`, `rounding` and `fp8`; these ask here,
-and import `compiled` or a module of `fused` where that is the faster way and works. Nothing above this room knows of it.
+and import `compiled` or a module of `fused` where that is the faster way and works. No room above this knows of it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Numbers at one time from which on the second that a function takes to compile is well spent.
-COMPILED_FROM = 2**18
+# Numbers at one time from which on the second that a function takes to compile is well spent; of stacked matrices, in
+# one of them. How many are given at a time must not decide: sums of two ways differ in their last bits.
+COMPILED_FROM, COMPILED_MATRIX = 2**18, 2**15
 # What kernels of one pass take.
 _ONE_PASS = (torch.bfloat16, torch.float8_e4m3fn)
 
@@ -26,14 +27,17 @@ class Way(Enum):
     TRITON = "triton"
 
 
-def way(tensor: torch.Tensor) -> Way:
+def way(tensor: torch.Tensor, whole: int | None = None) -> Way:
     """How an operation on such a tensor is best computed, if it has more forms than torch's.
+
+    Args:
+        whole: numbers in all, where the tensor is a part of them whose size may be any.
 
     A module that is not taken is not imported either: numba takes a second, and Triton need not be there.
     """
-    if tensor.numel() == 0:
+    if not (tensor.numel() if whole is None else whole):
         return Way.TORCH
-    if worth_compiling(tensor):
+    if worth_compiling(tensor, whole):
         return Way.NUMBA
     return Way.TRITON if tensor.dtype in _ONE_PASS and triton_works(tensor.device) else Way.TORCH
 
@@ -54,21 +58,24 @@ def torch_multiplies_faster(rows: torch.Tensor) -> bool:
     return rows.device.type == "cuda" or way_of_products(rows) is Way.TORCH
 
 
-def worth_compiling(tensor: torch.Tensor) -> bool:
+def worth_compiling(tensor: torch.Tensor, whole: int | None = None) -> bool:
     """Whether a function of `compiled` is the faster way."""
-    return compiles(tensor, *_ONE_PASS)
-
-
-def compiles(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether a tensor of one of some dtypes is on a CPU, and large enough for compiling to be well spent."""
-    return tensor.device.type == "cpu" and tensor.dtype in dtypes and tensor.numel() >= COMPILED_FROM
+    if tensor.device.type != "cpu" or tensor.dtype not in _ONE_PASS:
+        return False
+    return _is_large(tensor) if whole is None else whole >= COMPILED_FROM
 
 
 def way_of_columns(weight: torch.Tensor) -> Way:
     """How stacked fp32 weights are rounded column by column, and their group scales searched."""
-    if compiles(weight, torch.float32):
+    if weight.device.type == "cpu" and _is_large(weight):
         return Way.NUMBA
     return Way.TRITON if weight.numel() and triton_works(weight.device) else Way.TORCH
+
+
+def _is_large(tensor: torch.Tensor) -> bool:
+    if tensor.dim() < 3:
+        return tensor.numel() >= COMPILED_FROM
+    return tensor.shape[0] > 0 and tensor[0].numel() >= COMPILED_MATRIX
 
 
 def triton_works(device: torch.device) -> bool:

@@ -58,14 +58,30 @@ class Rows:
         """Rows of each expert."""
         return [end - start for start, end in zip([0, *self.ends[:-1]], self.ends, strict=True)]
 
+    def of_experts(self, first: int, last: int) -> Rows:
+        """The rows of experts first..last alone. `place` stays as it is."""
+        begin = self.ends[first - 1] if first else 0
+        return Rows(self.token[begin : self.ends[last - 1]], [end - begin for end in self.ends[first:last]], self.place)
+
     def pieces(self, first: int, last: int, most: int) -> Iterator[Piece]:
-        """The rows of experts first..last, at most so many at a time."""
-        begin, end = self.ends[first - 1] if first else 0, self.ends[last - 1]
-        for start in range(begin, end, most):
-            stop = min(start + most, end)
-            local = [min(max(own - start, 0), stop - start) for own in self.ends[first:last]]
-            ends = torch.tensor(local, dtype=torch.int32, device=self.token.device)
-            yield Piece(first, last, start, stop, ends)
+        """The rows of experts first..last, at most so many at a time. An expert with more is cut by itself, so that how
+        its rows come together depends on nothing but their number."""
+        begins = [self.ends[expert - 1] if expert else 0 for expert in range(first, last)]
+        start = stop = begins[0]
+        for begin, end in zip(begins, self.ends[first:last], strict=True):
+            if end - start > most and begin > start:
+                yield self._piece(first, last, start, begin)
+                start = begin
+            while end - start > most:
+                yield self._piece(first, last, start, start + most)
+                start += most
+            stop = end
+        if stop > start:
+            yield self._piece(first, last, start, stop)
+
+    def _piece(self, first: int, last: int, start: int, stop: int) -> Piece:
+        local = [min(max(own - start, 0), stop - start) for own in self.ends[first:last]]
+        return Piece(first, last, start, stop, torch.tensor(local, dtype=torch.int32, device=self.token.device))
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -168,20 +184,26 @@ def combine(
 
 
 def token_losses(
-    outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, reference: torch.Tensor, first: int = 0
+    outputs: torch.Tensor,
+    place: torch.Tensor,
+    weights: torch.Tensor,
+    reference: torch.Tensor,
+    first: int = 0,
+    whole: int | None = None,
 ) -> torch.Tensor:
     """Each token's sum of squared differences between what `combine` makes of a block's outputs and a reference.
 
     Args:
         outputs, place, weights, first: as `combine` takes them.
         reference: float32 [T, H].
+        whole: numbers of the outputs of all batches.
 
     Returns:
         float32 [T]. A token is summed whole, so neither threads nor how tokens are shared out decide anything.
     """
     if place.shape[0] == 0:
         return reference.new_zeros(0)
-    match way(outputs):
+    match way(outputs, whole):
         case Way.NUMBA:
             from mmq.tensors import compiled
 
@@ -193,14 +215,15 @@ def token_losses(
     return combine(outputs, place, weights, reference.neg(), first).square_().sum(1)
 
 
-def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor, whole: int | None = None) -> torch.Tensor:
     """Sum of the squares of each expert's rows: float64 [E].
 
     Args:
         rows: [R, n], sorted by expert.
         ends: int32 [E], where each expert's rows end.
+        whole: numbers of all experts' rows.
     """
-    match way(rows):
+    match way(rows, whole):
         case Way.NUMBA:
             from mmq.tensors import compiled
 
@@ -279,6 +302,9 @@ def _split(rows: torch.Tensor, ends: torch.Tensor) -> Iterator[torch.Tensor]:
         start = end
 
 
-def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Of float32 [n, m], overwritten: float64 []. Rows are summed whole, so the number of threads decides nothing."""
-    return x.square_().sum(1).sum(dtype=torch.float64)
+def row_squares(x: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of the rows of float32 [n, m], overwritten: [n].
+
+    Rows are summed whole, so that neither the number of threads nor how rows are shared out decides anything.
+    """
+    return x.square_().sum(1)

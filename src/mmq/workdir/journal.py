@@ -203,10 +203,14 @@ class StageJournal:
 
 
 class Journal:
-    """The journal of a work_dir. Open it for writing only under `lock`."""
+    """The journal of a work_dir. Open it for writing only under `lock`.
 
-    def __init__(self, work_dir: Path) -> None:
-        self.work_dir = work_dir
+    Args:
+        writes: it is kept up to date on the disk; it has one writer.
+    """
+
+    def __init__(self, work_dir: Path, writes: bool = True) -> None:
+        self.work_dir, self._writes = work_dir, writes
         self.mutex = threading.RLock()
         self._stages: dict[str, StageJournal] = {}
         path = work_dir / JOURNAL_NAME
@@ -215,12 +219,7 @@ class Journal:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content["format"]
-            stages = _MIGRATIONS[version](content["stages"]) if version in _MIGRATIONS else {}
-            for name, record in stages.items():
-                stage = StageJournal(self, name, record)
-                for unit in stage.units:
-                    stage.files(unit)
-                self._stages[name] = stage
+            self.take(_MIGRATIONS[version](content["stages"]) if version in _MIGRATIONS else {})
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
             raise JournalError(f"the journal {path} can't be read ({type(error).__name__}: {error})") from None
         if version not in _MIGRATIONS:
@@ -230,9 +229,21 @@ class Journal:
         return self._stages.setdefault(name, StageJournal(self, name, None))
 
     def save(self) -> None:
-        with self.mutex:
-            stages = {name: stage.as_json() for name, stage in self._stages.items() if stage.begun}
-            write_json(self.work_dir / JOURNAL_NAME, {"format": FORMAT, "stages": stages})
+        if self._writes:
+            with self.mutex:
+                write_json(self.work_dir / JOURNAL_NAME, {"format": FORMAT, "stages": self.as_json()})
+
+    def as_json(self) -> dict[str, Facts]:
+        """Its stages."""
+        return {name: stage.as_json() for name, stage in self._stages.items() if stage.begun}
+
+    def take(self, stages: dict[str, Facts]) -> None:
+        """Stages as `as_json` had them, in place of those that it has of these names."""
+        for name, record in stages.items():
+            stage = StageJournal(self, name, record)
+            for unit in stage.units:
+                stage.files(unit)
+            self._stages[name] = stage
 
 
 def _from_format_1(stages: dict[str, Facts]) -> dict[str, Facts]:

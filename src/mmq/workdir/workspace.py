@@ -9,6 +9,7 @@ from pathlib import Path
 from mmq.errors import RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.recipe import KvCacheScheme, Recipe
 from mmq.source.hub import is_hub_id, source_refused
 from mmq.source.model import SourceModel
@@ -30,16 +31,20 @@ class Workspace:
     Attributes:
         offline: never fetch the source from the hub.
         calibration: the tokens, once they are made.
+        team: the ranks that work on it.
     """
 
     recipe: Recipe
     reporter: Reporter
     offline: bool = False
     calibration: Tokens | None = None
+    team: Team = ALONE
 
     @classmethod
-    def of(cls, recipe: Recipe, listener: Listener | None = None, offline: bool = False) -> Workspace:
-        return cls(recipe, Reporter(listener), offline)
+    def of(
+        cls, recipe: Recipe, listener: Listener | None = None, offline: bool = False, team: Team = ALONE
+    ) -> Workspace:
+        return cls(recipe, Reporter(listener), offline, team=team)
 
     @property
     def work_dir(self) -> Path:
@@ -50,7 +55,7 @@ class Workspace:
 
     @cached_property
     def journal(self) -> Journal:
-        return Journal(self.work_dir)
+        return Journal(self.work_dir, writes=self.team.leads)
 
     @cached_property
     def source(self) -> SourceModel:

@@ -1,0 +1,140 @@
+"""Several real processes on one run: the same bytes, whoever is killed, and one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import SAMPLES, cpu_only, write_recipe
+from faults.harness import FOLDERS, differences, leftovers
+from mmq.errors import RecipeError
+from mmq.machine.team import Team
+from mmq.recipe import load
+from mmq.source.synth import Sizes, write_checkpoint, write_samples
+from mmq.stages.pipeline import STAGES
+from mmq.workdir.lock import lock_holder
+from mmq.workdir.workspace import Workspace
+
+# Experts and sequences that don't divide by the ranks.
+ODD = Sizes(layers=2, hidden=128, intermediate=128, experts=11, top_k=2, heads=2, kv_heads=1, head_dim=64)
+MMQ = [sys.executable, "-m", "mmq"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+# More than any of these runs can take, however busy the machine.
+LIMIT = 300
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with a finished run of one process in `wanted`."""
+    folder = tmp_path_factory.mktemp("odd")
+    write_checkpoint(folder / "source", ODD, shards=3, shuffle=True)
+    write_samples(folder / "samples.jsonl", SAMPLES)
+    write_recipe(folder)
+    run(MMQ, folder, "wanted")
+    return folder
+
+
+def run(command: list[str], folder: Path, work_dir: str, *options: str, code: int = 0) -> str:
+    """`mmq run`; its standard error."""
+    given = ["run", str(folder / "recipe.yaml"), "--quiet", "--set", f"work_dir={work_dir}", *options]
+    process = subprocess.run([*command, *given], capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert process.returncode == code, process.stderr
+    assert process.stdout == ""
+    return process.stderr
+
+
+@cpu_only
+def test_three_ranks_are_killed_and_two_go_on(odd: Path) -> None:
+    """A killed rank ends the others, and the sentence names it. Two go on, to the bytes that one makes."""
+    command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=killed", "--devices", "3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_layer(odd / "killed")
+        killed = ranks_of(process.pid)[1]
+        os.kill(killed, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=LIMIT)
+    assert process.returncode == 2
+    assert re.match(rf"error: rank 1 \(process {killed} on \S+\) died without a word", stderr)
+    assert len(stderr.splitlines()) == 1
+    assert run(MMQ, odd, "killed", "--devices", "2") == ""
+    assert differences(odd / "killed", odd / "wanted", FOLDERS) == []
+    assert leftovers(odd / "killed") == []
+
+
+@cpu_only
+def test_torchrun_and_what_each_rank_took(odd: Path) -> None:
+    run([*TORCHRUN, "2", "-m", "mmq"], odd, "torchrun")
+    assert differences(odd / "torchrun", odd / "wanted", FOLDERS) == []
+    verified = [json.loads((odd / run / "verify.json").read_text()) for run in ("torchrun", "wanted")]
+    assert verified[0] | {"folder": ""} == verified[1] | {"folder": ""}
+    for layer in json.loads((odd / "torchrun" / "state" / "awq" / "layers.json").read_text()):
+        assert len(layer["ranks"]) == 2
+        for rank in layer["ranks"]:
+            assert 0 <= rank["waited"] <= rank["seconds"]
+
+
+@cpu_only
+def test_a_signal_to_the_launcher_ends_all_in_order(odd: Path) -> None:
+    command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=stopped", "--devices", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_layer(odd / "stopped")
+        ranks = ranks_of(process.pid)
+        for rank in ranks.values():
+            os.kill(rank, signal.SIGSTOP)
+        other = run(MMQ, odd, "stopped", "--devices", "2", code=2)
+        for rank in ranks.values():
+            os.kill(rank, signal.SIGCONT)
+        assert re.match(rf"error: \S+ is in use by process {ranks[0]} ", other)
+        assert len(other.splitlines()) == 1
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert stderr.startswith("stopped: finished shards and layers are safe; go on with: mmq run ")
+    assert "--devices 2" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+
+
+@cpu_only
+def test_what_two_ranks_can_not_put_together_is_refused_once(odd: Path) -> None:
+    observer = ["--devices", "2", "--set", "awq.kv_cache_scheme.observer=minmax"]
+    stderr = run(MMQ, odd, "refused", *observer, code=2)
+    assert "minmax follows the order of the samples, which 2 ranks share" in stderr
+    assert len(stderr.splitlines()) == 1
+    assert not (odd / "refused" / "awq").exists()
+
+
+def test_more_ranks_than_experts_are_refused(odd: Path) -> None:
+    workspace = Workspace.of(load(odd / "recipe.yaml"))
+    workspace.team = Team(0, 12)
+    (check,) = (check for check in STAGES["awq"].checks(workspace, set()) if check.name == "ranks")
+    with pytest.raises(RecipeError, match="12 ranks can't share 11 experts a layer"):
+        check.look(workspace)
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Processes of a launcher's ranks, by rank."""
+    found = {}
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if entry.startswith(b"RANK="):
+                found[int(entry.partition(b"=")[2])] = int(child)
+    return found
+
+
+def wait_for_layer(work_dir: Path) -> None:
+    """Until a layer is being worked on."""
+    until = time.monotonic() + LIMIT
+    while time.monotonic() < until:
+        holder = lock_holder(work_dir)
+        if holder and holder.progress and holder.progress["unit"].startswith("layer-"):
+            return
+        time.sleep(0.05)
+    raise AssertionError("no layer was begun")
