@@ -87,6 +87,8 @@ def test_awq_memory_by_hand() -> None:
     assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 126)
     assert awq_memory(100, 10, 500, 100, True) == AwqMemory(7110, 100 + 20 + 9000 + 12)
     assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
+    # A half of the layer, its shard and the fp32 sums; rows of half of the tokens, sent and arriving.
+    assert awq_memory(100, 10, 6, 7, False, ranks=2, top_k=3) == AwqMemory(50 + 5 + 36 + 24 + 18 + 7, 0)
     assert awq_memory(100, 10, 5, 7, False, compensated=True) == AwqMemory(100 + 30 + 70 + 7, 0)
     assert awq_memory(100, 10, 5, 10**9, True, compensated=True) == AwqMemory(200, 100 + 10 + 70 + 210)
 
@@ -112,6 +114,12 @@ def test_the_whole_plan_from_config_alone(real: Path) -> None:
     assert folders["state"] == 2 * 128 * 1024 * 3072 * 2
     serving = value["serving"]
     assert (serving["gpus"], serving["gpu_memory"]) == (4, 48 * GIB)
+    one, two, four = value["ranks"]
+    assert [row["ranks"] for row in (one, two, four)] == [1, 2, 4]
+    assert one["sent_per_layer"] == 0
+    assert one["times_faster"] == {"NVLink": 1.0, "PCIe 4": 1.0}
+    assert one["device_memory"] > two["device_memory"] > four["device_memory"]
+    assert 1 < two["times_faster"]["NVLink"] < four["times_faster"]["NVLink"] < 4
     tokens = {(row["checkpoint"], row["cache"]): row["tokens"] for row in serving["rows"]}
     assert tokens == {("hybrid", "bf16"): 183_241, ("hybrid", "fp8"): 366_482, ("awq", "bf16"): 172_492}
     assert serving["warnings"] == []
@@ -194,7 +202,7 @@ def test_other_bad_options(arguments: list[str], sentence: str, real: Path) -> N
         ({"vocab_size": True}, "vocab_size is True"),
         ({"hidden_size": 10**400}, "instead of a number from 1"),
         ({"head_dim": None, "hidden_size": 5}, "head_dim is 0"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; mmq reads fp8 (block fp8)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; mmq reads fp8, compressed-tensors"),
         ({"quantization_config": ["fp8"]}, "quantization_config is ['fp8'] instead of an object"),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},

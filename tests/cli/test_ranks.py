@@ -74,6 +74,8 @@ def test_torchrun_and_what_each_rank_took(odd: Path) -> None:
     assert differences(odd / "torchrun", odd / "wanted", FOLDERS) == []
     verified = [json.loads((odd / run / "verify.json").read_text()) for run in ("torchrun", "wanted")]
     assert verified[0] | {"folder": ""} == verified[1] | {"folder": ""}
+    report = (odd / "torchrun" / "report" / "report.html").read_text()
+    assert "it stood still for the others" in report
     for layer in json.loads((odd / "torchrun" / "state" / "awq" / "layers.json").read_text()):
         assert len(layer["ranks"]) == 2
         for rank in layer["ranks"]:
@@ -88,6 +90,13 @@ def test_a_signal_to_the_launcher_ends_all_in_order(odd: Path) -> None:
         ranks = ranks_of(process.pid)
         for rank in ranks.values():
             os.kill(rank, signal.SIGSTOP)
+        status = subprocess.run(
+            [*MMQ, "status", str(odd / "recipe.yaml"), "--set", "work_dir=stopped", "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert len(json.loads(status.stdout)["running"]["ranks"]) == 2
         other = run(MMQ, odd, "stopped", "--devices", "2", code=2)
         for rank in ranks.values():
             os.kill(rank, signal.SIGCONT)

@@ -103,6 +103,16 @@ def _show(output: Output, value: dict[str, Any]) -> None:
         output.note(f"{scaled}: {'; '.join(cache['without'])}")
     if "serving" not in value:
         return
+    rows = [
+        {
+            "ranks": row["ranks"],
+            "memory of each GPU": gib_text(row["device_memory"]) + ("" if row["fits"] else ", too much"),
+            "sent a layer": bytes_text(row["sent_per_layer"]),
+            **{f"times faster, {link}": f"{times:.1f}" for link, times in row["times_faster"].items()},
+        }
+        for row in value["ranks"]
+    ]
+    output.result({}, "The awq stage on several GPUs, computing alone, by a model (docs/scaling.md)", rows)
     fit = value["serving"]
     rows = [
         {

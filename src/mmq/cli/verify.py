@@ -76,6 +76,8 @@ def status(
             output.note(f"removed by mmq clean: {', '.join(removed)}")
         if found["running"] and not json:
             output.note(_at_work(found["running"]))
+            for rank, where in enumerate(found["running"].get("ranks", [])):
+                output.note(f"rank {rank}: {where or 'has said nothing yet'}")
         evaluated = any(stage["stage"] == "eval" and stage["state"] == "complete" for stage in found["stages"])
         further = "" if evaluated else f"; {shlex.join(['mmq', 'eval', *again])} compares it with its source"
         output.hint(found["next"] or f"nothing, the result is verified{further}")

@@ -180,8 +180,11 @@ class Team:
         if self.size > 1 and time.monotonic() - self._told > TOLD_EVERY:
             self._live_once()
 
-    def whereabouts(self, rank: int) -> str:
-        """Where a rank said last that it is; empty where it said nothing."""
+    def whereabouts(self) -> list[str]:
+        """Where each of several ranks said last that it is; empty where it said nothing."""
+        return [self._whereabouts(rank) for rank in range(self.size)] if self.size > 1 else []
+
+    def _whereabouts(self, rank: int) -> str:
         return (self._known(f"alive/{rank}") or "").partition(" ")[2]
 
     def _live(self) -> None:
@@ -288,7 +291,7 @@ class Team:
         return found
 
     def _last_words(self, rank: int) -> str:
-        where = self.whereabouts(rank)
+        where = self._whereabouts(rank)
         return f"; the last that it said was: {where}" if where else ""
 
     @contextmanager
@@ -309,7 +312,7 @@ class Team:
             found = self.failure(LAST_WORDS)
             if found is None:
                 others = (rank for rank in range(self.size) if rank != self.rank)
-                said = "; ".join(f"rank {rank}{self._place(rank)} was at: {self.whereabouts(rank)}" for rank in others)
+                said = "; ".join(f"rank {rank}{self._place(rank)} was at: {self._whereabouts(rank)}" for rank in others)
                 found = RankError(
                     f"the ranks' {what} failed or took more than {PATIENCE:.0f} seconds (MMQ_RANK_TIMEOUT):"
                     f" {one_line(error)}; {said}"

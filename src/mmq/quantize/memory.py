@@ -14,9 +14,16 @@ class AwqMemory:
 
 
 def awq_memory(
-    layer: int, shard: int, hidden_states: int, budget: int, gpu: bool, compensated: bool = False
+    layer: int,
+    shard: int,
+    hidden_states: int,
+    budget: int,
+    gpu: bool,
+    compensated: bool = False,
+    ranks: int = 1,
+    top_k: int = 0,
 ) -> AwqMemory:
-    """Peaks of the awq stage.
+    """Peaks of the awq stage, on each of some ranks.
 
     Args:
         layer: bytes of the widest decoder layer in bf16.
@@ -26,9 +33,15 @@ def awq_memory(
         gpu: the search runs on a GPU, not on the host.
         compensated: rounding compensates errors. It takes half of the budget, and keeps the experts twice as they may
             be stored, with and without smoothing, on the host.
+        ranks: how many share the experts.
+        top_k: of several ranks: experts a token.
     """
+    layer, shard = layer // ranks, shard // ranks
     # bf16 hidden states, residual stream and block input; fp32 reference and output; the packed layer being written.
-    working = layer + shard + 14 * hidden_states
+    working = layer + shard + 6 * hidden_states + 8 * hidden_states // ranks
+    if ranks > 1:
+        # Rows that are sent and rows that arrive, in bf16, of the largest share: half of the tokens.
+        working += 2 * top_k * hidden_states // ranks
     kept = 2 * shard if compensated else 0
     searching = min(budget, 4 * (layer + hidden_states))
     if not gpu:

@@ -16,7 +16,15 @@ import mmq
 from mmq.prove import evaluate
 from mmq.report.facts import RunFacts
 from mmq.report.plots import PLOTS, Drawn
-from mmq.report.tables import Table, checks_table, components_table, fingerprints_table, layers_table, stages_table
+from mmq.report.tables import (
+    Table,
+    checks_table,
+    components_table,
+    fingerprints_table,
+    layers_table,
+    ranks_table,
+    stages_table,
+)
 from mmq.report.tiles import tiles
 from mmq.storage.atomic import write_bytes
 from mmq.text import count_text
@@ -89,6 +97,7 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         evaluated=_evaluated(evaluation) if evaluation else "",
         checks=checks_table(facts),
         stages=stages_table(facts),
+        ranks=ranks_table(facts),
         fingerprints=fingerprints_table(facts),
         versions=Table(
             "versions",

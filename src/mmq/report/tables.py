@@ -103,6 +103,29 @@ def checks_table(facts: RunFacts) -> Table | None:
     return Table("checks", [{"check": name, "looked at": f"{count:,}"} for name, count in checks], long=("check",))
 
 
+def ranks_table(facts: RunFacts) -> Table | None:
+    """What each of several ranks took for the awq stage's layers, and how long it stood still for the others."""
+    layers = [layer["ranks"] for layer in facts.all_layers if "ranks" in layer]
+    if not layers:
+        return None
+    rows = []
+    for number in range(max(map(len, layers))):
+        own = [ranks[number] for ranks in layers if number < len(ranks)]
+        seconds = sum(rank["seconds"] for rank in own)
+        rows.append(
+            {
+                "rank": str(number),
+                "host": str(own[-1]["host"]),
+                "layers": str(len(own)),
+                "time": duration_text(seconds),
+                "waited": f"{sum(rank['waited'] for rank in own) / seconds:.1%}" if seconds else NOTHING,
+                "peak host": _bytes(max(rank["peak_host_bytes"] for rank in own)),
+                "peak device": _bytes(max(rank["peak_device_bytes"] for rank in own)),
+            }
+        )
+    return Table("ranks", rows, words=("host",))
+
+
 def stages_table(facts: RunFacts) -> Table:
     rows = [
         {

@@ -101,7 +101,9 @@ def plan(workspace: Workspace) -> Plan:
     budget = recipe.awq.memory_budget or default_budget(device)
     largest = max(unit.written for unit in units)
     compensated = recipe.awq.rounding == "compensated"
-    memory = awq_memory(widest, largest, hidden_states, budget, device.type != "cpu", compensated)
+    top_k, ranks = int(source.config[source.architecture.top_k_key]), workspace.team.size
+    gpu = device.type != "cpu"
+    memory = awq_memory(widest, largest, hidden_states, budget, gpu, compensated, ranks, top_k)
     # The hidden states after a layer and, until its journal entry is written, those after the layer before it.
     states = 2 * hidden_states * torch.bfloat16.itemsize
     if compensated:
@@ -228,13 +230,14 @@ class _Stage:
         beside the one at work; on a CPU one layer is the promise."""
         if self.device.type != "cuda":
             return False
-        layer = widest_layer(self.source) // self.team.size
-        largest = max(unit.written for unit in self.plan.units) // self.team.size
-        fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True).device
+        layer = widest_layer(self.source)
+        largest = max(unit.written for unit in self.plan.units)
+        top_k = int(self.source.config[self.source.architecture.top_k_key])
+        fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True, ranks=self.team.size, top_k=top_k).device
         room = free_device(self.device) - fixed
         if self.workspace.recipe.awq.memory_budget is None:
             self.quantizer.budget = max(LEAST_BUDGET, min(self.quantizer.budget, room - SPARE_MEMORY))
-        return room >= self.quantizer.budget + layer
+        return room >= self.quantizer.budget + layer // self.team.size
 
     def __enter__(self) -> _Stage:
         return self
@@ -348,7 +351,6 @@ class _Stage:
 
     def _say(self, layer: int, part: str, share: float, at: str) -> None:
         self.workspace.reporter.step(layer_unit(layer), part, share, 1.0, at)
-        self.team.at(f"{layer_unit(layer)}: {part}{f', {at}' if at else ''}")
 
     def _excluded(self) -> list[int]:
         """Samples that finished layers left out, counted from 1.

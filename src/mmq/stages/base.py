@@ -152,6 +152,8 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     journal = workspace.journal.stage(stage.name)
     if journal.complete:
         return
+    if not team.leads:
+        workspace.reporter.start(stage.name, {unit.name: unit.weight for unit in plan.units}, journal.units)
     with _taking_letters(workspace, journal):
         stage.work(workspace, plan, journal)
         team.together()

@@ -26,7 +26,10 @@ def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False
     stages, team = [STAGES[name] for name in names], workspace.team
     if team.leads:
         check_outputs(workspace, stages)
-    with lock(workspace.work_dir, workspace.reporter) if team.leads else nullcontext():
+    with (
+        workspace.reporter.recorded(lambda progress: team.at(f"{progress.stage}, {progress.doing}")),
+        lock(workspace.work_dir, workspace.reporter, team.whereabouts) if team.leads else nullcontext(),
+    ):
         if team.leads:
             preflight(workspace, stages, restart=restart)
         # What is fetched from the hub is there for the others now.

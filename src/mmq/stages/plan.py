@@ -22,6 +22,7 @@ from mmq.families.sizes import (
 from mmq.families.table import Architecture
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
+from mmq.quantize.scaling import rank_costs
 from mmq.recipe import Recipe
 from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
@@ -57,8 +58,34 @@ def make_plan(
         "awq_memory": _awq_memory(recipe, dims, forms),
     }
     if gpus is not None:
+        value["ranks"] = _ranks(recipe, dims, forms, gpus, config)
         value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
     return value
+
+
+def _ranks(recipe: Recipe, dims: Dimensions, forms: Forms, gpus: Gpus, config: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the awq stage takes of each of these GPUs, and how much faster it is than on one, by a model."""
+    arch = architecture_of(config)
+    layer, shard = layer_bytes(forms["bf16"], dims), max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
+    tokens, top_k, inner = most_tokens(recipe), int(config[arch.top_k_key]), int(config[arch.intermediate_key])
+    compensated, budget = recipe.awq.rounding == "compensated", recipe.awq.memory_budget or DEFAULT_BUDGET["cuda"]
+    rows = []
+    alone = rank_costs(tokens, dims.hidden, inner, top_k, 1)
+    for ranks in sorted({1, *(2**power for power in range(1, gpus.count.bit_length())), gpus.count}):
+        if ranks > int(config[arch.experts_key]):
+            continue
+        memory = awq_memory(layer, shard, tokens * dims.hidden, budget, True, compensated, ranks, top_k)
+        costs = rank_costs(tokens, dims.hidden, inner, top_k, ranks)
+        rows.append(
+            {
+                "ranks": ranks,
+                "device_memory": memory.device,
+                "fits": memory.device <= gpus.memory,
+                "sent_per_layer": costs.exchanged + costs.gathered,
+                "times_faster": {link: round(alone.seconds[link] / own, 2) for link, own in costs.seconds.items()},
+            }
+        )
+    return rows
 
 
 def _kv_cache(recipe: Recipe, arch: Architecture, dims: Dimensions) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,7 +33,8 @@ class Holder:
     Attributes:
         since: local time of its host.
         seen: it lives; False on another host, where that can't be seen.
-        progress: `Progress` as it told it last, and `told`, seconds since the epoch; None where it has told none.
+        progress: `Progress` as it told it last, and `told`, seconds since the epoch; None where it has told none. Of
+            several ranks, `ranks` too: where each of them said last that it is.
     """
 
     process: int
@@ -64,7 +65,7 @@ def _progress(text: str) -> dict[str, Any] | None:
     """The figures of a lock file's second line; None where it is not whole."""
     try:
         found = json.loads(text)
-        Progress(**{key: value for key, value in found.items() if key != "told"})
+        Progress(**{key: value for key, value in found.items() if key not in ("told", "ranks")})
     except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     return found if isinstance(found.get("told"), float) else None
@@ -98,11 +99,12 @@ LOCK_NAME = "lock"
 
 
 @contextmanager
-def lock(work_dir: Path, reporter: Reporter | None = None) -> Iterator[None]:
+def lock(work_dir: Path, reporter: Reporter | None = None, ranks: Callable[[], list[str]] = list) -> Iterator[None]:
     """Hold the work_dir for this process. The system releases the lock of a dead one.
 
     Args:
         reporter: its progress is to be seen in the lock file meanwhile.
+        ranks: where each of several processes says that it is, to be seen there too; nothing of one.
 
     Raises:
         LockedError: a living process holds it.
@@ -124,7 +126,7 @@ def lock(work_dir: Path, reporter: Reporter | None = None) -> Iterator[None]:
         descriptor = file.fileno()
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_APPEND)
         try:
-            with (reporter or Reporter()).recorded(_Line(descriptor, len(owner.encode()))):
+            with (reporter or Reporter()).recorded(_Line(descriptor, len(owner.encode()), ranks)):
                 yield
         finally:
             with naming(path):
@@ -134,11 +136,12 @@ def lock(work_dir: Path, reporter: Reporter | None = None) -> Iterator[None]:
 class _Line:
     """Writes progress over an open file's end, from `start` on."""
 
-    def __init__(self, descriptor: int, start: int) -> None:
-        self._descriptor, self._start, self._length = descriptor, start, 0
+    def __init__(self, descriptor: int, start: int, ranks: Callable[[], list[str]]) -> None:
+        self._descriptor, self._start, self._length, self._ranks = descriptor, start, 0, ranks
 
     def __call__(self, progress: Progress) -> None:
-        text = json.dumps(progress.as_json() | {"told": time.time()}).encode()
+        ranks = {"ranks": known} if (known := self._ranks()) else {}
+        text = json.dumps(progress.as_json() | ranks | {"told": time.time()}).encode()
         self._length = max(self._length, len(text))
         # A disk that is full or failing ends the run where that matters.
         with suppress(OSError):

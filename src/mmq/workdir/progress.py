@@ -138,8 +138,14 @@ class Reporter:
 
     @contextmanager
     def recorded(self, record: Callable[[Progress], None]) -> Iterator[None]:
-        """While the block runs, hand what a listener is told of progress to `record` as well."""
-        before, self._record = self._record, record
+        """While the block runs, hand what a listener is told of progress to `record` as well, after others'."""
+        before = self._record
+
+        def both(progress: Progress) -> None:
+            before(progress)
+            record(progress)
+
+        self._record = both
         try:
             yield
         finally:
