@@ -53,10 +53,10 @@ def worker(preset: str, device_name: str, out: Path) -> None:
     lengths = [min(512, tokens)] * (tokens // min(512, tokens))
     # Once on few tokens: what is compiled is compiled then.
     some = LayerContent(part.gate_up.clone(), part.down.clone(), part.rest)
-    LayerQuantizer(MINIMAX_M2, config, settings, lengths[:1], sum(lengths), device, team=team).quantize(
+    LayerQuantizer(MINIMAX_M2, config, settings, lengths[:1], torch.arange(lengths[0]), device, team=team).quantize(
         0, some, states[: lengths[0]]
     )
-    quantizer = LayerQuantizer(MINIMAX_M2, config, settings, lengths, sum(lengths), device, team=team)
+    quantizer = LayerQuantizer(MINIMAX_M2, config, settings, lengths, torch.arange(sum(lengths)), device, team=team)
     team.together()
     before, begin, waited = _busy(), time.perf_counter(), team.waited
     result = quantizer.quantize(0, part, states)

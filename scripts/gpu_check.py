@@ -642,7 +642,9 @@ def _quantizer(context: Context, config: Facts, tokens: int, **settings: Any) ->
 
     sequence = min(1024, tokens)
     awq = Awq.model_validate({"calibration": {"files": [{"path": "unused.jsonl"}]}} | settings)
-    return LayerQuantizer(MINIMAX_M2, config, awq, [sequence] * (tokens // sequence), tokens, context.torch_device())
+    return LayerQuantizer(
+        MINIMAX_M2, config, awq, [sequence] * (tokens // sequence), torch.arange(tokens), context.torch_device()
+    )
 
 
 def layer(context: Context) -> Iterator[Facts]:

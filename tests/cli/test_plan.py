@@ -202,7 +202,10 @@ def test_other_bad_options(arguments: list[str], sentence: str, real: Path) -> N
         ({"vocab_size": True}, "vocab_size is True"),
         ({"hidden_size": 10**400}, "instead of a number from 1"),
         ({"head_dim": None, "hidden_size": 5}, "head_dim is 0"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq'; mmq reads fp8, compressed-tensors"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quant_method is 'gptq'; mmq reads fp8, compressed-tensors",
+        ),
         ({"quantization_config": ["fp8"]}, "quantization_config is ['fp8'] instead of an object"),
         (
             {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},

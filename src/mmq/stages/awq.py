@@ -210,7 +210,7 @@ class _Stage:
             self.source.config,
             workspace.recipe.awq,
             tokens.lengths,
-            tokens.ids.unique().numel(),
+            tokens.ids,
             self.device,
             self._say,
             self._excluded(),
