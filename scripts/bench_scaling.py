@@ -26,6 +26,8 @@ from typing import Any
 os.environ["LLM_COMPRESSOR_LOG_DISABLED"] = "true"
 
 
+import torch
+
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.device import present_device
 from mmq.machine.team import Team

@@ -32,9 +32,8 @@ ROUNDING = 2**-8
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
-# Squares of what compensated rounding changes a weight by, of what rounding to nearest does, at the same group scales or
-# at the largest magnitude's:
-# 1.4 to 1.7 are seen, codes that are not the weight's make it hundreds.
+# Squares of what compensated rounding changes a weight by, of what rounding to nearest does, at the same group scales
+# or at those of the largest magnitudes: 1.4 to 1.7 are seen, codes that are not the weight's make it hundreds.
 MOST_COMPENSATED = 10
 # Weights below this do nothing. bf16 and fp32 lose bits near 1e-38, and with them what scaled such weights.
 NEGLIGIBLE = 1e-30
