@@ -25,7 +25,6 @@ from typing import Any
 
 os.environ["LLM_COMPRESSOR_LOG_DISABLED"] = "true"
 
-
 import torch
 
 from mmq.families.minimax_m2 import MINIMAX_M2
