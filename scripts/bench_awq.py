@@ -272,7 +272,7 @@ class Bench:
             return block, block.outputs(Weights(block)), Smoothing(norm.scales.float(), down.scales.float())
 
         def work(prepared: tuple[ExpertBlock, list[torch.Tensor], Smoothing]) -> None:
-            judge(*prepared[:2], lengths, prepared[2])
+            judge(*prepared[:2], lengths, sum(lengths), prepared[2])
 
         return Contender(search, work, work)
 

@@ -6,9 +6,9 @@
     python scripts/bench_quality.py trained --narrow --samples 16       # calibrated on a few dozen words
 
 The model is a folder as scripts/train_tiny.py writes it, with `calibration.jsonl` and `heldout.jsonl`. For every number
-of samples and every seed, samples are drawn from the former, and mmq's stages and `mmq eval` run as processes of their
-own. Each hybrid's KL is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same
-samples; figures are medians over the seeds, with the least and the largest in brackets.
+of samples and every seed, samples are drawn from the former, and mmq's stages and its evaluation run. Each hybrid's KL
+is put beside that of rounding to nearest and of AWQ (`awq.rounding: nearest`) on the same samples; figures are medians
+over the seeds, with the least and the largest in brackets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -28,9 +26,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+import mmq
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.source.synth import Sizes, quantize_block, write_checkpoint
+from mmq.stages.pipeline import run_stages
 from mmq.tensors.fp8 import dequantize_block
+from mmq.workdir.workspace import Workspace
 
 WAYS = ("nearest", "compensated")
 WORDS = [
@@ -124,10 +125,8 @@ def measure(model: Path, samples: list[str], length: int, awq: dict[str, Any]) -
             }
             path = folder / f"{way}.yaml"
             path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-            data = ["--data", model / "heldout.jsonl", "--samples", 96, "--sequence-length", 256]
-            for arguments in (["awq", path], ["restore", path], ["eval", path, *data]):
-                subprocess.run([sys.executable, "-m", "mmq", *map(str, arguments), "--quiet"], check=True)
-            content = json.loads((folder / way / "eval.json").read_text(encoding="utf-8"))
+            run_stages(Workspace.of(mmq.load_recipe(path)), ["awq", "restore"])
+            content = mmq.evaluate(path, model / "heldout.jsonl", 96, 256)
             kl = {variant["variant"]: variant["kl"] for variant in content["variants"]}
             found["round-to-nearest"] = kl["round-to-nearest"]
             found[way] = kl["hybrid"]

@@ -25,6 +25,7 @@ from typing import Any
 
 os.environ["LLM_COMPRESSOR_LOG_DISABLED"] = "true"
 
+import torch
 
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.device import present_device
@@ -53,8 +54,10 @@ def worker(preset: str, device_name: str, out: Path) -> None:
     lengths = [min(512, tokens)] * (tokens // min(512, tokens))
     # Once on few tokens: what is compiled is compiled then.
     some = LayerContent(part.gate_up.clone(), part.down.clone(), part.rest)
-    LayerQuantizer(MINIMAX_M2, config, settings, lengths[:1], device, team=team).quantize(0, some, states[: lengths[0]])
-    quantizer = LayerQuantizer(MINIMAX_M2, config, settings, lengths, device, team=team)
+    LayerQuantizer(MINIMAX_M2, config, settings, lengths[:1], torch.arange(lengths[0]), device, team=team).quantize(
+        0, some, states[: lengths[0]]
+    )
+    quantizer = LayerQuantizer(MINIMAX_M2, config, settings, lengths, torch.arange(sum(lengths)), device, team=team)
     team.together()
     before, begin, waited = _busy(), time.perf_counter(), team.waited
     result = quantizer.quantize(0, part, states)

@@ -636,13 +636,16 @@ def speed(context: Context) -> Iterator[Facts]:
 
 
 def _quantizer(context: Context, config: Facts, tokens: int, **settings: Any) -> Any:
+    import torch
+
     from mmq.families.minimax_m2 import MINIMAX_M2
     from mmq.quantize.layer import LayerQuantizer
     from mmq.recipe import Awq
 
     sequence = min(1024, tokens)
     awq = Awq.model_validate({"calibration": {"files": [{"path": "unused.jsonl"}]}} | settings)
-    return LayerQuantizer(MINIMAX_M2, config, awq, [sequence] * (tokens // sequence), context.torch_device())
+    lengths = [sequence] * (tokens // sequence)
+    return LayerQuantizer(MINIMAX_M2, config, awq, lengths, torch.arange(sum(lengths)), context.torch_device())
 
 
 def layer(context: Context) -> Iterator[Facts]:

@@ -21,7 +21,7 @@ from cli.test_cli import events, refused, succeed
 from conftest import DEVICE, edit_json
 from mmq.errors import JournalError
 from mmq.families.minimax_m2 import MINIMAX_M2
-from mmq.prove.compare import compare
+from mmq.prove.compare import cache_share, compare
 from mmq.prove.evaluate import (
     HYBRID_FP8_KV,
     HYBRID_MODEL,
@@ -275,6 +275,9 @@ def test_two_results_are_compared_sample_by_sample(evaluated: Path, tmp_path: Pa
         assert entry["difference"] == pytest.approx(kl[0] - kl[1], rel=1e-9)
         assert entry["interval"][0] < entry["difference"] < entry["interval"][1] and 0 < entry["p"] <= 1
     one, two = report_of(folder), report_of(folder)
+    kl = {entry["variant"]: entry["kl"] for entry in one["variants"]}
+    added = f"the fp8 KV cache adds {kl[HYBRID_FP8_KV.name] - kl[HYBRID_MODEL.name]:.5f} ± "
+    assert added in output and added in str(cache_share(one))
     two["tokens"]["fingerprint"] = "another"
     with pytest.raises(JournalError, match="not of the same samples"):
         compare(one, two, HYBRID_MODEL.name)
@@ -343,7 +346,10 @@ def test_absurd_kv_scales_make_the_fp8_cache_worse(evaluated: Path, copy: Path, 
         multiply(shard, ("k_scale", "v_scale"), factor)
     succeed("eval", copy / "recipe.yaml", *OPTIONS)
     before, after = metrics_of(evaluated), metrics_of(copy)
-    assert after[HYBRID_FP8_KV.name]["kl"] > worse * before[HYBRID_FP8_KV.name]["kl"]
+    usual, absurd = (
+        metrics[HYBRID_FP8_KV.name]["kl"] - metrics[HYBRID_MODEL.name]["kl"] for metrics in (before, after)
+    )
+    assert usual > 0 and absurd > worse * usual
     for variant in (SOURCE.name, HYBRID_MODEL.name, NEAREST.name):
         assert after[variant] == before[variant]
 

@@ -158,9 +158,9 @@ def test_a_layer_is_that_of_one_rank(rounding: str, size: int) -> None:
         part = LayerContent(
             content.gate_up[own.start : own.stop].clone(), content.down[own.start : own.stop].clone(), content.rest
         )
-        return LayerQuantizer(MINIMAX_M2, model_config(sizes), settings, lengths, CPU, team=team).quantize(
-            0, part, hidden
-        )
+        return LayerQuantizer(
+            MINIMAX_M2, model_config(sizes), settings, lengths, torch.arange(sum(lengths)), CPU, team=team
+        ).quantize(0, part, hidden)
 
     (expected,) = by_ranks(1, work)
     ranks = by_ranks(size, work)

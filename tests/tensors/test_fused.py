@@ -31,6 +31,7 @@ from mmq.tensors.experts import (
 )
 from mmq.tensors.fp8 import dequantize_block, dequantize_blocks, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean, quantize_in_place
+from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale
 
 pytest.importorskip("triton")
 
@@ -393,6 +394,33 @@ def test_stacked_fp8_blocks_are_dequantized_as_torch_dequantizes_them(
     weight.view(torch.uint8).masked_fill_(weight.isnan(), 0)
     torch_s = plain(monkeypatch, lambda: dequantize_blocks(weight, scale))
     assert identical(dequantize_blocks(weight, scale), torch_s)
+
+
+@pytest.mark.parametrize(("rows", "columns", "group"), [(40, 256, 128), (5, 160, 32), (33, 64, 64)])
+def test_compensated_rounding_is_torchs(rows: int, columns: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes to the bit; scales are the same but where sums in another order make another share the best."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    weight = torch.randn(2, rows, columns, generator=generator).to(DEVICE)
+    weight[0, 1], weight[1, :, :group] = 0.0, 0.0
+    weight[1, 2, 3] = 1e-39
+    moments = (x.mT @ x).to(DEVICE)
+    factor = factorize(moments, 0.1)
+    scale = searched_scale(weight, factor.diagonal, group)
+    torch_s = plain(monkeypatch, lambda: searched_scale(weight, factor.diagonal, group))
+    assert (scale == torch_s).double().mean() > 0.99
+
+    def rounded() -> list[torch.Tensor]:
+        stack = round_compensated(weight.clone(), factor, torch_s, group)
+        swept = descend(weight.clone(), moments, factor, stack)
+        return [stack.values, swept.values, swept.scale]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: False)
+        expected = rounded()
+    for one, other in zip(rounded(), expected, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(expected[0], expected[1])
 
 
 def test_no_fp8_weights() -> None:

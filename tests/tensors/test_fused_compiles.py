@@ -26,7 +26,9 @@ KERNELS = {
     "_normalized_mean",
     "_row_squares",
     "_quantize_in_place",
+    "_round_columns",
     "_row_products",
+    "_searched_scale",
     "_second_moments",
     "_sums_by_expert",
     "_token_losses",
@@ -44,7 +46,7 @@ def compile_all() -> list[dict[str, Any]]:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from mmq.tensors.fused import combine, dequantize, grouped, launch, moments, probe, quantize
+    from mmq.tensors.fused import combine, dequantize, grouped, launch, moments, probe, quantize, rounding
 
     class Card:
         capability = 90
@@ -89,6 +91,11 @@ def compile_all() -> list[dict[str, Any]]:
         quantize.normalized_mean(gate_up[:1], group)
         for divisors in (None, torch.ones(1, 2 * inner, 1)):
             quantize.quantize_in_place(gate_up[:1], torch.ones(hidden), divisors, group)
+        rounding.searched_scale(gate_up[:1].float(), torch.ones(1, hidden), group, (1.0, 0.9))
+        for columns in {64, group, min(32, hidden)}:
+            aim = torch.empty(1, 2 * inner, columns)
+            codes = torch.empty(1, 2 * inner, hidden, dtype=torch.int8)[:, :, -columns:]
+            rounding.round_columns(aim, torch.empty(1, columns, columns), aim, aim, codes)
         ends = torch.ones(experts, dtype=torch.int32)
         token = torch.zeros(count, dtype=torch.int64)
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)
@@ -136,7 +143,8 @@ def test_every_kernel_compiles(capability: int, compiled: list[dict[str, Any]]) 
         # A product and a sum that are rounded once would be other bits than torch's.
         assert not (
             kernel["fused"]
-            and kernel["name"] in ("_fake_quantize", "_quantize_in_place", "_normalized_mean", "_dequantize")
+            and kernel["name"]
+            in ("_fake_quantize", "_quantize_in_place", "_normalized_mean", "_dequantize", "_round_columns")
         )
 
 

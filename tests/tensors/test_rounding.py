@@ -11,7 +11,7 @@ from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 import mmq.tensors.dispatch
 from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
-from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
+from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
 
 GROUP = 128
 
@@ -113,13 +113,14 @@ def test_compiled_rounding_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch
     found = []
     for least in (1, 2**60):
         monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
-        factor = factorize(h.clone(), 0.1)
+        damped = h.clone()
+        factor = factorize(damped, 0.1)
         scale = nearest(weight).scale
-        found.append(
-            (searched_scale(weight, factor.diagonal, GROUP), round_compensated(weight.clone(), factor, scale, GROUP))
-        )
-    (scale, stack), (other, same) = found
-    assert torch.equal(stack.values, same.values)
+        stack = round_compensated(weight.clone(), factor, scale, GROUP)
+        moved = descend(weight.clone(), damped, factor, stack)
+        found.append((searched_scale(weight, factor.diagonal, GROUP), stack, moved))
+    (scale, stack, moved), (other, same, too) = found
+    assert torch.equal(stack.values, same.values) and torch.equal(moved.values, too.values)
     # Sums in another order: of two shares that are as good, either may win.
     assert (scale == other).double().mean() > 0.99
 
@@ -203,3 +204,71 @@ def test_packing_is_undone() -> None:
     back = QuantizedStack.unpack(stack.pack(), stack.scale, GROUP)
     assert torch.equal(back.values, stack.values) and back.values.dtype == torch.int8
     assert torch.equal(back.dequantize(torch.float32), stack.dequantize(torch.float32))
+
+
+def swept(weight: torch.Tensor, h: torch.Tensor, damping: float = 0.1) -> tuple[QuantizedStack, QuantizedStack]:
+    """Compensated rounding, and what a sweep makes of it; H becomes what was factorized."""
+    factor = factorize(h, damping)
+    stack = round_compensated(weight.clone(), factor, searched_scale(weight, factor.diagonal, GROUP), GROUP)
+    return stack, descend(weight.clone(), h, factor, stack)
+
+
+@pytest.mark.parametrize("rows", [60, 900], ids=["fewer rows than columns", "more"])
+def test_a_sweep_lowers_the_loss_of_every_row(rows: int) -> None:
+    h, weight = moments(3, 384, rows), weights(3, 64, 384)
+    before, after = swept(weight, h)
+    assert (after.scale > 0).all() and after.values.amin() >= -8 and after.values.amax() <= 7
+
+    def by_row(stack: QuantizedStack) -> torch.Tensor:
+        change = stack.dequantize(torch.float64) - weight.double()
+        return ((change @ h.double()) * change).sum(2)
+
+    assert (by_row(after) <= by_row(before) * (1 + 1e-5)).all()
+    assert by_row(after).sum() < 0.99 * by_row(before).sum()
+
+
+def test_a_sweep_is_a_plain_one() -> None:
+    """In float64, a scale and a code at a time, against the whole loss."""
+    h, weight = moments(1, 256, 400), weights(1, 8, 256)
+    before, after = swept(weight, h)
+    h64, different = h[0].double(), 0
+    for row in range(8):
+        w, codes = weight[0, row].double(), before.values[0, row].double()
+        steps = before.scale[0, row].double().repeat_interleave(GROUP)
+
+        def squares(codes: torch.Tensor, steps: torch.Tensor, w: torch.Tensor = w) -> float:
+            return float((codes * steps - w) @ h64 @ (codes * steps - w))
+
+        for start in (0, GROUP):
+            part = slice(start, start + GROUP)
+            rest = (
+                w
+                - codes * steps
+                + torch.zeros_like(w).index_copy_(0, torch.arange(start, start + GROUP), (codes * steps)[part])
+            )
+            z = torch.zeros_like(w)
+            z[part] = codes[part]
+            best = float((z @ h64 @ rest) / (z @ h64 @ z))
+            tried = steps.clone()
+            tried[part] = torch.tensor(best).bfloat16().double()
+            if squares(codes, tried) < squares(codes, steps):
+                steps = tried
+            for column in range(start + GROUP - 1, start - 1, -1):
+                losses = []
+                for code in range(-8, 8):
+                    other = codes.clone()
+                    other[column] = code
+                    losses.append(squares(other, steps))
+                codes[column] = min(range(16), key=losses.__getitem__) - 8
+        different += int((after.values[0, row] != codes).sum())
+        assert torch.equal(after.scale[0, row].double(), steps[::GROUP])
+    # fp32: single codes on an edge may differ.
+    assert different <= 2
+
+
+def test_a_sweep_leaves_alone_what_is_not_compensated() -> None:
+    h, weight = moments(2, 256, 400), weights(2, 16, 256)
+    h[0] = 0
+    before, after = swept(weight, h)
+    assert torch.equal(after.values[0], before.values[0]) and torch.equal(after.scale[0], before.scale[0])
+    assert not torch.equal(after.values[1], before.values[1])

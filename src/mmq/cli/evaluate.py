@@ -36,7 +36,7 @@ def evaluate(
     given = {"--against": against, "--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
-        from mmq.prove.compare import COMPARISON_NAME, compare, compared, sentence
+        from mmq.prove.compare import COMPARISON_NAME, cache_share, compare, compared, sentence
         from mmq.prove.evaluate import (
             DEFAULT_DATA,
             REPORT_NAME,
@@ -65,6 +65,8 @@ def evaluate(
         tokens = report["tokens"]
         title = f"{tokens['predicted']:,} tokens of {tokens['samples']} held-out samples"
         run.output.result(report, title, rows(report))
+        if (share := cache_share(report)) is not None:
+            run.output.note(share)
         for row in kind_rows(report):
             kinds = (f"{kind} {kl}" for kind, kl in list(row.items())[1:])
             run.output.note(f"KL of {row['KL by kind of text']}: {', '.join(kinds)}")

@@ -16,7 +16,7 @@ from mmq.machine.threads import each
 from mmq.prove.check_config import Original, carried_scales, kept_scales, layer_of
 from mmq.prove.findings import Report
 from mmq.prove.formats import Array, float32, float64, fp8_values, int4_codes, sha256
-from mmq.prove.judged import Judged, round_to_nearest
+from mmq.prove.judged import Judged, bf16, round_to_nearest
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.progress import Reporter
@@ -32,8 +32,8 @@ ROUNDING = 2**-8
 # A code is the nearest to its weight, or 7 where the weight is 7.5 steps; bf16 roundings of weight and step, and of the
 # steps from which up's and down's smoothing is found again, add up to a tenth of a step.
 FARTHEST = 0.6
-# Squares of what compensated rounding changes a weight by, of what rounding to nearest at the same group scales does:
-# 1.4 to 1.7 are seen, codes that are not the weight's make it hundreds.
+# Squares of what compensated rounding changes a weight by, of what rounding to nearest does, at the same group scales
+# or at those of the largest magnitudes: 1.4 to 1.7 are seen, codes that are not the weight's make it hundreds.
 MOST_COMPENSATED = 10
 # Weights below this do nothing. bf16 and fp32 lose bits near 1e-38, and with them what scaled such weights.
 NEGLIGIBLE = 1e-30
@@ -194,7 +194,8 @@ def _check_experts(
         smoothed = {linear: _source_values(originals, f"{base}.weight", storage) for linear, base in bases.items()}
         stored: dict[str, Array] = {}
         if judged:
-            linears = [smoothed[linear] for linear in (arch.gate, arch.up, arch.down)]
+            # The largest weight of a group lies between two codes: a bit decides which is the nearest.
+            linears = [bf16(smoothed[linear]) for linear in (arch.gate, arch.up, arch.down)]
             judged.add("source", expert, *linears)
             judged.add(
                 "nearest",
@@ -225,7 +226,12 @@ def _check_experts(
             if judged and judged.compensated:
                 with np.errstate(divide="ignore", invalid="ignore"):
                     nearest = np.clip(np.rint(expected / steps), -8, 7) * steps - expected
-                changed, least = (float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest))
+                # Scales fitted to the weights may leave nothing of weights that are all alike.
+                usual = round_to_nearest(expected, _group_size(results, base)) - expected
+                changed, *others = (
+                    float(np.square(part, dtype=np.float64).sum()) for part in (difference, nearest, usual)
+                )
+                least = max(others)
                 report.require(
                     changed <= MOST_COMPENSATED * least + NEGLIGIBLE,
                     f"{base}: int4 codes are {changed / max(least, NEGLIGIBLE):.1f} times as far from the source's"

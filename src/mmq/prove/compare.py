@@ -1,4 +1,4 @@
-"""Two results of one source on the same held-out samples: which is nearer to the source, and how sure that is.
+"""Results of one source on the same held-out samples: which is nearer to the source, and how sure that is.
 
 Samples are the pairs: what makes a text's KL large makes it large for both, and tokens of one text are alike.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mmq.errors import JournalError
+from mmq.prove.evaluate import HYBRID_FP8_KV, HYBRID_MODEL
 
 COMPARISON_NAME = "comparison.json"
 FLIPS = 9999
@@ -23,11 +24,12 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return [entry["variant"] for entry in one["variants"] if "hybrid" in entry["variant"] and entry["variant"] in names]
 
 
-def compare(one: dict[str, Any], other: dict[str, Any], variant: str) -> dict[str, Any]:
-    """A variant of two evaluations.
+def compare(one: dict[str, Any], other: dict[str, Any], variant: str, rival: str | None = None) -> dict[str, Any]:
+    """A variant of two evaluations, or two variants.
 
     Args:
         one, other: contents of eval.json.
+        variant: of `one`, and of `other` unless `rival` is given.
 
     Returns:
         JSON: both KLs, the mean difference per token (one less other), its standard error over samples, the interval
@@ -49,7 +51,8 @@ def compare(one: dict[str, Any], other: dict[str, Any], variant: str) -> dict[st
     predicting = [[sample for sample in report["samples"] if sample["tokens"]] for report in (one, other)]
     counts = np.array([sample["tokens"] for sample in predicting[0]], dtype=np.float64)
     sums = [
-        np.array([sample["variants"][variant]["kl"] * sample["tokens"] for sample in samples]) for samples in predicting
+        np.array([sample["variants"][name]["kl"] * sample["tokens"] for sample in samples])
+        for name, samples in zip((variant, rival or variant), predicting, strict=True)
     ]
     difference, total = sums[0] - sums[1], counts.sum()
     mean, samples = difference.sum() / total, len(difference)
@@ -68,6 +71,20 @@ def compare(one: dict[str, Any], other: dict[str, Any], variant: str) -> dict[st
         "samples": samples,
         "nearer_in": int(np.count_nonzero(difference < 0)),
     }
+
+
+def cache_share(report: dict[str, Any]) -> str | None:
+    """What the fp8 KV cache adds to the experts' KL, in words; None where it was not evaluated.
+
+    Args:
+        report: content of eval.json.
+    """
+    kl, cache = {entry["variant"]: entry["kl"] for entry in report["variants"]}, HYBRID_FP8_KV.name
+    if not {HYBRID_MODEL.name, cache} <= kl.keys() or "samples" not in report or not kl[cache]:
+        return None
+    found = compare(report, report, cache, HYBRID_MODEL.name)
+    error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.5f}"
+    return f"the fp8 KV cache adds {found['difference']:.5f}{error} to the experts' KL of {kl[HYBRID_MODEL.name]:.5f}"
 
 
 def sentence(result: dict[str, Any], one: str, other: str) -> str:

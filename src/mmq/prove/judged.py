@@ -144,14 +144,14 @@ def _require_fair(record: dict[str, Any], layer: int) -> None:
 def round_to_nearest(weight: Array, group: int) -> Array:
     """float32 [out, in] rounded to nearest in groups, scales in bf16, as it is read back."""
     groups = weight.reshape(weight.shape[0], -1, group)
-    steps = _bf16(np.abs(groups).max(-1) / np.float32(GROUP_CODES))[..., None]
+    steps = bf16(np.abs(groups).max(-1) / np.float32(GROUP_CODES))[..., None]
     with np.errstate(divide="ignore", invalid="ignore"):
         codes = np.where(steps > 0, np.clip(np.rint(groups / steps), -8, 7), 0)
     return (codes * steps).astype(np.float32).reshape(weight.shape)
 
 
-def _bf16(values: Array) -> Array:
-    """float32 rounded to bf16's upper half, ties to even."""
+def bf16(values: Array) -> Array:
+    """float32 rounded to bf16's upper half, ties to even: what the stage reads of fp8."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)

@@ -111,6 +111,7 @@ class LayerQuantizer:
     Args:
         config: the source's config.json.
         lengths: tokens of each calibration sample; the hidden states are their concatenation.
+        ids: int64 [T], their tokens.
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
         team: the ranks that share the experts and the tokens.
         smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
@@ -128,6 +129,7 @@ class LayerQuantizer:
         config: dict[str, Any],
         settings: Awq,
         lengths: list[int],
+        ids: torch.Tensor,
         device: torch.device,
         say: Callable[[int, str, float, str], None] = lambda *_: None,
         excluded: Iterable[int] = (),
@@ -138,6 +140,7 @@ class LayerQuantizer:
         self.smooth_norm = smooth_norm
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
+        self._ids = dict(enumerate(ids.cpu().split(lengths), 1))
         self.samples = {number: length for number, length in enumerate(lengths, 1) if number not in left_out}
         self.budget = settings.memory_budget or default_budget(device)
         self.config = transformers_config(arch, config)
@@ -152,6 +155,11 @@ class LayerQuantizer:
     def lengths(self) -> list[int]:
         """Tokens of each sample that is still in the run."""
         return list(self.samples.values())
+
+    @property
+    def distinct(self) -> int:
+        """How many different tokens the samples have that are still in the run."""
+        return torch.cat([self._ids[number] for number in self.samples]).unique().numel()
 
     @torch.no_grad()
     def quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
@@ -250,7 +258,7 @@ class LayerQuantizer:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                verdict = judge(block, reference, self.lengths, Smoothing(applied, inner), clock.step)
+                verdict = judge(block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step)
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
                 evidence = verdict.evidence

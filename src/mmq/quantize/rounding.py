@@ -19,15 +19,26 @@ from mmq.machine.threads import each
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
 from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
 from mmq.tensors.int4 import QuantizedStack
-from mmq.tensors.rounding import factorize, round_compensated, searched_scale, shrink
+from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
 
-# Prior rows for each column that a moment is drawn towards its target by, and the share of the mean diagonal that is
-# added to it. docs/quality.md has what other values give.
-SHRINKAGE, DAMPING = 0.5, 0.1
+# Prior rows for each column that a moment is drawn towards its target by, the least share of the mean diagonal that is
+# added to it, and that share where the text has as many different tokens as there are columns. docs/quality.md has what
+# other values give.
+SHRINKAGE, DAMPING, NARROW = 0.5, 0.1, 0.25
 HELD_BACK = 8  # one sample in as many
+PROBED = 4  # one expert in as many is rounded under each smoothing
 CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
 EVIDENCE = 256  # at most as many tokens are kept for verify to compute the block's loss from the files by
 ROUNDED = 0.9  # the share of the time that rounding takes, before judging
+
+
+def damping(columns: int, distinct: int) -> float:
+    """The share of the mean diagonal that is added to moments of so many columns.
+
+    Rows of the same few tokens say nothing of others, however many there are: moments of narrow text are drawn towards
+    the identity by how few different tokens it has. On samples held back of the same text that can't be seen.
+    """
+    return max(DAMPING, NARROW * columns / max(1, distinct))
 
 
 def held_back(lengths: list[int]) -> torch.Tensor:
@@ -54,13 +65,14 @@ class Rounded(Weights):
     """Experts as they will be stored, on the host; asked for as weights, with the smoothing undone.
 
     Attributes:
+        done: bool [E], which are rounded; the others' weights are still the source's.
         packed: int32 [E, out, in/8] of gate and up, and of down.
         scale: bfloat16 [E, out, in/group] of each.
     """
 
     def __init__(self, block: ExpertBlock, smoothing: Smoothing) -> None:
         super().__init__(block)
-        self.smoothing = smoothing
+        self.smoothing, self.done = smoothing, torch.zeros(block.gate_up.shape[0], dtype=torch.bool)
         stacks = (block.gate_up, block.down)
         self.packed = [torch.empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
         self.scale = [
@@ -90,10 +102,23 @@ class Rounded(Weights):
         return [digest for own in self.block.team.everyone(found) for digest in own]
 
     def take(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        inner, dtype = self.smoothing.inner[first:last], self.block.gate_up.dtype
+        source, done = super().take(first, last), self.done[first:last]
+        if not bool(done.any()):
+            return source
+        inner = self.smoothing.inner[first:last]
         gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
         gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
-        return gate_up.to(dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(dtype)
+        rounded = gate_up.to(source[0].dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(source[1].dtype)
+        if bool(done.all()):
+            return rounded
+        mask = done.to(gate_up.device).view(-1, 1, 1)
+        return torch.where(mask, rounded[0], source[0]), torch.where(mask, rounded[1], source[1])
+
+
+def probed(block: ExpertBlock) -> torch.Tensor:
+    """One expert in `PROBED`, in runs that are rounded together, the same ones on any number of ranks: bool [E]."""
+    run = max(1, block.experts // (PROBED * CPU_STEPS))
+    return torch.arange(block.own.start, block.own.stop) // run % PROBED == 0
 
 
 @dataclass
@@ -102,10 +127,12 @@ class Compensation:
 
     Args:
         fitted: int64 [F], the tokens whose rows the moments are of.
+        distinct: how many different tokens the calibration has.
     """
 
     block: ExpertBlock
     fitted: torch.Tensor
+    distinct: int
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
     step: int = field(init=False)
@@ -144,33 +171,43 @@ class Compensation:
         hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
         return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
 
-    def fit(self, smoothings: list[Smoothing], say: Callable[[float, str], None] = lambda *_: None) -> list[Rounded]:
-        """Round all experts under each smoothing.
+    def fit(
+        self, results: list[Rounded], which: torch.Tensor, say: Callable[[float, str], None] = lambda *_: None
+    ) -> None:
+        """Round experts that are not yet done, under the smoothing of each result.
 
         Args:
+            results: the same experts are done in all of them.
+            which: bool [E], which to have done.
             say: told the share of the experts that are done, and which come next; also from threads that compute.
         """
-        results = [Rounded(self.block, smoothing) for smoothing in smoothings]
-        steps = range(0, self.block.gate_up.shape[0], self.step)
+        wanted = which & ~results[0].done
+        begun = int(results[0].done.sum())
+        steps = []
+        for first, last in _runs(wanted):
+            for start in range(first, last, self.step):
+                stop = min(start + self.step, last)
+                steps.append((begun, start, stop))
+                begun += stop - start
         fit = partial(self._fit_step, results, say)
         if self.block.x.device.type != "cpu":
-            for first in steps:
-                fit(first)
-            return results
-        # A worker has one of torch's threads: MKL's Cholesky gives other last bits on two.
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            each(fit, steps, self.workers)
-        finally:
-            torch.set_num_threads(threads)
-        return results
+            for step in steps:
+                fit(step)
+        else:
+            # A worker has one of torch's threads: MKL's Cholesky gives other last bits on two.
+            threads = torch.get_num_threads()
+            try:
+                torch.set_num_threads(1)
+                each(fit, steps, self.workers)
+            finally:
+                torch.set_num_threads(threads)
+        for result in results:
+            result.done |= wanted
 
-    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], first: int) -> None:
-        block = self.block
-        experts = block.gate_up.shape[0]
-        say(first / experts, f"rounding expert {first + 1} of {experts}")
-        last = min(first + self.step, block.gate_up.shape[0])
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], step: tuple[int, int, int]) -> None:
+        block, (begun, first, last) = self.block, step
+        count = block.gate_up.shape[0]
+        say(begun / count, f"rounding expert {begun + 1} of {count}")
         inputs, middles, counts, seen = self._moments(first, last)
         inner = block.down.shape[2]
         for result in results:
@@ -186,9 +223,9 @@ class Compensation:
             result.put(1, first, self._round(block.down[first:last].float().mul_(own.unsqueeze(1)), moments))
 
     def _round(self, weight: torch.Tensor, moments: torch.Tensor) -> QuantizedStack:
-        factor = factorize(moments, DAMPING)
+        factor = factorize(moments, damping(weight.shape[2], self.distinct))
         scale = searched_scale(weight, factor.diagonal, self.block.group_size)
-        return round_compensated(weight, factor, scale, self.block.group_size)
+        return descend(weight, moments, factor, round_compensated(weight, factor, scale, self.block.group_size))
 
     def _moments(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums over the rows of experts first..last.
@@ -224,6 +261,12 @@ class Compensation:
         return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
 
 
+def _runs(which: torch.Tensor) -> list[tuple[int, int]]:
+    """First and one past the last of each run of True in bool [E]."""
+    edges = torch.cat([torch.tensor([False]), which, torch.tensor([False])]).int().diff().nonzero().flatten().tolist()
+    return [*zip(edges[::2], edges[1::2], strict=True)]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What samples that were held back say.
@@ -244,10 +287,43 @@ class Verdict:
     evidence: dict[str, torch.Tensor]
 
 
+@dataclass
+class _Jury:
+    """The tokens that judge, and what they said.
+
+    Attributes:
+        block: the layer's experts with these tokens alone.
+        wanted: float32 [t, H], the unquantized block's outputs for this rank's share of them.
+        losses: float32 [n] of each way, squared errors of these tokens' outputs.
+        values: their mean per element; infinity where it is not a number.
+    """
+
+    block: ExpertBlock
+    wanted: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor) -> _Jury:
+        heard = ExpertBlock(
+            block.x[tokens], block.index[tokens], block.weight[tokens], block.gate_up, block.down, block.activation,
+            block.group_size, None, block.working_memory // 2, team=block.team,
+        )  # fmt: skip
+        chosen = torch.zeros(block.x.shape[0], dtype=torch.bool, device=block.x.device)
+        chosen[tokens] = True
+        (share,) = heard.shares
+        return cls(heard, block.in_order(reference, chosen)[share.mine])
+
+    def hear(self, way: str, weights: Weights) -> None:
+        self.losses[way] = self.block.losses(self.block.shares[0], weights, self.wanted)
+        self.values[way] = _mean(self.losses[way], self.wanted.shape[1])
+
+
 def judge(
     block: ExpertBlock,
     reference: list[torch.Tensor],
     lengths: list[int],
+    distinct: int,
     found: Smoothing,
     say: Callable[[float, str], None] = lambda *_: None,
 ) -> Verdict:
@@ -255,60 +331,67 @@ def judge(
 
     Args:
         reference: float32 [t, H] of each share, the unquantized block's outputs.
+        lengths: tokens of each sample.
+        distinct: how many different tokens there are.
         found: the smoothing that a search for rounding to nearest chose.
     """
-    device = block.x.device
-    mask = held_back(lengths).to(device)
+    mask = held_back(lengths).to(block.x.device)
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
+    jury = _Jury.of(block, reference, judging)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
+    smoothings = {"": plain}
     changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])
-    smooths = bool(block.team.largest(changed).any())
-    smoothings = [plain, found] if smooths else [plain]
-    rounded = Compensation(block, fitted).fit(smoothings, lambda share, at: say(ROUNDED * share, at))
-    say(ROUNDED, "judging by samples held back")
-    jury = ExpertBlock(
-        block.x[judging], block.index[judging], block.weight[judging], block.gate_up, block.down, block.activation,
-        block.group_size, None, block.working_memory // 2, team=block.team,
-    )  # fmt: skip
-    chosen = torch.zeros_like(mask)
-    chosen[judging] = True
-    (share,) = jury.shares
-    wanted = block.in_order(reference, chosen)[share.mine]
+    if bool(block.team.largest(changed).any()):
+        smoothings["smoothed_"] = found
     # Of equal losses the simpler way wins.
-    names = ("", "smoothed_")
-    ways: list[tuple[str, Smoothing, Rounded | None]] = [
-        *((f"{name}nearest", smoothing, None) for name, smoothing in zip(names, smoothings, strict=False)),
-        *((f"{name}compensated", result.smoothing, result) for name, result in zip(names, rounded, strict=False)),
-    ]
-    losses = []
-    for _, smoothing, result in ways:
-        weights = result or Smoothed(jury, smoothing.norm, smoothing.inner)
-        losses.append(jury.losses(share, weights, wanted))
-    values = [_mean(loss, wanted.shape[1]) for loss in losses]
-    best = min(range(len(ways)), key=values.__getitem__)
-    _, smoothing, result = ways[best]
-    smoothed = smoothing is not plain
-    kept = torch.arange(0, len(judging), -(-len(judging) // EVIDENCE), device=device)
-    shown = [losses[way][kept] for way in (0, best)]
+    nearest = {f"{name}nearest": smoothing for name, smoothing in smoothings.items()}
+    for way, smoothing in nearest.items():
+        jury.hear(way, Smoothed(jury.block, smoothing.norm, smoothing.inner))
+    compensation = Compensation(block, fitted, distinct)
+    results = {name: Rounded(block, smoothing) for name, smoothing in smoothings.items()}
+
+    def progress(share: float, at: str) -> None:
+        say(ROUNDED * share, at)
+
+    if len(results) > 1:
+        compensation.fit([*results.values()], probed(block), progress)
+        say(ROUNDED / PROBED, "judging by samples held back")
+        for name, result in results.items():
+            jury.hear(f"{name}probe", result)
+    # Where the probed experts had no token, as it is for nearest.
+    name = min(results, key=lambda name: (jury.values.get(f"{name}probe", 0.0), jury.values[f"{name}nearest"]))
+    way, result = f"{name}compensated", results[name]
+    del results
+    compensation.fit([result], torch.ones_like(result.done), progress)
+    say(ROUNDED, "judging by samples held back")
+    jury.hear(way, result)
+    best = min((*nearest, way), key=jury.values.__getitem__)
+    rounded = result if best == way else None
+    smoothing = result.smoothing if rounded else nearest[best]
+    kept = torch.arange(0, len(judging), -(-len(judging) // EVIDENCE), device=block.x.device)
+    shown = [_mean(jury.losses[way][kept], block.x.shape[1]) for way in ("nearest", best)]
     statistics = {
-        "rounding": "nearest" if result is None else "compensated",
+        "rounding": "nearest" if rounded is None else "compensated",
         "loss_tokens": len(judging),
         "held_back": bool(mask.any()),
-        "loss_round_to_nearest": _finite(values[0]),
-        "loss_chosen": _finite(values[best]),
-        "losses": {way: _finite(value) for (way, *_), value in zip(ways, values, strict=True)},
-        "identity_kept": not smoothed,
+        "loss_round_to_nearest": _finite(jury.values["nearest"]),
+        "loss_chosen": _finite(jury.values[best]),
+        "losses": {way: _finite(value) for way, value in jury.values.items()},
+        "identity_kept": smoothing is plain,
         "evidence": {
             "tokens": len(kept),
-            "loss_round_to_nearest": _finite(_mean(shown[0], wanted.shape[1])),
-            "loss_chosen": _finite(_mean(shown[1], wanted.shape[1])),
+            "loss_round_to_nearest": _finite(shown[0]),
+            "loss_chosen": _finite(shown[1]),
         },
     }
-    evidence = {"x": jury.x[kept], "index": jury.index[kept], "weight": jury.weight[kept]}
+    heard = jury.block
+    evidence = {"x": heard.x[kept], "index": heard.index[kept], "weight": heard.weight[kept]}
     evidence["inner"] = block.team.gather_parts(smoothing.inner, block.experts)
-    return Verdict(smoothing, smoothed, result, statistics, {name: t.cpu() for name, t in evidence.items()})
+    return Verdict(
+        smoothing, smoothing is not plain, rounded, statistics, {name: t.cpu() for name, t in evidence.items()}
+    )
 
 
 def _mean(losses: torch.Tensor, width: int) -> float:

@@ -222,6 +222,7 @@ class _Stage:
             self.source.config,
             workspace.recipe.awq,
             tokens.lengths,
+            tokens.ids,
             self.device,
             self._say,
             self._excluded(),

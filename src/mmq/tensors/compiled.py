@@ -21,6 +21,7 @@ _HALF_RANGE, _Q_MIN, _Q_MAX = np.float32(HALF_RANGE), np.float32(Q_MIN), np.floa
 _SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item())
 # bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
 _HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
+_SIDE_BY_SIDE = 32
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 # e4m3: a sign, four bits of exponent with a bias of 7 (fp32: 127), three of mantissa, which lie 20 bits lower in fp32.
 _BLOCK = 128
@@ -267,19 +268,31 @@ def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> 
 @numba.njit(nogil=True, error_model="numpy")
 def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray) -> None:
     experts, rows, columns = aim.shape
-    row_aim = np.empty(columns, np.float32)
+    # Rows side by side: one alone would wait for each of its codes.
+    aims = np.zeros((columns, _SIDE_BY_SIDE), np.float32)
+    steps, lefts = np.ones_like(aims), np.zeros_like(aims)
     for expert in range(experts):
-        for row in range(rows):
-            for i in range(columns):
-                row_aim[i] = aim[expert, row, i]
+        for first in range(0, rows, _SIDE_BY_SIDE):
+            count = min(_SIDE_BY_SIDE, rows - first)
+            for row in range(count):
+                for i in range(columns):
+                    aims[i, row] = aim[expert, first + row, i]
+                    steps[i, row] = scale[expert, first + row, i]
+                    lefts[i, row] = left[expert, first + row, i]
             for column in range(columns - 1, -1, -1):
-                step = scale[expert, row, column]
-                code = min(max(np.rint(row_aim[column] / step), _Q_MIN), _Q_MAX)
-                codes[expert, row, column] = np.int8(code)
-                error = left[expert, row, column] - code * step
-                left[expert, row, column] = error
+                for row in range(_SIDE_BY_SIDE):
+                    step = steps[column, row]
+                    code = min(max(np.rint(aims[column, row] / step), _Q_MIN), _Q_MAX)
+                    lefts[column, row] -= code * step
+                    aims[column, row] = code
                 for i in range(column):
-                    row_aim[i] += error * lower[expert, column, i]
+                    factor = lower[expert, column, i]
+                    for row in range(_SIDE_BY_SIDE):
+                        aims[i, row] += lefts[column, row] * factor
+            for row in range(count):
+                for i in range(columns):
+                    codes[expert, first + row, i] = np.int8(aims[i, row])
+                    left[expert, first + row, i] = lefts[i, row]
 
 
 # As above: sums in another order.

@@ -1,7 +1,7 @@
 """Which of three ways of computing the same is taken: torch's, numba's on a CPU or Triton's on a GPU.
 
-What each operation computes is said, and computed by torch, in `int4`, `experts` and `fp8`; these ask here, and import
-`compiled` or a module of `fused` where that is the faster way and works. Nothing above this room knows of it.
+What each operation computes is said, and computed by torch, in `int4`, `experts`, `rounding` and `fp8`; these ask here,
+and import `compiled` or a module of `fused` where that is the faster way and works. No room above this knows of it.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ def worth_compiling(tensor: torch.Tensor, whole: int | None = None) -> bool:
     return _is_large(tensor) if whole is None else whole >= COMPILED_FROM
 
 
-def worth_compiling_columns(weight: torch.Tensor) -> bool:
-    """Whether stacked fp32 weights are rounded column by column, and their group scales searched, by `compiled`."""
-    return weight.device.type == "cpu" and _is_large(weight)
+def way_of_columns(weight: torch.Tensor) -> Way:
+    """How stacked fp32 weights are rounded column by column, and their group scales searched."""
+    if weight.device.type == "cpu" and _is_large(weight):
+        return Way.NUMBA
+    return Way.TRITON if weight.numel() and triton_works(weight.device) else Way.TORCH
 
 
 def _is_large(tensor: torch.Tensor) -> bool:

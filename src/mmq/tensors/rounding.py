@@ -8,18 +8,18 @@ its Cholesky factor, and V = L / diag(L), column by column. Column j, the last o
 which is what GPTQ (arXiv 2210.17323) does with the factor of the inverse, and LDLQ (QuIP, arXiv 2307.13304) as here; no
 matrix is inverted. Columns come in ascending order of H's diagonal, so that the one that matters most is rounded first.
 Group scales are found before and stay with their columns (llmcompressor's `actorder: static`), so that the format needs
-no g_idx.
+no g_idx. `descend` then goes over scales and codes once more, each the best there is for all others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN
-from mmq.tensors.dispatch import worth_compiling_columns
+from mmq.tensors.dispatch import Way, way_of_columns
 from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
@@ -70,7 +70,8 @@ def factorize(moments: torch.Tensor, damping: float) -> Factor:
     """Damp second moments, order their columns and factorize them.
 
     Args:
-        moments: float32 [n, in, in], symmetric; overwritten.
+        moments: float32 [n, in, in], symmetric; become what is factorized, in units of its mean diagonal before it was
+            damped and in file order.
         damping: share of the mean diagonal that is added to the diagonal.
     """
     diagonals = moments.diagonal(dim1=1, dim2=2)
@@ -116,10 +117,15 @@ def searched_scale(weight: torch.Tensor, importance: torch.Tensor, group_size: i
 
     All are positive. With equal squares the larger share of max|w| wins; where no share gives a number, it is 1.
     """
-    if worth_compiling_columns(weight):
-        from mmq.tensors import compiled
+    match way_of_columns(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
 
-        return compiled.searched_scale(weight, importance, group_size, SHARES)
+            return compiled.searched_scale(weight, importance, group_size, SHARES)
+        case Way.TRITON if group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import rounding
+
+            return rounding.searched_scale(weight, importance, group_size, SHARES)
     return torch.cat([_searched(tile, importance, group_size) for tile in _tiles(weight)], 1)
 
 
@@ -159,12 +165,7 @@ def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor,
     left = weight.gather(2, order.expand_as(weight))
     codes = torch.empty_like(left, dtype=torch.int8)
     wide = scale.float()
-    if worth_compiling_columns(weight):
-        from mmq.tensors import compiled
-
-        round_columns = compiled.round_columns
-    else:
-        round_columns = _round_columns
+    round_columns = _columns_by(weight)
     for stop in range(left.shape[2], 0, -COLUMNS):
         part = slice(max(0, stop - COLUMNS), stop)
         block, lower = left[:, :, part], factor.unit_lower[:, part, part]
@@ -175,6 +176,20 @@ def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor,
         round_columns(aim, lower, wide.gather(2, places), block, codes[:, :, part])
     values = torch.empty_like(codes).scatter_(2, order.expand_as(codes), codes)
     return QuantizedStack(values, scale, group_size)
+
+
+def _columns_by(weight: torch.Tensor) -> Callable[..., None]:
+    """`_round_columns`, or what takes its place."""
+    match way_of_columns(weight):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.round_columns
+        case Way.TRITON:
+            from mmq.tensors.fused import rounding
+
+            return rounding.round_columns
+    return _round_columns
 
 
 def _round_columns(
@@ -196,3 +211,49 @@ def _round_columns(
         error = left[:, :, column].sub_(code * step)
         if column:
             aim[:, :, :column] += error.unsqueeze(2) * lower[:, column, :column].unsqueeze(1)
+
+
+def descend(weight: torch.Tensor, moments: torch.Tensor, factor: Factor, stack: QuantizedStack) -> QuantizedStack:
+    """One sweep of coordinate descent on trace((Q - W) H (Q - W)^T), from a rounding on: it rises nowhere.
+
+    Group by group: the scale of a row's group by least squares, rounded to bf16 and taken where that helps, then its
+    codes one after the other, each with all others fixed.
+
+    Args:
+        weight: float32 [n, out, in], what was rounded; overwritten.
+        moments: float32 [n, in, in], H, as `factorize` left it; where the factor does not compensate, nothing changes.
+        stack: the rounding of `weight`.
+
+    Source: QuantEase (arXiv 2309.01885) for the codes.
+    """
+    size, least = stack.group_size, torch.finfo(torch.bfloat16).tiny
+    round_columns = _columns_by(weight)
+    values, scales = stack.values.clone(), stack.scale.clone()
+    error = weight.sub_(stack.dequantize(torch.float32))
+    for group in range(scales.shape[2]):
+        part = slice(group * size, (group + 1) * size)
+        own, codes, step = moments[:, part, part], values[:, :, part].float(), scales[:, :, group].float()
+        # Of the trace, half of the slope by each quantized weight, downward.
+        slope = error @ moments[:, :, part]
+        curved = codes @ own
+        by_scale, curvature = (slope * codes).sum(-1), (curved * codes).sum(-1)
+        found = (step + by_scale / curvature).to(torch.bfloat16).float()
+        change = found - step
+        # NaN, of a group of zeros, is no gain.
+        gain = (found >= least) & (change * (2 * by_scale - change * curvature) > 0)
+        change = torch.where(gain, change, 0.0).unsqueeze(2)
+        step = torch.where(gain, found, step)
+        scales[:, :, group] = step.to(torch.bfloat16)
+        error[:, :, part] -= change * codes
+        slope -= change * curved
+        # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
+        moved = codes.mul_(step.unsqueeze(2))
+        diagonal = own.diagonal(dim1=1, dim2=2).unsqueeze(1)
+        aim = slope.div_(diagonal).add_(moved)
+        wide = step.unsqueeze(2).expand_as(aim).contiguous()
+        round_columns(aim, own / diagonal, wide, moved, values[:, :, part])
+        error[:, :, part] += moved
+    compensates = factor.compensates.view(-1, 1, 1)
+    return QuantizedStack(
+        torch.where(compensates, values, stack.values), torch.where(compensates, scales, stack.scale), size
+    )
