@@ -148,7 +148,7 @@ class Awq(Section):
         description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
     )
     rounding: Literal["nearest", "compensated"] = Field(
-        "compensated",
+        "nearest",
         description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
     shared_experts: Literal["scaled", "source"] = Field(
