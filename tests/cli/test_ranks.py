@@ -74,6 +74,13 @@ def test_torchrun_and_what_each_rank_took(odd: Path) -> None:
     assert differences(odd / "torchrun", odd / "wanted", FOLDERS) == []
     verified = [json.loads((odd / run / "verify.json").read_text()) for run in ("torchrun", "wanted")]
     assert verified[0] | {"folder": ""} == verified[1] | {"folder": ""}
+    for work_dir, several in (("torchrun", ["--devices", "3"]), ("wanted", [])):
+        recipe = ["eval", str(odd / "recipe.yaml"), "--quiet", "--set", f"work_dir={work_dir}"]
+        few = ["--samples", "5", "--sequence-length", "64"]
+        subprocess.run([*MMQ, *recipe, *few, *several], check=True, timeout=LIMIT)
+    evaluated = [json.loads((odd / work_dir / "eval.json").read_text()) for work_dir in ("torchrun", "wanted")]
+    for key in ("variants", "samples", "layers", "tokens"):
+        assert evaluated[0][key] == evaluated[1][key]
     report = (odd / "torchrun" / "report" / "report.html").read_text()
     assert "it stood still for the others" in report
     for layer in json.loads((odd / "torchrun" / "state" / "awq" / "layers.json").read_text()):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mmq.cli.options import Json, LogFile, Quiet, RecipePath, Restart, Set, mode
+from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.session import session
 from mmq.shipped import is_builtin
 
@@ -28,6 +28,7 @@ def evaluate(
     ] = None,
     set_: Set = None,
     restart: Restart = False,
+    devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     log_file: LogFile = None,
@@ -35,7 +36,8 @@ def evaluate(
     """Compare the hybrid checkpoint with its source on held-out text: perplexity, KL, top-1 agreement."""
     given = {"--against": against, "--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
-    with session("eval", recipe, set_, mode(json, quiet), log_file, options) as run:
+    with session("eval", recipe, set_, mode(json, quiet), log_file, options, devices) as run:
+        from mmq.machine.team import Team
         from mmq.prove.compare import COMPARISON_NAME, cache_share, compare, compared, sentence
         from mmq.prove.evaluate import (
             DEFAULT_DATA,
@@ -55,11 +57,16 @@ def evaluate(
         if not is_builtin(path):
             path = str(Path(path).expanduser().resolve())
         settings = EvalSettings(path, samples, sequence_length)
+        team = Team.join(run.recipe.awq.device)
         with run.output.live():
-            report = evaluate_checkpoint(Workspace.of(run.recipe, run.output), settings, restart)
+            report = evaluate_checkpoint(Workspace.of(run.recipe, run.output, team=team), settings, restart)
             if against is not None:
                 rival = load(against)
-                other = evaluate_checkpoint(Workspace.of(rival, run.output), settings, restart)
+                other = evaluate_checkpoint(Workspace.of(rival, run.output, team=team), settings, restart)
+            team.close()
+            if not team.leads:
+                return
+            if against is not None:
                 report |= {"against": [compare(report, other, variant) for variant in compared(report, other)]}
                 write_json(run.recipe.work_path / COMPARISON_NAME, {"recipe": str(against), "found": report["against"]})
         tokens = report["tokens"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,13 @@ from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.model import SourceModel
 from mmq.source.samples import read_files, read_samples
-from mmq.stages.base import begin_run, check_disk
+from mmq.stages.base import begin_run, check_disk, holding, share_journal
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import is_finite
 from mmq.workdir.journal import StageJournal
 from mmq.workdir.layer_files import LayerFiles
-from mmq.workdir.lock import lock
 from mmq.workdir.output_shards import layer_unit
 from mmq.workdir.versions import versions
 from mmq.workdir.workspace import HYBRID, Workspace
@@ -96,7 +96,7 @@ def evaluate_checkpoint(workspace: Workspace, settings: EvalSettings, restart: b
         JournalError: restore has not ended, or an evaluation was begun with other inputs.
         CalibrationError: the data can't be used.
     """
-    with lock(workspace.work_dir, workspace.reporter):
+    with holding(workspace):
         return _Evaluation(workspace, settings).run(restart)
 
 
@@ -157,7 +157,7 @@ class _Evaluation:
     """One run of the evaluation."""
 
     def __init__(self, workspace: Workspace, settings: EvalSettings) -> None:
-        self.workspace, self.settings = workspace, settings
+        self.workspace, self.settings, self.team = workspace, settings, workspace.team
         self.report_path = workspace.work_dir / REPORT_NAME
         self.files = LayerFiles.of(workspace, name)
         self.journal: StageJournal = workspace.journal.stage(name)
@@ -183,30 +183,49 @@ class _Evaluation:
             raise CalibrationError(f"no sample of {settings.data} has two tokens: there is nothing to predict")
 
     def run(self, restart: bool) -> dict[str, Any]:
+        if self.team.leads:
+            self._begin(restart)
+        share_journal(self.workspace)
+        self.journal = self.workspace.journal.stage(name)
+        if not self.journal.complete:
+            if HEAD not in self.journal.units:
+                self._compute()
+            if self.team.leads:
+                self.files.remove_hidden()
+                self.journal.finish()
+                self.workspace.reporter.finish(name)
+        self.team.together()
+        return read_json(self.report_path)
+
+    def _begin(self, restart: bool) -> None:
+        """Begin anew or resume; the leading rank's."""
         if restart:
+            self._check_room(self.layers)
             self._forget()
         self.journal.begin(self._fingerprint())
         if self.journal.complete:
             self.workspace.reporter.note(f"{name} is complete: {self.report_path}")
-            return read_json(self.report_path)
+            return
+        self._check_room(self._pending())
         make_folder(self.files.folder)
         remove_temporaries(self.files.folder)
         begin_run(self.workspace, self.journal)
-        if HEAD not in self.journal.units:
-            self._compute()
-        report = read_json(self.report_path)
-        self.files.remove_hidden()
-        self.journal.finish()
-        self.workspace.reporter.finish(name)
-        return report
+
+    def _pending(self) -> list[int]:
+        """Layers that the journal lacks."""
+        return [layer for layer in self.layers if layer_unit(layer) not in self.journal.units]
+
+    def _check_room(self, pending: Sequence[int]) -> None:
+        """Raises DiskSpaceError where the hidden states would fill the disk."""
+        if pending:
+            width = int(self.source.config[self.arch.hidden_key])
+            states = 2 * len(self.variants) * self.tokens.ids.numel() * width
+            # The last layer's go only after the next one's are in place.
+            check_disk(self.files.folder, 2 * states)
 
     def _compute(self) -> None:
         """All layers that the journal lacks, then the head and the report."""
-        reporter, width = self.workspace.reporter, int(self.source.config[self.arch.hidden_key])
-        pending = [layer for layer in self.layers if layer_unit(layer) not in self.journal.units]
-        states = 2 * len(self.variants) * self.tokens.ids.numel() * width
-        # The last layer's go only after the next one's are in place.
-        check_disk(self.files.folder, 2 * states)
+        reporter, pending = self.workspace.reporter, self._pending()
         weights = dict.fromkeys(units_of(self.source), 1)
         reporter.start(name, weights, self.journal.units, sum(map(self._bytes_of, pending)))
         if len(pending) < len(self.layers):
@@ -229,14 +248,15 @@ class _Evaluation:
         errors = {variant.name: relative_error(after[variant.name], truth) for variant in self.variants}
         seconds = round(time.perf_counter() - begin, 3)
         record = {"layer": layer, "relative_error": errors, "seconds": seconds}
-        self._save(layer, after, record)
+        if self.team.leads:
+            self._save(layer, after, record)
         shown = {variant: f"{error:.2%}" for variant, error in errors.items() if variant != SOURCE.name}
         self.workspace.reporter.unit(layer_unit(layer), **shown, seconds=seconds)
         return after
 
     def _run_variants(self, key: str, layer: int, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The variants that have one checkpoint's weights; its layer is freed when this returns."""
-        content = read_layer(self.weights[key], self.arch, layer, self.device)
+        content = read_layer(self.weights[key], self.arch, layer, self.device, self.team)
         scales = take_kv_scales(self.arch, content)
         settings, after = self.workspace.recipe.awq, {}
         for variant in self.variants:
@@ -247,7 +267,7 @@ class _Evaluation:
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,
-                variant.round_to_nearest, settings.memory_budget,
+                variant.round_to_nearest, settings.memory_budget, self.team,
             )  # fmt: skip
             if not is_finite(states):
                 raise CheckpointError(f"{variant.name}: the output of layer {layer} is NaN or infinite")
@@ -269,7 +289,9 @@ class _Evaluation:
         self.workspace.reporter.step(HEAD, "computing", 0, 1)
         begin = time.perf_counter()
         heads = self._heads()
-        measured = measure(hidden, heads, SOURCE.name, self.tokens)
+        measured = measure(hidden, heads, SOURCE.name, self.tokens, self.team)
+        if not self.team.leads:
+            return
         records = [read_json(self.files.record(layer)) for layer in self.layers]
         head_seconds = round(time.perf_counter() - begin, 3)
         report = {
@@ -335,7 +357,8 @@ class _Evaluation:
         """bfloat16 [T, H] of each variant on the device: after the last finished layer, or the embeddings."""
         done = [layer for layer in self.layers if layer_unit(layer) in self.journal.units]
         path = self.files.hidden(done[-1]) if done else None
-        self.files.remove_hidden(but=path)
+        if self.team.leads:
+            self.files.remove_hidden(but=path)
         if path is not None:
             loaded = load_file(path, device=str(self.device))
             return {variant.name: loaded[variant.name] for variant in self.variants}

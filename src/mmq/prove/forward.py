@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer
 from mmq.quantize.layer import LayerContent
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
@@ -24,22 +25,29 @@ def run_layer(
     group_size: int,
     round_to_nearest: bool = False,
     budget: int | None = None,
+    team: Team = ALONE,
 ) -> torch.Tensor:
-    """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H]."""
-    residual = decoder.attend(hidden, lengths)
+    """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H].
+
+    Args:
+        content: of several ranks, with this one's experts.
+    """
+    residual = decoder.attend(hidden, lengths, team)
     if not decoder.has_experts:
         return residual
     x = decoder.block_input(residual)
     residual = decoder.add_shared(residual, x)
     _, weight, index = decoder.route(x)
     block = ExpertBlock(
-        x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget
+        x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget,
+        team=team,
     )  # fmt: skip
     weights = Weights(block)
     if round_to_nearest:
         experts, width, inner = content.down.shape
         weights = Smoothed(block, x.new_ones(width).float(), x.new_ones(experts, inner).float())
-    return residual + block.output(weights).to(residual.dtype)
+    outputs = [part.to(residual.dtype) for part in block.outputs(weights)]
+    return residual + block.in_order(outputs)
 
 
 class Head:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mmq.machine.team import ALONE, Team
 from mmq.prove.forward import Head
 from mmq.source.tokens import Tokens
 
@@ -81,8 +82,11 @@ def standard_error(sums: torch.Tensor, counts: torch.Tensor) -> float | None:
     return float((rest.square().sum() * samples / (samples - 1)).sqrt() / counts.sum())
 
 
-def measure(hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str, tokens: Tokens) -> dict[str, Measured]:
-    """What is predicted by each variant, sample by sample; samples of one token predict nothing.
+def measure(
+    hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str, tokens: Tokens, team: Team = ALONE
+) -> dict[str, Measured]:
+    """What is predicted by each variant, sample by sample; samples of one token predict nothing. Each rank looks at its
+    part of the tokens.
 
     Args:
         hidden: bfloat16 [T, H] after the last layer, by variant.
@@ -95,18 +99,22 @@ def measure(hidden: dict[str, torch.Tensor], heads: dict[str, Head], truth: str,
     positions, following = positions.to(device), following.to(device)
     parts: dict[str, list[torch.Tensor]] = {variant: [] for variant in hidden}
     step = max(1, HEAD_ELEMENTS // heads[truth].weight.shape[0])
-    for where, wanted in zip(positions.split(step), following.split(step), strict=True):
+    chunks = list(zip(positions.split(step), following.split(step), strict=True))
+    shares = [sum(len(chunks[number][0]) for number in part) for part in team.parts(len(chunks))]
+    for where, wanted in (chunks[number] for number in team.part(len(chunks))):
         expected = heads[truth].log_probabilities(hidden[truth][where])
         for variant, states in hidden.items():
             found = expected if variant == truth else heads[variant].log_probabilities(states[where])
             loss = found.gather(1, wanted.unsqueeze(1)).squeeze(1).neg()
             kl = (expected.exp() * (expected - found)).sum(1, dtype=torch.float64)
             agreed = found.argmax(-1) == expected.argmax(-1)
-            parts[variant].append(torch.stack([loss.double(), kl, agreed.double()]).cpu())
+            parts[variant].append(torch.stack([loss.double(), kl, agreed.double()], 1))
     count = torch.bincount(owner, minlength=len(tokens.lengths))
     result = {}
     for variant, own in parts.items():
+        none = torch.empty(0, 3, dtype=torch.float64, device=device)
+        found = team.gather(torch.cat([none, *own]), shares).cpu().T
         # On the host, so that the sums have one order.
-        sums = torch.zeros(3, len(tokens.lengths), dtype=torch.float64).index_add_(1, owner, torch.cat(own, 1))
+        sums = torch.zeros(3, len(tokens.lengths), dtype=torch.float64).index_add_(1, owner, found)
         result[variant] = Measured(count, sums[2].long(), sums[0], sums[1])
     return result

@@ -11,6 +11,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 
 from mmq.errors import CheckpointError
 from mmq.families.table import Architecture
+from mmq.machine.team import ALONE, Team
 from mmq.quantize.layer import LayerContent
 from mmq.source.model import SourceModel
 from mmq.storage.checkpoint import Checkpoint, TensorReader
@@ -87,8 +88,11 @@ class HybridWeights:
         return weight
 
 
-def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: torch.device) -> LayerContent:
-    """A dequantized layer with its experts stacked on the device: gate_up [E, 2I, H] and down [E, H, I] in bfloat16.
+def read_layer(
+    weights: LayerWeights, arch: Architecture, layer: int, device: torch.device, team: Team = ALONE
+) -> LayerContent:
+    """A dequantized layer with its experts stacked on the device: gate_up [E, 2I, H] and down [E, H, I] in bfloat16; of
+    several ranks, this one's experts.
 
     Raises:
         CheckpointError: an expert is missing.
@@ -98,10 +102,19 @@ def read_layer(weights: LayerWeights, arch: Architecture, layer: int, device: to
     count = count if arch.has_experts(layer) else 0
     if len(set(expert_names)) != count * len(arch.expert_linears):
         raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")
+    own = team.part(count)
+    mine = [name for name in expert_names if _expert(arch, name) in own]
     with weights.checkpoint.reader() as reader:
-        names = [*expert_names, *other_names]
+        names = [*mine, *other_names]
         tensors = ((arch.split(tensor)[1], weights.read(reader, tensor, device)) for tensor in names)
-        return LayerContent.stacked(arch, count, tensors, device)
+        return LayerContent.stacked(arch, own, tensors, device)
+
+
+def _expert(arch: Architecture, name: str) -> int:
+    """The number of the expert that a weight is of."""
+    parts = arch.split_expert(arch.split(name)[1])
+    assert parts is not None
+    return parts[0]
 
 
 def take_kv_scales(arch: Architecture, content: LayerContent) -> dict[str, torch.Tensor]:

@@ -48,9 +48,9 @@ class LayerContent:
 
     @classmethod
     def stacked(
-        cls, arch: Architecture, experts: int, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
+        cls, arch: Architecture, experts: range, tensors: Iterable[tuple[str, torch.Tensor]], device: torch.device
     ) -> LayerContent:
-        """Stack the experts of a layer's dequantized tensors, given one after the other by their names in the layer."""
+        """Stack some experts of a layer's dequantized tensors, given one after another by their names in the layer."""
         gate_up = down = torch.empty(0)
         rest = {}
         for local, value in tensors:
@@ -63,10 +63,10 @@ class LayerContent:
             # gate and up are [I, H], down is [H, I].
             inner, hidden = value.shape if linear != arch.down else value.shape[::-1]
             if not gate_up.numel():
-                gate_up = torch.empty(experts, 2 * inner, hidden, dtype=torch.bfloat16, device=device)
-                down = torch.empty(experts, hidden, inner, dtype=torch.bfloat16, device=device)
+                gate_up = torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=device)
+                down = torch.empty(len(experts), hidden, inner, dtype=torch.bfloat16, device=device)
             target = {arch.gate: gate_up[:, :inner], arch.up: gate_up[:, inner:], arch.down: down}[linear]
-            target[expert].copy_(value)
+            target[expert - experts.start].copy_(value)
         return cls(gate_up, down, rest)
 
 

@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from mmq.machine.threads import computing, one_thread, signals_held
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries
 from mmq.text import bytes_text
 from mmq.workdir.journal import StageJournal
+from mmq.workdir.lock import lock
 from mmq.workdir.versions import versions
 from mmq.workdir.workspace import Workspace
 
@@ -139,6 +140,21 @@ def disk_of(folder: Path) -> int:
     return existing_part(folder).stat().st_dev
 
 
+@contextmanager
+def holding(workspace: Workspace) -> Iterator[None]:
+    """Hold the work_dir's lock, which the leading rank takes for all, and have progress seen there.
+
+    Raises:
+        LockedError: another process holds it.
+    """
+    team, reporter = workspace.team, workspace.reporter
+    with (
+        reporter.recorded(lambda progress: team.at(f"{progress.stage}, {progress.doing}")),
+        lock(workspace.work_dir, reporter, team.whereabouts) if team.leads else nullcontext(),
+    ):
+        yield
+
+
 def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     """Run or resume a stage, on all ranks; call under the work_dir's lock.
 
@@ -148,7 +164,7 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
     plan, team, journal = stage.plan(workspace), workspace.team, workspace.journal.stage(stage.name)
     if team.leads:
         _begin(stage, workspace, plan, journal, restart)
-    _share_journal(workspace)
+    share_journal(workspace)
     journal = workspace.journal.stage(stage.name)
     if journal.complete:
         return
@@ -161,10 +177,10 @@ def execute(stage: Stage, workspace: Workspace, restart: bool = False) -> None:
         stage.complete(workspace, plan, journal)
         journal.finish()
         workspace.reporter.finish(stage.name)
-    _share_journal(workspace)
+    share_journal(workspace)
 
 
-def _share_journal(workspace: Workspace) -> None:
+def share_journal(workspace: Workspace) -> None:
     """All ranks know what the leading one's journal says."""
     team = workspace.team
     known = team.leader_says(workspace.journal.as_json() if team.leads else None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import Any
 
 from mmq.recipe import Recipe
 from mmq.stages import awq, dequant, restore
-from mmq.stages.base import Plan, Stage, execute, free_disk
+from mmq.stages.base import Plan, Stage, execute, free_disk, holding
 from mmq.stages.preflight import Passed, check_outputs, preflight
-from mmq.workdir.lock import lock
 from mmq.workdir.workspace import Workspace
 
 STAGES: dict[str, Stage] = {stage.name: stage for stage in (dequant, awq, restore)}
@@ -26,10 +24,7 @@ def run_stages(workspace: Workspace, names: Iterable[str], restart: bool = False
     stages, team = [STAGES[name] for name in names], workspace.team
     if team.leads:
         check_outputs(workspace, stages)
-    with (
-        workspace.reporter.recorded(lambda progress: team.at(f"{progress.stage}, {progress.doing}")),
-        lock(workspace.work_dir, workspace.reporter, team.whereabouts) if team.leads else nullcontext(),
-    ):
+    with holding(workspace):
         if team.leads:
             preflight(workspace, stages, restart=restart)
         # What is fetched from the hub is there for the others now.
