@@ -346,10 +346,7 @@ def test_absurd_kv_scales_make_the_fp8_cache_worse(evaluated: Path, copy: Path, 
         multiply(shard, ("k_scale", "v_scale"), factor)
     succeed("eval", copy / "recipe.yaml", *OPTIONS)
     before, after = metrics_of(evaluated), metrics_of(copy)
-    usual, absurd = (
-        metrics[HYBRID_FP8_KV.name]["kl"] - metrics[HYBRID_MODEL.name]["kl"] for metrics in (before, after)
-    )
-    assert usual > 0 and absurd > worse * usual
+    assert after[HYBRID_FP8_KV.name]["kl"] > worse * before[HYBRID_FP8_KV.name]["kl"]
     for variant in (SOURCE.name, HYBRID_MODEL.name, NEAREST.name):
         assert after[variant] == before[variant]
 
