@@ -69,6 +69,23 @@ def test_three_ranks_are_killed_and_two_go_on(odd: Path) -> None:
 
 
 @cpu_only
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_killed_before_they_know_each_other(odd: Path, rank: int) -> None:
+    """While the others still import: the launcher, which sees it, names it."""
+    command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=early", "--devices", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while len(found := ranks_of(process.pid)) < 2:
+            time.sleep(0.02)
+        os.kill(found[rank], signal.SIGKILL)
+        begin = time.monotonic()
+        _, stderr = process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.fullmatch(rf"error: rank {rank} \(process {found[rank]}\) was killed by SIGKILL; finished .*\n", stderr)
+    assert time.monotonic() - begin < 60, "seconds were asked for"
+    assert not (odd / "early").exists()
+
+
+@cpu_only
 def test_torchrun_and_what_each_rank_took(odd: Path) -> None:
     run([*TORCHRUN, "2", "-m", "mmq"], odd, "torchrun")
     assert differences(odd / "torchrun", odd / "wanted", FOLDERS) == []

@@ -15,7 +15,7 @@ from typing import IO, NoReturn, cast
 from rich.console import Console
 from rich.text import Text
 
-from mmq.cli.launch import is_launched, speaks
+from mmq.cli.launch import is_launched, launcher_speaks, speaks
 from mmq.cli.streams import Stream, Terminated
 from mmq.errors import MmqError, RankError, one_line, printable
 
@@ -106,6 +106,8 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
     """What this process says and ends with, as one of several: the leading one speaks for all."""
     if not is_launched():
         return message, code
+    if isinstance(error, Terminated) and launcher_speaks():
+        return "", code
     if "mmq.machine.team" not in sys.modules:  # none has heard of the others yet, and all meet with the same
         return message if speaks() else "", code
     from mmq.machine.team import STOPPED, joined
