@@ -5,8 +5,8 @@ swapped, index, config.json, tensor data, tokenizer, chat template, recipe, samp
 user would run: `mmq run --dry-run`, `mmq plan`, `mmq dequant`, and for a share also `mmq awq`, `restore` and `verify`.
 An input must end with success or with exit code 2 and one printable line on standard error. All else is a failure:
 another exception, death by a signal, more than SECONDS, more than MEMORY, a write outside work_dir, a process started,
-a connection, an object unpickled. Each input is made from `--seed` and its number alone; `--number` repeats one. What is
-refused by a stage, after `run --dry-run` took it, is counted and told apart: only content of tensors may be.
+a connection, an object unpickled. Each input is made from `--seed` and its number alone; `--number` repeats one. What
+a stage refuses after `run --dry-run` took it is counted and told apart: only content of tensors may be.
 
     python scripts/fuzz_checkpoint.py --inputs 20000
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -186,6 +187,24 @@ def test_a_second_signal_does_not_cut_the_end_short(capfd: pytest.CaptureFixture
     assert tidied
     assert capfd.readouterr().err.count("\n") == 1
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_a_signal_amid_the_making_of_an_object_is_one_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    """As of llvmlite's, whose end stumbles over what its beginning had not come to, and the interpreter tells of it."""
+
+    class Half:
+        def __init__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+            self.whole = True
+
+        def __del__(self) -> None:
+            assert self.whole
+
+    with pytest.raises(SystemExit), handled("mmq awq recipe.yaml"):
+        Half()
+    gc.collect()
+    assert capfd.readouterr().err == "stopped: finished shards and layers are safe; go on with: mmq awq recipe.yaml\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
