@@ -79,13 +79,14 @@ def _launch(processes: int) -> NoReturn:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         # The launcher ends all others by SIGTERM once one has failed.
         first = min(codes, key=lambda rank: (codes[rank] in (-signal.SIGTERM, 128 + signal.SIGTERM), rank))
-        code = codes.get(0, codes[first])
+        said = codes.get(0, 2)
         # The leading rank has said why, unless it was killed, or did not know the others yet.
-        if code < 0 or (first != 0 and launcher_speaks()):
-            code = codes[first]
-            how = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-            process = error.failures[first].pid
-            sys.stderr.write(f"error: rank {first} (process {process}) {how}; finished shards and layers are safe\n")
+        if said >= 0 and not (first != 0 and launcher_speaks()):
+            sys.exit(said)
+        code = codes[first]
+        how = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        process = error.failures[first].pid
+        sys.stderr.write(f"error: rank {first} (process {process}) {how}; finished shards and layers are safe\n")
         sys.exit(code if code >= 0 else 128 - code)
     except SignalException as error:
         if launcher_speaks():
