@@ -56,7 +56,7 @@ def run(command: list[str], folder: Path, work_dir: str, *options: str, code: in
 
 @cpu_only
 def test_three_ranks_are_killed_and_two_go_on(odd: Path) -> None:
-    """A killed rank ends the others, and the sentence names it. Two that accelerate starts go on, to the bytes of one."""
+    """A killed rank ends the others, and the sentence names it. Two by accelerate go on, to the bytes of one."""
     command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=killed", "--devices", "3"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_for_layer(odd / "killed")
