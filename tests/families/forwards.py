@@ -19,9 +19,12 @@ def gated(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
     return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
+# Norms multiply by one plus their weight.
+AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text")
+
+
 def normed(x: torch.Tensor, weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """RMSNorm; Qwen3-Next's multiply by one plus their weight."""
-    return rms_norm(x, weight + 1 if config["model_type"] == "qwen3_next" else weight, config["rms_norm_eps"])
+    return rms_norm(x, weight + 1 if config["model_type"] in AROUND_ZERO else weight, config["rms_norm_eps"])
 
 
 def heads(
@@ -52,7 +55,7 @@ def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
         return latent_attention(x, weights, prefix, config)
     count = config["num_attention_heads"]
     gate = None
-    if config["model_type"] == "qwen3_next":
+    if config["model_type"] in ("qwen3_next", "qwen3_5_moe_text"):
         # Each head's query and, after it, its gate.
         both = weights[f"{prefix}self_attn.q_proj.weight"].unflatten(0, (count, 2, -1))
         gate = (x @ both[:, 1].flatten(0, 1).T).sigmoid()
@@ -68,18 +71,23 @@ def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
 
 def linear_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
     """The gated delta rule, token by token: S decays, and what it says of a key moves toward the key's value."""
-    own = {name: weights[f"{prefix}linear_attn.{name}"] for name in (
-        "in_proj_qkvz.weight", "in_proj_ba.weight", "out_proj.weight", "conv1d.weight", "A_log", "dt_bias",
-        "norm.weight",
-    )}  # fmt: skip
+    start = f"{prefix}linear_attn."
+    own = {name.removeprefix(start): weight for name, weight in weights.items() if name.startswith(start)}
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     dim, wide, share = config["linear_key_head_dim"], config["linear_value_head_dim"], values // keys
-    # Side by side for each key head: query, key, its value heads' values, and their gates.
-    q, k, v, z = (
-        (x @ own["in_proj_qkvz.weight"].T).unflatten(1, (keys, -1)).split([dim, dim, share * wide, share * wide], -1)
-    )
-    b, a = (x @ own["in_proj_ba.weight"].T).unflatten(1, (keys, -1)).split([share, share], -1)
-    mixed, kernel = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1), config["linear_conv_kernel_dim"]
+    if "in_proj_z.weight" in own:
+        # Qwen3.5: a projection each, all heads' queries before all keys before all values.
+        mixed, z, b, a = (x @ own[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a"))
+    else:
+        # Side by side for each key head: query, key, its value heads' values, and their gates.
+        q, k, v, z = (
+            (x @ own["in_proj_qkvz.weight"].T)
+            .unflatten(1, (keys, -1))
+            .split([dim, dim, share * wide, share * wide], -1)
+        )
+        b, a = (x @ own["in_proj_ba.weight"].T).unflatten(1, (keys, -1)).split([share, share], -1)
+        mixed = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1)
+    kernel = config["linear_conv_kernel_dim"]
     before = torch.cat([mixed.new_zeros(kernel - 1, mixed.shape[1]), mixed])
     taps = own["conv1d.weight"][:, 0]
     mixed = F.silu(sum(before[tap : tap + len(x)] * taps[:, tap] for tap in range(kernel)))
@@ -198,12 +206,19 @@ def qwen3_next(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -
     return output + share * gated(x, weights, f"{prefix}mlp.shared_expert.")
 
 
+def qwen3_5_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """As Qwen3-Next; every layer has experts, and the weights of those kept always sum to one."""
+    always = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
+    return qwen3_next(x, weights, prefix, config | always)
+
+
 # DeepSeek V3 routes as GLM does.
 BLOCKS: dict[str, Block] = {
     "qwen3_moe": qwen3_moe,
     "glm4_moe": glm4_moe,
     "deepseek_v3": glm4_moe,
     "qwen3_next": qwen3_next,
+    "qwen3_5_moe_text": qwen3_5_moe,
 }
 # What reads the norm before the block beside the experts' gate and up, in a layer with experts.
 READERS = {
@@ -221,6 +236,7 @@ READERS["qwen3_next"] = [
     "mlp.shared_expert.up_proj.weight",
     "mlp.shared_expert_gate.weight",
 ]
+READERS["qwen3_5_moe"] = READERS["qwen3_5_moe_text"] = READERS["qwen3_next"]
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:

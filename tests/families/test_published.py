@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmq.families.registry import architecture_of
 from mmq.families.sizes import Dimensions, Form, components, tensors_of
@@ -60,6 +62,23 @@ PUBLISHED = {
         "num_nextn_predict_layers": 0,
     }),
 }  # fmt: skip
+
+
+# Config classes whose defaults are a release's sizes, and what is past the decoder in files but not in the class.
+DEFAULTS = {"qwen3_5_moe": "multi-token prediction"}
+
+
+@pytest.mark.parametrize("family", DEFAULTS)
+def test_parameters_of_transformers_class(family: str) -> None:
+    """Counted by the class on no device, tower and all."""
+    config = AutoConfig.for_model(family)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    settings = config.to_dict()
+    arch = architecture_of(settings)
+    parts = components(tensors_of(Dimensions.of(settings, arch), arch, "hybrid"))
+    counted = {name: part.parameters for name, part in parts.items() if name != DEFAULTS[family]}
+    assert sum(counted.values()) == sum(parameter.numel() for parameter in model.parameters()) > 30e9
 
 
 @pytest.mark.parametrize(("published", "config"), PUBLISHED.values(), ids=list(PUBLISHED))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import SIZES, Architecture, Formula, Size, Weight
+from mmq.families.table import SIZES, Architecture, Formula, Size, Weight, value_at
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -26,11 +26,11 @@ LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
 COMPONENTS = (
-    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "embeddings", "head", "router",
-    "norms and biases", "kv_scales",
+    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "vision tower", "embeddings",
+    "head", "router", "norms and biases", "kv_scales",
 )  # fmt: skip
 # Of these, what only some families have.
-RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction")
+RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction", "vision tower")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ class Dimensions:
         Raises:
             CheckpointError: one is missing or no positive number, or no layer has experts.
         """
+        config = arch.settings(config)
         keys = ["num_attention_heads", "num_key_value_heads", "vocab_size"]
         keys += [arch.layers_key, arch.experts_key, arch.hidden_key, arch.intermediate_key]
         heads, kv_heads, vocabulary, layers, experts, hidden, intermediate = (_count(config, key) for key in keys)
@@ -325,7 +326,7 @@ def _amount(config: Mapping[str, Any], formula: Formula) -> int:
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+    value = value_at(config, key)
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise CheckpointError(f"config.json: {key} is {shown(value)} instead of a number from 1 to {LARGEST}")
     return value

@@ -17,6 +17,8 @@ from typing import Any, Literal
 NUMBER = "(0|[1-9][0-9]{0,8})"
 # No model has more, and what is listed layer by layer stays small.
 MOST_LAYERS = 10**6
+# Nor a tower more blocks, which are written down one by one.
+MOST_BLOCKS = 1000
 # No layer of a model: one past the last, with experts and full attention.
 BEYOND = MOST_LAYERS + 1
 
@@ -30,6 +32,8 @@ Size = str
 Formula = tuple[tuple[str | int, ...], ...]
 
 
+# What transformers and vLLM read beside a section or in it.
+BOTH_PLACES = ("tie_word_embeddings", "quantization_config")
 LATENT_SCALES = "vLLM takes no calibrated scales for the latent that this attention caches"
 
 
@@ -95,6 +99,43 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """All experts of a layer in one tensor, as some releases store them: [experts, rows, in].
+
+    Attributes:
+        name: in the layer.
+        linears: what each expert's rows are, one above the other.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of one kind outside the decoder, as a vision tower has them.
+
+    Attributes:
+        prefix: of a block's tensors; `{block}` stands for its number.
+        count: where config.json says how many there are.
+        weights: of each block.
+    """
+
+    prefix: str
+    count: str
+    weights: tuple[Weight, ...]
+
+    def of(self, config: Mapping[str, Any]) -> Iterator[Weight]:
+        """All their weights by full names. Raises ValueError where the key holds no such number."""
+        count = _whole(config, self.count, 0)
+        if count > MOST_BLOCKS:
+            raise ValueError(f"{self.count} is {count}, more than {MOST_BLOCKS}")
+        for block in range(count):
+            for weight in self.weights:
+                yield replace(weight, name=self.prefix.format(block=block) + weight.name)
+
+
+@dataclass(frozen=True)
 class SomeLayers:
     """Where config.json says which layers are of a kind: have one dense MLP instead of experts, or linear attention.
 
@@ -143,6 +184,8 @@ class Architecture:
     Attributes:
         model_type: config.json's `model_type`.
         modeling: the transformers module with the classes named below; remote code is never used.
+        section: the section of config.json that holds the decoder's settings, where those of a vision tower stand
+            beside it; `settings` finds them.
         layer: prefix of a decoder layer's tensors.
         attention_weights: attention's matrices, whose original bytes are restored, and the norms and biases that its
             output and the KV cache depend on; none of them is ever changed.
@@ -164,17 +207,22 @@ class Architecture:
         carried: beginnings of names outside the decoder layers that are carried as they are, and the component of each.
         carried_layers: of these, layers that are wired as a decoder layer with experts and full attention.
         carried_weights: the other tensors there that releases have, by their full names.
+        carried_blocks: more of them, that repeat.
+        stacks: tensors of all of a layer's experts, where releases have them instead of each expert's own.
         dense: the MLP that stands for the experts in the layers that `dense_layers` names.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
         default_rotary_share: the share of head dimensions that turn where config.json names none.
         default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
         rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
+        rotary_axes: how many positions a token has, three where images have time, height and width; text has the same
+            in all.
         head_dim_key: where it says how wide a head is, or the part of one that rotary settings are about.
         config_fields: what the layer class reads of the config beside the config class's own fields.
         dense_at, linear_at: numbers of such layers, once `resolved`.
         extra_at: numbers of the layers past the last, once `resolved`.
-        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones.
+        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones. What
+            stands in the section is in its own.
     """
 
     model_type: str
@@ -194,6 +242,7 @@ class Architecture:
     down: str
     module_names: tuple[tuple[str, str], ...]
     moe_module: str
+    section: str | None = None
     router_stored: Literal["BF16", "F32"] = "F32"
     router_served: Literal["BF16", "F32"] = "F32"
     dense: Mlp | None = None
@@ -210,6 +259,8 @@ class Architecture:
     carried: tuple[tuple[str, str], ...] = ()
     carried_layers: tuple[str, ...] = ()
     carried_weights: tuple[Weight, ...] = ()
+    carried_blocks: tuple[Blocks, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     extra_weights: tuple[Weight, ...] = ()
     extra_at: tuple[int, ...] = ()
     default_rotary_share: float = 1.0
@@ -225,16 +276,40 @@ class Architecture:
     dense_key: str = "intermediate_size"
     extra_layers_key: str | None = None
     rotary_dim_key: str | None = None
+    rotary_axes: int = 1
     head_dim_key: str = "head_dim"
     config_fields: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self, config: Mapping[str, Any]) -> Architecture:
+    def settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's settings: config.json's own, and before them its section's where the family has one. Of what
+        has no section, as these settings themselves, all of it."""
+        section = config.get(self.section) if self.section else None
+        if not isinstance(section, dict):
+            return config
+        given = {key: value for key, value in section.items() if value is not None or key not in config}
+        return {key: value for key, value in config.items() if key != self.section} | given
+
+    def check_section(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError where the section is missing or no object, or says other than what is beside it of what
+        servers read at either place; the message is a clause."""
+        if self.section is None:
+            return
+        section = config.get(self.section)
+        if not isinstance(section, dict):
+            raise ValueError(f"{self.section} is missing" if section is None else f"{self.section} is no object")
+        for key in BOTH_PLACES:
+            inside, beside = section.get(key), config.get(key)
+            if inside is not None and beside is not None and inside != beside:
+                raise ValueError(f"{key} says one thing, {self.section}.{key} another")
+
+    def resolved(self, config: dict[str, Any]) -> Architecture:
         """The table for one config.json: weights that it has not are gone, and it is known which layers are dense.
 
         Raises:
             ValueError: a key that decides so holds something else; the message is a clause.
         """
+        config = self.settings(config)
         layers = config.get(self.layers_key)
         # A number of layers that is none is refused by who needs it.
         layers = layers if type(layers) is int and 0 < layers <= MOST_LAYERS else 0
@@ -245,6 +320,11 @@ class Architecture:
             linear_weights=tuple(w for w in self.linear_weights if w.exists(config)),
             dense_at=self.dense_layers.of(config, layers),
             linear_at=self.linear_layers.of(config, layers),
+            carried_weights=(
+                *(w for w in self.carried_weights if w.exists(config)),
+                *(weight for blocks in self.carried_blocks for weight in blocks.of(config)),
+            ),
+            carried_blocks=(),
             extra_at=tuple(range(layers, layers + min(extra, MOST_LAYERS))),
         )
 
@@ -442,8 +522,16 @@ class Architecture:
         return "norms and biases"
 
 
+def value_at(config: Mapping[str, Any], key: str) -> Any:
+    """What config.json has at a key, or at one of its sections' as `vision_config.depth`; None where it has nothing."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
+    value = value_at(config, key)
     value = default if value is None else value
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} is no number of layers")

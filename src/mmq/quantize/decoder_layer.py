@@ -35,6 +35,7 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     Raises:
         CheckpointError: the activation is unknown, or transformers refuses a value.
     """
+    config = architecture.settings(config)
     config_class = architecture.transformers_class(architecture.config_class)
     # Its own fields alone: of those that all models share, num_labels alone fills any memory.
     fields = {*config_class.__annotations__, *architecture.config_fields}
@@ -132,13 +133,14 @@ class DecoderLayer:
         self.module = module.eval()
 
     def _rotary(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
-        """cos and sin [1, T, rotated dimensions] in the dtype of x for int64 [1, T].
+        """cos and sin [1, T, rotated dimensions] in the dtype of x for the positions int64 [1, T] of text.
 
         Made anew each time: transformers' module remembers the longest sequence that it saw, and rotates those after it
         otherwise (`dynamic`).
         """
         rotary = self.architecture.transformers_class(self.architecture.rotary_class)(self.config).to(x.device)
-        return rotary(x, positions)
+        axes = self.architecture.rotary_axes
+        return rotary(x, positions.expand(axes, *positions.shape) if axes > 1 else positions)
 
     def set_router(self, weight: torch.Tensor) -> None:
         """Replace the router's weight, [E, H]."""

@@ -28,16 +28,18 @@ from mmq.tensors.int4 import weight_args
 def output_config(
     architecture: Architecture, recipe: Recipe, source: dict[str, Any], kept: Sequence[str]
 ) -> dict[str, Any]:
-    """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
+    """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config. That
+    stands where transformers and vLLM look first: beside the section with the decoder's settings, if there is one.
 
     Args:
+        source: the source's config.json.
         kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
     carried = [module for module in kept if architecture.is_extra(module)]
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
-        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(source))
+        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(architecture.settings(source)))
     hybrid = len(groups) > 1
     scheme = recipe.awq.kv_cache_scheme if architecture.has_kv_cache_scales else None
     quantization = QuantizationConfig(
@@ -47,12 +49,22 @@ def output_config(
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
         ignore=[architecture.head.removesuffix(".weight"), *ignored_extras(architecture, carried)],
     )
-    config = {key: value for key, value in source.items() if key != "quantization_config"}
-    config["rope_parameters"] = rope_parameters(source, architecture)
-    if config.get("rope_scaling"):
+    config = unquantized(architecture, source)
+    decoder = config[architecture.section] if architecture.section else config
+    decoder["rope_parameters"] = rope_parameters(source, architecture)
+    if decoder.get("rope_scaling"):
         # transformers takes this one where there are both, and older servers know no other.
-        config["rope_scaling"] = config["rope_parameters"]
+        decoder["rope_scaling"] = decoder["rope_parameters"]
     config["quantization_config"] = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    return config
+
+
+def unquantized(architecture: Architecture, source: dict[str, Any]) -> dict[str, Any]:
+    """A source's config.json that says nothing of quantization, at none of the places where it may."""
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    if architecture.section:
+        decoder = config[architecture.section]
+        config[architecture.section] = {key: own for key, own in decoder.items() if key != "quantization_config"}
     return config
 
 
