@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,33 @@ MROPE = {
     "mrope_section": [3, 3, 2],
     "mrope_interleaved": True,
 }
+HALF = {"rope_type": "default", "rope_theta": 5000000, "partial_rotary_factor": 0.5}
+# MiniMax-M3's settings as transformers writes them, another layer sparse.
+M3_NAMED = {
+    "rope_parameters": HALF,
+    "moe_layer_freq": None,
+    "mlp_layer_types": ["sparse", "dense"],
+    "sparse_attention_config": None,
+    "layer_types": ["minimax_m3_sparse", "full_attention"],
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "index_block_size": 32,
+    "index_topk_blocks": 2,
+    "index_local_blocks": 1,
+}
+# Names in the files, as patterns, and what they are looked at by.
+PLAIN = {
+    "qwen3_5_moe": {r"^model\.language_model\.": "model."},
+    "minimax_m3_vl": {
+        r"^language_model\.": "",
+        r"\.block_sparse_moe\.": ".mlp.",
+        r"(\.experts\.\d+)\.w1\.": r"\1.gate_proj.",
+        r"(\.experts\.\d+)\.w3\.": r"\1.up_proj.",
+        r"(\.experts\.\d+)\.w2\.": r"\1.down_proj.",
+    },
+}
+# What carries over beside the decoder.
+BESIDE = ("mtp.", "model.visual.", "vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 HELD_OUT = torch.arange(4, 100) * 5 % 500
 
 
@@ -65,11 +93,12 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     restore: dict[str, Any] = field(default_factory=dict)
-    # Where the decoder's tensors lie in the files; they are looked at below `model.`, the head beside that.
-    below: str = "model."
 
     def plain(self, name: str) -> str:
-        return f"model.{name.removeprefix(self.below)}" if name.startswith(self.below) else name
+        """A tensor's name in the files as most families have it."""
+        for theirs, ours in PLAIN.get(self.family, {}).items():
+            name = re.sub(theirs, ours, name)
+        return name
 
     def read(self, folder: Path) -> tuple[dict[str, Any], Weights]:
         """config.json and all tensors under plain names; of a stack of experts each by itself."""
@@ -115,13 +144,16 @@ CASES = {
         "qwen3_next", "bf16", 2, {"layer_types": ["full_attention", "linear_attention"]}
     ),
     "qwen3_5_moe in fp8, beside a vision tower": Case(
-        "qwen3_5_moe",
-        "fp8",
-        settings={"full_attention_interval": 2, "rope_parameters": MROPE},
-        below="model.language_model.",
+        "qwen3_5_moe", "fp8", settings={"full_attention_interval": 2, "rope_parameters": MROPE}
     ),
     "qwen3_5_moe in bf16, experts stacked": Case(
-        "qwen3_5_moe", "bf16-stacked", settings={"full_attention_interval": 2}, below="model.language_model."
+        "qwen3_5_moe", "bf16-stacked", settings={"full_attention_interval": 2}
+    ),
+    "minimax_m3_vl in bf16, attention rounded to fp8": Case(
+        "minimax_m3_vl", "bf16", settings={"rope_parameters": HALF}, restore={"attention": "fp8_block"}
+    ),
+    "minimax_m3_vl, errors compensated, kinds of layers named": Case(
+        "minimax_m3_vl", "bf16", settings=M3_NAMED, recipe={"rounding": "compensated"}
     ),
     "qwen3_5_moe of text alone, its shared expert kept": Case(
         "qwen3_5_moe_text", "fp8", settings={"full_attention_interval": 2}, recipe={"shared_experts": "source"}
@@ -207,8 +239,9 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
     settings = {key: value for key, value in made.config.items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     # transformers has no layers past the last.
-    past = (f"model.layers.{made.case.layers}.", "mtp.", "model.visual.")
+    past = (f"model.layers.{made.case.layers}.", *BESIDE)
     state = {name: t for name, t in made.source.items() if ".mlp.experts." not in name and not name.startswith(past)}
+    state = as_transformers_has_it(state) if made.case.family == "minimax_m3_vl" else state
     for _, prefix, has_experts in made.layers():
         if has_experts:
             gate, up, down = (stacked(made.source, prefix, name) for name in ("gate", "up", "down"))
@@ -219,6 +252,19 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
         theirs = model(HELD_OUT[None]).logits[0]
     ours = logits(HELD_OUT, made.source, made.config)
     assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def as_transformers_has_it(weights: Weights) -> Weights:
+    """MiniMax-M3's: gate and up of what is no routed expert in one, the indexer and the router's bias elsewhere."""
+    result = {}
+    for name, tensor in weights.items():
+        if name.endswith("gate_proj.weight"):
+            up = weights[name.replace("gate_proj", "up_proj")]
+            result[name.replace("gate_proj", "gate_up_proj")] = torch.cat([tensor, up])
+        elif not name.endswith("up_proj.weight"):
+            name = name.replace("self_attn.index_", "self_attn.indexer.")
+            result[name.replace("mlp.e_score", "mlp.gate.e_score")] = tensor
+    return result
 
 
 def stacked(weights: Weights, prefix: str, linear: str) -> torch.Tensor:
@@ -261,7 +307,7 @@ def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -
         scale, original = made.stored[f"{name}_scale"], before[f"{name}{suffix}"]
         assert scale.dtype == original.dtype and torch.equal(scale, original)
     for name, tensor in before.items():
-        if made.case.restore and ".self_attn." in name and tensor.ndim == 2:
+        if made.case.restore and re.match(r"model\.layers\.\d+\.self_attn\.", name) and tensor.ndim == 2:
             found = made.hybrid[name]
             # Rounded once, to four bits: half a unit in the last place of a block's largest is 16.
             assert made.stored[name].dtype == torch.float8_e4m3fn
@@ -286,8 +332,9 @@ def test_smoothing_alone_leaves_the_logits_unchanged(made: Made) -> None:
             assert torch.equal(made.source[norm], made.hybrid[norm])
         return
     # What was fp8 and is scaled is rounded to bf16 once, before it is scaled.
+    before = made.before
     source = {
-        name: tensor.bfloat16().float() if name.endswith(tuple(made.case.readers)) else tensor
+        name: tensor.bfloat16().float() if before[name].dtype == torch.float8_e4m3fn else tensor
         for name, tensor in made.source.items()
     }
     smoothed, moved = dict(source), 0.0
@@ -318,8 +365,12 @@ def test_verify_sees_a_reader_that_was_not_scaled(made: Made, tmp_path: Path) ->
     moved = (prefix for _, prefix, _ in made.layers() if not torch.equal(*norms(made, prefix)))
     prefix = next(moved) if made.case.smooths else ""
     for reader in made.case.readers if made.case.smooths else ():
-        name = prefix.replace("model.", made.case.below, 1) + reader
-        path = next(p for p in (made.folder / "run/hybrid").glob("*.safetensors") if name in load_file(p))
+        name, path = next(
+            (name, path)
+            for path in (made.folder / "run/hybrid").glob("*.safetensors")
+            for name in load_file(path)
+            if made.case.plain(name) == prefix + reader
+        )
         good, tensors = path.read_bytes(), load_file(path)
         tensors[name] = made.source[prefix + reader].to(tensors[name].dtype)
         save_file(tensors, path)
@@ -330,6 +381,25 @@ def test_verify_sees_a_reader_that_was_not_scaled(made: Made, tmp_path: Path) ->
         assert any(f"{name} does not undo" in problem for problem in problems), problems
 
 
+def test_verify_sees_scales_that_were_moved_through_a_clamp(made: Made) -> None:
+    """Up's rows doubled and down's columns halved: what other families' smoothing may do, and this one's must not."""
+    if made.case.family != "minimax_m3_vl" or made.case.recipe:
+        return
+    ups = [name for name in made.stored if name.endswith("up_proj.weight_scale") and ".experts." in name]
+    moved = dict.fromkeys(ups, 2.0) | dict.fromkeys((name.replace("up_proj", "down_proj") for name in ups), 0.5)
+    good = {path: path.read_bytes() for path in (made.folder / "run/hybrid").glob("*.safetensors")}
+    for path in good:
+        tensors = load_file(path)
+        factors = {name: factor for name in tensors if (factor := moved.get(made.case.plain(name)))}
+        save_file(tensors | {name: tensors[name] * factor for name, factor in factors.items()}, path)
+    try:
+        problems = verify_checkpoint(made.workspace()).problems
+    finally:
+        for path, content in good.items():
+            path.write_bytes(content)
+    assert len(moved) == 16 and sum(".w3: " in problem for problem in problems) == 8, problems
+
+
 def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Made, tmp_path: Path) -> None:
     source = dequantized(made.before)
     nearest = {name: round_to_nearest(tensor) if ".experts." in name else tensor for name, tensor in source.items()}
@@ -338,9 +408,11 @@ def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Mad
     lines = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
     texts = [torch.tensor(tokenizer(line["text"])["input_ids"]) for line in lines if "text" in line]
     truth = [logits(ids, source, made.config) for ids in texts]
+    # What rounding attention adds is no merit or fault of the experts'.
+    rounded = {name: tensor for name, tensor in source.items() if made.case.restore and ".self_attn." in name}
     ours, theirs = (
         sum(divergence(t, logits(ids, w, made.config)) for t, ids in zip(truth, texts, strict=True))
-        for w in (made.hybrid, nearest)
+        for w in (made.hybrid | rounded, nearest)
     )
     assert ours < (0.75 if made.case.smooths else 1) * theirs, f"KL {ours:.4f} against {theirs:.4f} of round-to-nearest"
 
@@ -420,6 +492,10 @@ def test_the_plan_and_the_card_tell_of_it(made: Made) -> None:
     assert ("rounded to block fp8" in card) == bool(made.case.restore)
     assert ("scaled with the norm that they read" in card) == ("shared experts" in parameters and made.case.smooths)
     assert ("the norm that they read is not smoothed" in card) == (not made.case.smooths)
+    records = json.loads((made.folder / "run/state/awq/layers.json").read_text(encoding="utf-8"))
+    clamped = {"not_smoothed" in record["down"] for record in records if "down" in record}
+    assert clamped == {made.case.family == "minimax_m3_vl"}
+    assert ("up is clamped before down reads it" in card) == clamped.pop()
 
 
 def test_the_dequantized_folder_leads_to_the_same_bytes(made: Made) -> None:

@@ -14,6 +14,7 @@ from mmq.errors import CheckpointError, one_line, shown
 from mmq.families.deepseek_v3 import DEEPSEEK_V3
 from mmq.families.glm4_moe import GLM4_MOE
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.families.minimax_m3_vl import MINIMAX_M3_VL
 from mmq.families.qwen3_5_moe import QWEN3_5_MOE, QWEN3_5_MOE_TEXT
 from mmq.families.qwen3_moe import QWEN3_MOE
 from mmq.families.qwen3_next import QWEN3_NEXT
@@ -22,7 +23,16 @@ from mmq.families.table import Architecture
 GROUP = "mmq.families"
 ARCHITECTURES: dict[str, Architecture] = {
     table.model_type: table
-    for table in (MINIMAX_M2, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3_NEXT, QWEN3_5_MOE, QWEN3_5_MOE_TEXT)
+    for table in (
+        MINIMAX_M2,
+        QWEN3_MOE,
+        GLM4_MOE,
+        DEEPSEEK_V3,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_TEXT,
+        MINIMAX_M3_VL,
+    )
 }
 
 

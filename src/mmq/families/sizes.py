@@ -67,6 +67,7 @@ class Dimensions:
         linear_layers: how many have linear attention, and no KV cache.
         latent: numbers of a token that a KV cache holds where it is one latent for all heads; 0 where it isn't.
         words: what the table's own words for sizes amount to.
+        sparse_layers: how many choose the tokens that they attend to.
     """
 
     layers: int
@@ -83,6 +84,7 @@ class Dimensions:
     linear_layers: int = 0
     latent: int = 0
     words: Mapping[Size, int] = field(default_factory=dict)
+    sparse_layers: int = 0
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
@@ -101,13 +103,14 @@ class Dimensions:
         dense = _count(config, arch.dense_key) if arch.dense_at else 0
         if len(arch.dense_at) >= layers:
             raise CheckpointError("config.json: no layer has experts")
-        given = (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ()))
+        attention = (*arch.attention_weights, *arch.linear_weights, *(arch.sparse_weights if arch.sparse_at else ()))
+        given = (*attention, *(arch.shared.weights if arch.shared else ()))
         used = {word for weight in (*given, *arch.extra_tensors()) for word in weight.shape}
         words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
         latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
         return cls(
             layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
-            len(arch.dense_at), len(arch.linear_at), latent, words,
+            len(arch.dense_at), len(arch.linear_at), latent, words, len(arch.sparse_at),
         )  # fmt: skip
 
     @property
@@ -292,9 +295,13 @@ def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors,
     if not dims.tied:
         yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     yield tensors(arch.final_norm, (dims.hidden,), 1), False
-    for weight in dict.fromkeys((*arch.attention_weights, *arch.linear_weights)):
-        full, linear = (weight in own for own in (arch.attention_weights, arch.linear_weights))
-        count = full * dims.cached_layers + linear * dims.linear_layers
+    kinds = (
+        (arch.attention_weights, dims.cached_layers),
+        (arch.sparse_weights, dims.sparse_layers),
+        (arch.linear_weights, dims.linear_layers),
+    )
+    for weight in dict.fromkeys(weight for own, _ in kinds for weight in own):
+        count = sum(layers for own, layers in kinds if weight in own)
         if count:
             yield of_layers(weight, count)
     yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False

@@ -91,7 +91,8 @@ def fp8_prefixes(architecture: Architecture, carried: Sequence[str]) -> list[str
 def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[str]:
     """Patterns of what is carried in bf16: what the groups' patterns would match there is not quantized."""
     fp8 = fp8_prefixes(architecture, carried)
-    return [f"re:{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
+    # transformers and vLLM may have it deeper.
+    return [rf"re:(.*\.)?{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
 
 
 def _fp8_storage(source: dict[str, Any]) -> Storage:
@@ -128,14 +129,19 @@ def kept_targets(architecture: Architecture, kept: Sequence[str]) -> list[str]:
             above, _, linear = module.rpartition(".")
             # One pattern for all experts.
             parent = re.sub(r"\.\d+$", ".NUMBER", above) if _number_of_expert(architecture, module) else above
-            parent = re.escape(parent).replace("NUMBER", r"\d+")
+            places = {re.escape(parent).replace("NUMBER", r"\d+"): linear}
         else:
-            local, _, linear = architecture.split(module)[1].rpartition(".")
-            # An expert's linear layers lie deeper than a dense layer's, under the same parent.
-            parent = (".*" if local in attention else r".*\.\d+\.") + re.escape(local)
-        linears = by_parent.setdefault(parent, [])
-        if linear not in linears:
-            linears.append(linear)
+            local = architecture.split(module)[1]
+            places = {}
+            for name in (local, architecture.module_name(local)):
+                above, _, linear = name.rpartition(".")
+                # An expert's linear layers lie deeper than a dense layer's, under the same parent.
+                deep = ".*" if local.rpartition(".")[0] in attention else r".*\.\d+\."
+                places[deep + re.escape(above)] = linear
+        for parent, linear in places.items():
+            linears = by_parent.setdefault(parent, [])
+            if linear not in linears:
+                linears.append(linear)
     return [f"re:{parent}\\.{_any_of(linears)}$" for parent, linears in by_parent.items()]
 
 

@@ -242,7 +242,9 @@ def _tensors(
 
     def norm_weight(weight: Weight) -> torch.Tensor:
         """A norm or a bias as it is stored."""
-        offset = arch.norm_offset if weight.shape in (("hidden",), ("head",)) and weight.name.endswith("weight") else 0
+        # Linear attention's own norms multiply by their weight alone.
+        own = weight in arch.linear_weights and weight.shape != ("hidden",)
+        offset = arch.norm_offset if weight.name.endswith("weight") and not own else 0
         return (vector(weight) - offset).to(torch.bfloat16)
 
     def attention(weight: Weight, prefix: str) -> None:
