@@ -21,7 +21,7 @@ def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
     Raises:
         CheckpointError: something is missing, or two say different things.
     """
-    config, specs, where = checkpoint.config, checkpoint.specs, checkpoint.folder / CONFIG_NAME
+    config, specs, where = arch.settings(checkpoint.config), checkpoint.specs, checkpoint.folder / CONFIG_NAME
     for name in (arch.embedding, arch.final_norm):
         if name not in specs:
             raise CheckpointError(f"{checkpoint.folder}: {name} is missing")
