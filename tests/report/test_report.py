@@ -177,6 +177,7 @@ def synthetic_facts() -> RunFacts:
             "layers": [{"layer": layer, "expert_error": linears} for layer in range(LAYERS)],
         },
         evaluation={
+            "settings": {"rounding": "nearest"},
             "tokens": {"samples": 4, "predicted": 4000},
             "variants": [{"variant": name} | metrics for name in variants],
             "layers": errors,

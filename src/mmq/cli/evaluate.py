@@ -43,6 +43,7 @@ def evaluate(
             DEFAULT_DATA,
             REPORT_NAME,
             EvalSettings,
+            brought,
             evaluate_checkpoint,
             kind_rows,
             rows,
@@ -72,8 +73,9 @@ def evaluate(
         tokens = report["tokens"]
         title = f"{tokens['predicted']:,} tokens of {tokens['samples']} held-out samples"
         run.output.result(report, title, rows(report))
-        if (share := cache_share(report)) is not None:
-            run.output.note(share)
+        for share in (brought(report), cache_share(report)):
+            if share is not None:
+                run.output.note(share)
         for row in kind_rows(report):
             kinds = (f"{kind} {kl}" for kind, kl in list(row.items())[1:])
             run.output.note(f"KL of {row['KL by kind of text']}: {', '.join(kinds)}")

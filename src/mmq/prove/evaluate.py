@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,16 @@ from mmq.errors import CalibrationError, CheckpointError, JournalError
 from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, release_memory
 from mmq.prove.forward import Head, run_layer
+from mmq.prove.judged import inner_scales
 from mmq.prove.measures import Measured, measure, predictions, relative_error
-from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights, read_layer, take_kv_scales
+from mmq.prove.weights import (
+    HybridWeights,
+    LayerWeights,
+    SourceWeights,
+    nearest_smoothed,
+    read_layer,
+    take_kv_scales,
+)
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.recipe import Calibration, FileSamples, Recipe
@@ -69,7 +78,8 @@ class Variant:
 
     Attributes:
         weights: whose tensors it has, "source" or "hybrid".
-        round_to_nearest: experts are rounded to int4 without smoothing.
+        round_to_nearest: its experts are the source's, rounded to nearest int4 under the smoothing that the weights
+            have: the source's have none.
         fp8_kv: keys and values are rounded to e4m3.
     """
 
@@ -78,12 +88,19 @@ class Variant:
     round_to_nearest: bool = False
     fp8_kv: bool = False
 
+    @property
+    def experts(self) -> str:
+        """Whose experts it is made from."""
+        return SOURCE.weights if self.round_to_nearest else self.weights
+
 
 # The first one is the truth.
 SOURCE = Variant("source", "source")
 HYBRID_MODEL = Variant("hybrid", "hybrid")
 HYBRID_FP8_KV = Variant("hybrid, fp8 KV cache", "hybrid", fp8_kv=True)
 NEAREST = Variant("round-to-nearest", "source", round_to_nearest=True)
+# Of a result that was rounded to nearest it is the result itself.
+SMOOTHED_NEAREST = Variant("round-to-nearest, same smoothing", "hybrid", round_to_nearest=True)
 
 
 def evaluate_checkpoint(workspace: Workspace, settings: EvalSettings, restart: bool = False) -> dict[str, Any]:
@@ -148,6 +165,19 @@ def worst(report: dict[str, Any], most: int = 3) -> list[dict[str, Any]]:
     ]
 
 
+def brought(report: dict[str, Any]) -> str | None:
+    """What smoothing and compensated rounding bring, in words; None where the report doesn't tell."""
+    kl = {entry["variant"]: entry["kl"] for entry in report["variants"]}
+    if not {NEAREST.name, HYBRID_MODEL.name} <= kl.keys():
+        return None
+    start, end = f"KL {kl[NEAREST.name]:.5f} of the source rounded to nearest", f"{kl[HYBRID_MODEL.name]:.5f}"
+    if SMOOTHED_NEAREST.name in kl:
+        return f"{start}, {kl[SMOOTHED_NEAREST.name]:.5f} after smoothing, {end} with compensated rounding too"
+    if report["settings"].get("rounding") != "nearest":
+        return None
+    return f"{start}, {end} after smoothing, which is all that the result has"
+
+
 def units_of(source: SourceModel) -> list[str]:
     """What the journal names: every layer, then the head."""
     return [*map(layer_unit, range(source.layer_count())), HEAD]
@@ -174,7 +204,14 @@ class _Evaluation:
         length = settings.sequence_length or workspace.recipe.awq.calibration.sequence_length
         check_length(length, "the sequence length", self.source.config, self.arch)
         self.kv_scheme: dict[str, Any] | None = (hybrid.config.get("quantization_config") or {}).get("kv_cache_scheme")
-        self.variants = [SOURCE, HYBRID_MODEL, *([HYBRID_FP8_KV] if self.kv_scheme else []), NEAREST]
+        self.rounding = str(workspace.journal.stage("awq").fingerprint.get("awq.rounding", "nearest"))
+        self.variants = [
+            SOURCE,
+            HYBRID_MODEL,
+            *([HYBRID_FP8_KV] if self.kv_scheme else []),
+            NEAREST,
+            *([SMOOTHED_NEAREST] if self.rounding != "nearest" else []),
+        ]
         self.device = present_device(workspace.recipe.awq.device)
         self.recipe = eval_recipe(workspace.recipe, settings)
         self.tokens = load_tokens(self.recipe, self.source.checkpoint.folder)
@@ -200,13 +237,13 @@ class _Evaluation:
     def _begin(self, restart: bool) -> None:
         """Begin anew or resume; the leading rank's."""
         if restart:
-            self._check_room(self.layers)
+            self._check(self.layers)
             self._forget()
         self.journal.begin(self._fingerprint())
         if self.journal.complete:
             self.workspace.reporter.note(f"{name} is complete: {self.report_path}")
             return
-        self._check_room(self._pending())
+        self._check(self._pending())
         make_folder(self.files.folder)
         remove_temporaries(self.files.folder)
         begin_run(self.workspace, self.journal)
@@ -215,8 +252,11 @@ class _Evaluation:
         """Layers that the journal lacks."""
         return [layer for layer in self.layers if layer_unit(layer) not in self.journal.units]
 
-    def _check_room(self, pending: Sequence[int]) -> None:
-        """Raises DiskSpaceError where the hidden states would fill the disk."""
+    def _check(self, pending: Sequence[int]) -> None:
+        """Raises DiskSpaceError where hidden states would fill the disk, JournalError where awq's scales are gone."""
+        if SMOOTHED_NEAREST in self.variants:
+            for layer in filter(self.arch.has_experts, pending):
+                inner_scales(self.workspace, layer)
         if pending:
             width = int(self.source.config[self.arch.hidden_key])
             states = 2 * len(self.variants) * self.tokens.ids.numel() * width
@@ -255,19 +295,26 @@ class _Evaluation:
         return after
 
     def _run_variants(self, key: str, layer: int, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The variants that have one checkpoint's weights; its layer is freed when this returns."""
+        """The variants that are made from one checkpoint's experts; its layer is freed when this returns."""
         content = read_layer(self.weights[key], self.arch, layer, self.device, self.team)
         scales = take_kv_scales(self.arch, content)
         settings, after = self.workspace.recipe.awq, {}
         for variant in self.variants:
-            if variant.weights != key:
+            if variant.experts != key:
                 continue
-            decoder = DecoderLayer(self.arch, self.configs[key], layer, content.rest, self.device)
+            if variant is SMOOTHED_NEAREST:
+                # The last of the source's: it overwrites the experts.
+                content = nearest_smoothed(
+                    content, self.weights[variant.weights], self.arch, layer,
+                    partial(inner_scales, self.workspace, layer), settings.group_size, self.device, self.team,
+                )  # fmt: skip
+                take_kv_scales(self.arch, content)
+            decoder = DecoderLayer(self.arch, self.configs[variant.weights], layer, content.rest, self.device)
             if variant.fp8_kv and self.kv_scheme and self.arch.has_kv_scales(layer):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,
-                variant.round_to_nearest, settings.memory_budget, self.team,
+                variant is NEAREST, settings.memory_budget, self.team,
             )  # fmt: skip
             if not is_finite(states):
                 raise CheckpointError(f"{variant.name}: the output of layer {layer} is NaN or infinite")
@@ -361,6 +408,11 @@ class _Evaluation:
             self.files.remove_hidden(but=path)
         if path is not None:
             loaded = load_file(path, device=str(self.device))
+            if lacking := [variant.name for variant in self.variants if variant.name not in loaded]:
+                raise JournalError(
+                    f"{path} has no hidden states of {', '.join(lacking)}: another version of mmq began this"
+                    f" evaluation; run `mmq {name} --restart` to begin it anew"
+                )
             return {variant.name: loaded[variant.name] for variant in self.variants}
         embedded = {}
         for key, weights in self.weights.items():
@@ -385,6 +437,7 @@ class _Evaluation:
             "data": [samples.model_dump() for samples in calibration.files],
             "sequence_length": calibration.sequence_length,
             "group_size": self.workspace.recipe.awq.group_size,
+            "rounding": self.rounding,
             "device": str(self.device),
         }
 

@@ -92,6 +92,7 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         components=components_table(facts),
         layers=layers_table(facts),
         evaluation=Table("evaluation", evaluate.rows(evaluation), words=("variant",)) if evaluation else None,
+        brought=evaluate.brought(evaluation) if evaluation else None,
         kinds=Table("kinds", kinds, words=("KL by kind of text",)) if kinds else None,
         worst=Table("worst", worst, words=("name",)) if worst else None,
         evaluated=_evaluated(evaluation) if evaluation else "",
