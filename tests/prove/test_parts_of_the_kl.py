@@ -18,10 +18,9 @@ from mmq.prove.evaluate import (
     NEAREST,
     SMOOTHED_NEAREST,
     SOURCE,
-    EvalSettings,
     brought,
-    eval_recipe,
 )
+from mmq.prove.streamed import EvalSettings, eval_recipe
 from mmq.recipe import load
 from mmq.source.calibration import load_tokens
 from mmq.source.synth import write_checkpoint, write_samples
