@@ -5,7 +5,8 @@ swapped, index, config.json, tensor data, tokenizer, chat template, recipe, samp
 user would run: `mmq run --dry-run`, `mmq plan`, `mmq dequant`, and for a share also `mmq awq`, `restore` and `verify`.
 An input must end with success or with exit code 2 and one printable line on standard error. All else is a failure:
 another exception, death by a signal, more than SECONDS, more than MEMORY, a write outside work_dir, a process started,
-a connection, an object unpickled. Each input is made from `--seed` and its number alone; `--number` repeats one.
+a connection, an object unpickled. Each input is made from `--seed` and its number alone; `--number` repeats one. What
+a stage refuses after `run --dry-run` took it is counted and told apart: only content of tensors may be.
 
     python scripts/fuzz_checkpoint.py --inputs 20000
 """
@@ -788,11 +789,11 @@ def memory(name: str) -> int:
 
 
 def run_commands(project: Project, inside: Path) -> tuple[str, str]:
-    """(outcome, detail): `success`, `refused`, or a failure."""
+    """(outcome, detail): `success`, `refused by ...` and what it said, or a failure."""
     path = str(inside / "recipe.yaml")
     commands = [["run", path, "--dry-run"], ["plan", path], ["dequant", path, "--quiet"]]
     later = [["awq", path, "--set", "awq.source=fp8"], ["restore", path, "--quiet"], ["verify", path, "--json"]]
-    done = "success"
+    done = "success", ""
     for command in commands + (later if project.awq else []):
         result = CliRunner().invoke(app, command + project.overrides)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
@@ -807,10 +808,10 @@ def run_commands(project: Project, inside: Path) -> tuple[str, str]:
             return "message", f"{command[0]}: {message[:500]!r}"
         if len(message) > 5000:
             return "message", f"{command[0]} says {len(message)} characters: {message[:200]!r}"
-        done = f"refused by {command[0]}"
+        done = f"refused by {command[0]}", message.strip()
         if command[0] != "plan":  # which asks for less, and for more, than the stages
             break
-    return done, ""
+    return done
 
 
 def judge(base: dict[str, bytes], seed: int, number: int, scratch: Path, watch: Watch) -> tuple[str, str, str]:
@@ -909,6 +910,11 @@ def is_clean(outcome: str) -> bool:
     return outcome == "success" or outcome.startswith("refused")
 
 
+def is_late(outcome: str) -> bool:
+    """Whether a stage refused what the checks before the first byte had taken."""
+    return outcome.startswith("refused") and not outcome.endswith((" run", " plan"))
+
+
 def _listed(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items(), key=lambda item: -item[1]))
 
@@ -934,10 +940,13 @@ def main() -> int:
             return 1
         counts: Counter[tuple[str, str]] = Counter()
         failures: list[tuple[int, tuple[str, str, str]]] = []
+        late: list[tuple[int, tuple[str, str, str]]] = []
 
         def tell(number: int, verdict: tuple[str, str, str]) -> None:
             category, outcome, detail = verdict
             counts[category, outcome] += 1
+            if is_late(outcome):
+                late.append((number, verdict))
             if not is_clean(outcome):
                 failures.append((number, verdict))
                 print(
@@ -966,13 +975,16 @@ def main() -> int:
                     "outcomes": outcomes,
                     "categories": categories,
                     "failures": failures,
+                    "late": late,
                 }
             )
         )
     else:
         for category, found in categories.items():
             print(f"{category}: {sum(found.values())} ({_listed(found)})")
-        print(f"{counts.total()} inputs in {seconds} s: {_listed(outcomes)}")
+        for number, (category, outcome, detail) in late:
+            print(f"late --number {number} ({category}): {outcome}: {detail}")
+        print(f"{counts.total()} inputs in {seconds} s: {_listed(outcomes)}; {len(late)} refused late")
     return 1 if failures else 0
 
 

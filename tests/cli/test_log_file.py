@@ -8,6 +8,8 @@ import os
 import pty
 import re
 import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -186,6 +188,31 @@ def test_a_second_signal_does_not_cut_the_end_short(capfd: pytest.CaptureFixture
     assert tidied
     assert capfd.readouterr().err.count("\n") == 1
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+HALF_MADE = """
+import os, signal, time
+from mmq.cli.errors import handled
+
+class Half:
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+        self.whole = True
+
+    def __del__(self):
+        assert self.whole
+
+with handled("mmq awq recipe.yaml"):
+    Half()
+"""
+
+
+def test_a_signal_amid_the_making_of_an_object_is_one_sentence() -> None:
+    """As of llvmlite's, whose end stumbles over what its beginning had not come to, and the interpreter tells of it."""
+    ended = subprocess.run([sys.executable, "-c", HALF_MADE], capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == "stopped: finished shards and layers are safe; go on with: mmq awq recipe.yaml\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

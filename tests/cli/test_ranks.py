@@ -27,6 +27,9 @@ from mmq.workdir.workspace import Workspace
 ODD = Sizes(layers=2, hidden=128, intermediate=128, experts=11, top_k=2, heads=2, kv_heads=1, head_dim=64)
 MMQ = [sys.executable, "-m", "mmq"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+# Without --multi_gpu it starts one process, on a CPU too.
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port=0"]
+ACCELERATE += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--num_processes"]
 # More than any of these runs can take, however busy the machine.
 LIMIT = 300
 
@@ -53,7 +56,7 @@ def run(command: list[str], folder: Path, work_dir: str, *options: str, code: in
 
 @cpu_only
 def test_three_ranks_are_killed_and_two_go_on(odd: Path) -> None:
-    """A killed rank ends the others, and the sentence names it. Two go on, to the bytes that one makes."""
+    """A killed rank ends the others, and the sentence names it. Two by accelerate go on, to the bytes of one."""
     command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=killed", "--devices", "3"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_for_layer(odd / "killed")
@@ -63,9 +66,26 @@ def test_three_ranks_are_killed_and_two_go_on(odd: Path) -> None:
     assert process.returncode == 2
     assert re.match(rf"error: rank 1 \(process {killed} on \S+\) died without a word", stderr)
     assert len(stderr.splitlines()) == 1
-    assert run(MMQ, odd, "killed", "--devices", "2") == ""
+    assert run([*ACCELERATE, "2", "-m", "mmq"], odd, "killed") == ""
     assert differences(odd / "killed", odd / "wanted", FOLDERS) == []
     assert leftovers(odd / "killed") == []
+
+
+@cpu_only
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_is_killed_before_they_know_each_other(odd: Path, rank: int) -> None:
+    """While the others still import: the launcher, which sees it, names it."""
+    command = [*MMQ, "run", str(odd / "recipe.yaml"), "--quiet", "--set", "work_dir=early", "--devices", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while len(found := ranks_of(process.pid)) < 2:
+            time.sleep(0.02)
+        os.kill(found[rank], signal.SIGKILL)
+        begin = time.monotonic()
+        _, stderr = process.communicate(timeout=LIMIT)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.fullmatch(rf"error: rank {rank} \(process {found[rank]}\) was killed by SIGKILL; finished .*\n", stderr)
+    assert time.monotonic() - begin < 60, "seconds were asked for"
+    assert not (odd / "early").exists()
 
 
 @cpu_only

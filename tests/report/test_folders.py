@@ -76,10 +76,12 @@ def test_nothing_breaks_afterwards(verified: Path) -> None:
     succeed("eval", verified, "--quiet", "--data", verified.parent / "samples.jsonl", "--samples", 2)
     assert {name: digest for name, digest in digests(run / "hybrid").items() if name != "README.md"} == result
     assert not present(verified) & {"bf16", "awq"}
+    journal = (run / "journal.json").read_bytes()
     message = refused("restore", verified, "--restart", "--quiet")
     assert message == f"{run / 'awq'} was removed by `mmq clean`; run `mmq awq --restart` to make it anew"
     message = refused("awq", verified, "--restart", "--quiet")
     assert message == f"{run / 'bf16'} was removed by `mmq clean`; run `mmq dequant --restart` to make it anew"
+    assert (run / "journal.json").read_bytes() == journal, "a refused restart forgot what was complete"
     # The remedy that the messages name, from the first on; the same result at the end.
     for stage in ("dequant", "awq", "restore"):
         succeed(stage, verified, "--restart", "--quiet")

@@ -9,13 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from traceback import clear_frames
 from types import FrameType
 from typing import IO, NoReturn, cast
 
 from rich.console import Console
 from rich.text import Text
 
-from mmq.cli.launch import is_launched, speaks
+from mmq.cli.launch import is_launched, launcher_speaks, speaks
 from mmq.cli.streams import Stream, Terminated
 from mmq.errors import MmqError, RankError, one_line, printable
 
@@ -41,6 +42,8 @@ def handled(resume: str = "") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if _received:
+            clear_frames(error.__traceback__)  # half-made objects end here, and not when nobody listens any more
         if (end := ending(error, resume)) is None:
             if isinstance(error, Exception):
                 _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)
@@ -83,12 +86,13 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
 
 
 def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """A signal that comes while compiled code calls Python's is dropped there: send it once more."""
+    """A signal that comes while compiled code calls Python's is dropped there: send it once more. What else is lost
+    after a signal are objects that it left half made."""
     if isinstance(lost.exc_value, Terminated):
         number = lost.exc_value.number
         signal.signal(number, _terminate)
         threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-    else:
+    elif not _received:
         sys.__unraisablehook__(lost)
 
 
@@ -106,6 +110,8 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
     """What this process says and ends with, as one of several: the leading one speaks for all."""
     if not is_launched():
         return message, code
+    if isinstance(error, Terminated) and launcher_speaks():
+        return "", code
     if "mmq.machine.team" not in sys.modules:  # none has heard of the others yet, and all meet with the same
         return message if speaks() else "", code
     from mmq.machine.team import STOPPED, joined

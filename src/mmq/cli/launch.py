@@ -6,7 +6,17 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mmq.cli.streams import Terminated
+
+if TYPE_CHECKING:
+    from mmq.machine.team import Team
+
+# Names the file that is there once the ranks of `launch` have come together.
+JOINED = "MMQ_JOINED"
 
 
 def is_launched() -> bool:
@@ -24,8 +34,29 @@ def speaks() -> bool:
     return not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def join(device: str) -> Team:
+    """`Team.join`, after which the leading rank speaks for all."""
+    from mmq.machine.team import Team
+
+    team = Team.join(device)
+    if team.leads and JOINED in os.environ:
+        Path(os.environ[JOINED]).touch()
+    return team
+
+
+def launcher_speaks() -> bool:
+    """Whether `launch` tells how its ranks end: they have not come together yet."""
+    return JOINED in os.environ and not Path(os.environ[JOINED]).exists()
+
+
 def launch(processes: int) -> NoReturn:
     """Run this command once more in so many processes of this machine, and end as they do."""
+    with tempfile.TemporaryDirectory(prefix="mmq-") as folder:
+        os.environ[JOINED] = str(Path(folder, "joined"))
+        _launch(processes)
+
+
+def _launch(processes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -45,12 +76,20 @@ def launch(processes: int) -> NoReturn:
     try:
         elastic_launch(config, sys.executable)("-m", "mmq", *sys.argv[1:])
     except ChildFailedError as error:
-        codes = {number: failure.exitcode for number, failure in error.failures.items()}
-        # The leading rank has said why, unless it was the one that died.
-        code = codes.get(0, next(iter(codes.values())))
-        if code == -signal.SIGKILL:
-            sys.stderr.write("error: rank 0 was killed; finished shards and layers are safe\n")
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        # The launcher ends all others by SIGTERM once one has failed.
+        first = min(codes, key=lambda rank: (codes[rank] in (-signal.SIGTERM, 128 + signal.SIGTERM), rank))
+        said = codes.get(0, 2)
+        # The leading rank has said why, unless it was killed, or did not know the others yet.
+        if said >= 0 and not (first != 0 and launcher_speaks()):
+            sys.exit(said)
+        code = codes[first]
+        how = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        process = error.failures[first].pid
+        sys.stderr.write(f"error: rank {first} (process {process}) {how}; finished shards and layers are safe\n")
         sys.exit(code if code >= 0 else 128 - code)
     except SignalException as error:
+        if launcher_speaks():
+            raise Terminated(error.sigval) from None
         sys.exit(128 + error.sigval)
     sys.exit()

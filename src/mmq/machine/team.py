@@ -75,11 +75,11 @@ class Team:
         except (RuntimeError, ValueError) as error:
             raise RankError(f"the {size} ranks don't come together: {one_line(error)}") from None
         store = _Store(dist.PrefixStore("mmq", dist.distributed_c10d._get_default_store()))
-        team = cls(state.process_index, state.num_processes, store)
+        # Known before it says who it is: a signal from here on finds whom to tell that this rank leaves.
+        _joined = team = cls(state.process_index, state.num_processes, store)
         store.set(f"rank/{team.rank}", json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
         with signals_held():
             threading.Thread(target=team._live, name="mmq-alive", daemon=True).start()
-        _joined = team
         return team
 
     def apart(self, name: str) -> Team:
