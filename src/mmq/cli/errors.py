@@ -120,7 +120,7 @@ def _leave(error: BaseException, message: str, code: int) -> NoReturn:
     message, code = _among_ranks(error, message, code)
     if message:
         has_said()
-        text = Text(printable(message))
+        text = Text(printable(message).replace("\n", "\\n"))
         text.highlight_regex(r"^error:", "red")
         stream = cast(IO[str], Stream(sys.stderr, needed=False))
         Console(file=stream, stderr=True).print(text, soft_wrap=True)
