@@ -35,9 +35,11 @@ def printable(text: str) -> str:
 
 
 class MmqError(Exception):
-    """Base of all errors that carry a sentence for the user. `exit_code` is what the command line exits with."""
+    """Base of all errors that carry a sentence for the user. `exit_code` is what the command line exits with. Only
+    where it `has_lines` are line breaks its own; elsewhere a path or a name brought them."""
 
     exit_code = 2
+    has_lines = False
 
 
 class RecipeError(MmqError):
@@ -77,6 +79,7 @@ class PushError(MmqError):
 
 
 class VerifyError(MmqError):
-    """The finished checkpoint is not what it must be."""
+    """The finished checkpoint is not what it must be. A line for each finding."""
 
     exit_code = 1
+    has_lines = True

@@ -66,6 +66,24 @@ TAKEN: dict[str, tuple[Row, str, Row]] = {
         {"messages": CHAT},
     ),
     "a prompt alone": ({"prompt": ASK}, "prompt-completion", {"text": ASK}),
+    "a preference in texts": (
+        {"prompt": ASK, "chosen": ANSWER, "rejected": "No."},
+        "preference",
+        {"text": ASK + ANSWER},
+    ),
+    "a preference that repeats its prompt": (
+        {"prompt": ASK, "chosen": ASK + ANSWER, "rejected": ASK},
+        "preference",
+        {"text": ASK + ANSWER},
+    ),
+    "a preference of messages": ({"prompt": CHAT[:1], "chosen": CHAT[1:]}, "preference", {"messages": CHAT}),
+    "a text and the whole conversation": (
+        {"prompt": ASK, "chosen": CHAT, "rejected": []},
+        "preference",
+        {"messages": CHAT},
+    ),
+    "a text and its answer": ({"prompt": ASK, "chosen": CHAT[1:]}, "preference", {"messages": CHAT}),
+    "the whole conversation alone": ({"chosen": CHAT, "rejected": CHAT[:1]}, "preference", {"messages": CHAT}),
     "Alpaca": (
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
         "instruction",
@@ -225,6 +243,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "no form": ({"question": ASK, "answer": ANSWER}, "has no text: a sample is"),
     "broken tools": ({"messages": CHAT, "tools": "[{"}, "tools is neither a list nor JSON of one"),
+    "a preference of two kinds": ({"prompt": CHAT[:1], "chosen": ANSWER}, "prompt and chosen must be two texts or"),
     "an empty prompt": ({"prompt": " ", "completion": ""}, "has no text"),
 }
 

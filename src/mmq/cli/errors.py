@@ -62,7 +62,8 @@ def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
         # A library's compiled code may turn what a signal raised in its midst into an error of its own.
         error = Terminated(_received[0])
     if isinstance(error, MmqError):
-        return f"error: {error}", error.exit_code
+        text = str(error) if error.has_lines else str(error).replace("\n", "\\n")
+        return f"error: {text}", error.exit_code
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         number = error.number if isinstance(error, Terminated) else signal.SIGINT
         # A short command whose reader had enough has nothing to say.
@@ -120,7 +121,7 @@ def _leave(error: BaseException, message: str, code: int) -> NoReturn:
     message, code = _among_ranks(error, message, code)
     if message:
         has_said()
-        text = Text(printable(message).replace("\n", "\\n"))
+        text = Text(printable(message))
         text.highlight_regex(r"^error:", "red")
         stream = cast(IO[str], Stream(sys.stderr, needed=False))
         Console(file=stream, stderr=True).print(text, soft_wrap=True)

@@ -6,6 +6,7 @@
 | text | `{"text": ...}` |
 | ShareGPT | `{"conversations": [{"from": "human", "value": ...}]}` |
 | prompt-completion | TRL's `{"prompt": ..., "completion": ...}`: two texts, or two lists of messages |
+| preference | TRL's `{"prompt": ..., "chosen": ..., "rejected": ...}`, of which the chosen answer is taken |
 | instruction | Alpaca's `{"instruction": ..., "input": ..., "output": ...}` |
 """
 
@@ -77,7 +78,7 @@ def normal(where: str, content: Content) -> Normal:
         return Normal(form, messages=_checked(where, found), tools=_tools(where, content), language=named)
     raise CalibrationError(
         f'{where} has no text: a sample is {{"text": ...}}, {{"messages": [...]}}, {{"conversations": [...]}},'
-        ' {"prompt": ..., "completion": ...} or {"instruction": ..., "output": ...}'
+        ' {"prompt": ..., "completion": ...}, {"prompt": ..., "chosen": ...} or {"instruction": ..., "output": ...}'
     )
 
 
@@ -112,6 +113,22 @@ def _prompt_completion(where: str, content: Content) -> Messages | str | None:
     raise CalibrationError(f"{where}: prompt and completion must be two texts or two lists of messages")
 
 
+def _preference(where: str, content: Content) -> Messages | str | None:
+    """The prompt and the chosen answer, which in many sets begins with the prompt, or stands alone."""
+    prompt, chosen = content.get("prompt"), content.get("chosen")
+    if chosen is None:
+        return None
+    if isinstance(chosen, str) and isinstance(prompt, str | None):
+        return chosen if not prompt or chosen.startswith(prompt) else prompt + chosen
+    turns = _turns(where, chosen)
+    if turns is None or not isinstance(prompt, str | list | None):
+        raise CalibrationError(f"{where}: prompt and chosen must be two texts or two lists of messages")
+    before = _turns(where, prompt) or []
+    if isinstance(prompt, str) and prompt.strip() and len(turns) == 1:
+        before = [{"role": "user", "content": prompt}]
+    return turns if turns[: len(before)] == before else before + turns
+
+
 def _instruction(where: str, content: Content) -> Messages | None:
     given = {key: content.get(key) for key in ("system", "instruction", "input", "output")}
     # A column of a CSV file may come as numbers.
@@ -129,6 +146,7 @@ FORMS: dict[str, Callable[[str, Content], Messages | str | None]] = {
     "messages": _messages,
     "text": _text,
     "ShareGPT": _share_gpt,
+    "preference": _preference,
     "prompt-completion": _prompt_completion,
     "instruction": _instruction,
 }
