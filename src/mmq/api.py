@@ -115,6 +115,7 @@ def evaluate(
     samples: int | None = None,
     sequence_length: int | None = None,
     *,
+    by_layer: bool = False,
     on_progress: OnProgress | None = None,
     restart: bool = False,
 ) -> dict[str, Any]:
@@ -124,21 +125,24 @@ def evaluate(
         data: JSONL as for calibration; by default builtin:eval. Relative paths start at the current folder.
         samples: lines from the top; all by default.
         sequence_length: tokens kept of each; by default as many as calibration keeps.
+        by_layer: evaluate each layer by itself as well, quantized alone, which takes many times as long.
         on_progress: as for `run`.
 
     Returns:
-        the content of eval.json.
+        the content of eval.json, with that of by_layer.json as `by_layer` where it was asked for.
 
     Raises:
         MmqError: there is no finished checkpoint, or the data can't be used.
     """
-    from mmq.prove.evaluate import DEFAULT_DATA, EvalSettings, evaluate_checkpoint
+    from mmq.prove.evaluate import evaluate_checkpoint
+    from mmq.prove.streamed import DEFAULT_DATA, EvalSettings
     from mmq.shipped import is_builtin
 
     path = DEFAULT_DATA if data is None else str(data)
     if not is_builtin(path):
         path = str(Path(path).expanduser().resolve())
-    return evaluate_checkpoint(_workspace(recipe, on_progress), EvalSettings(path, samples, sequence_length), restart)
+    settings = EvalSettings(path, samples, sequence_length)
+    return evaluate_checkpoint(_workspace(recipe, on_progress), settings, restart, by_layer)
 
 
 def status(recipe: Recipe | str | Path) -> dict[str, Any]:

@@ -23,8 +23,9 @@ from mmq.cli.app import app
 from mmq.errors import CheckpointError
 from mmq.families.registry import ARCHITECTURES, architecture_of
 from mmq.families.sizes import Dimensions
-from mmq.prove.evaluate import EvalSettings, evaluate_checkpoint
+from mmq.prove.evaluate import evaluate_checkpoint
 from mmq.prove.forward import run_layer
+from mmq.prove.streamed import EvalSettings
 from mmq.prove.verify import verify_checkpoint
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config

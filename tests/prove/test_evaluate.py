@@ -27,8 +27,6 @@ from mmq.prove.evaluate import (
     HYBRID_MODEL,
     NEAREST,
     SOURCE,
-    EvalSettings,
-    eval_recipe,
     evaluate_checkpoint,
     kind_rows,
     rows,
@@ -36,6 +34,7 @@ from mmq.prove.evaluate import (
 )
 from mmq.prove.forward import Head, run_layer
 from mmq.prove.measures import measure, relative_error
+from mmq.prove.streamed import EvalSettings, eval_recipe
 from mmq.prove.weights import HybridWeights, SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import quantize_kv_cache

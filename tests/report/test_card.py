@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from conftest import ROOT, SAMPLES, digests, edit_json, write_recipe
 from mmq.cli.app import app
-from mmq.prove.evaluate import EvalSettings, evaluate_checkpoint
+from mmq.prove.evaluate import evaluate_checkpoint
+from mmq.prove.streamed import EvalSettings
 from mmq.prove.verify import verify_checkpoint
 from mmq.recipe import load
 from mmq.report.card import (

@@ -84,7 +84,8 @@ def evaluated(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished project, verified and evaluated, with its report. Don't write."""
     folder = tmp_path_factory.mktemp("evaluated") / "project"
     shutil.copytree(finished, folder)
-    for arguments in (["verify"], ["eval", "--data", str(folder / "samples.jsonl"), "--samples", "4"], ["report"]):
+    data = ["--data", str(folder / "samples.jsonl"), "--samples", "4"]
+    for arguments in (["verify"], ["eval", "--by-layer", *data], ["report"]):
         result = CliRunner().invoke(app, [arguments[0], str(folder / "recipe.yaml"), *arguments[1:], "--quiet"])
         assert result.exit_code == 0, result.output
     return folder
@@ -177,9 +178,18 @@ def synthetic_facts() -> RunFacts:
             "layers": [{"layer": layer, "expert_error": linears} for layer in range(LAYERS)],
         },
         evaluation={
+            "settings": {"rounding": "nearest"},
             "tokens": {"samples": 4, "predicted": 4000},
             "variants": [{"variant": name} | metrics for name in variants],
             "layers": errors,
+        },
+        by_layer={
+            "tokens": {"fingerprint": MARKUP},
+            "layers": [
+                {"layer": layer, "relative_error": 0.03}
+                | {"kl": 2.0**-layer, "kl_standard_error": None, "top1_agreement": 0.5}
+                for layer in range(LAYERS)
+            ],
         },
         versions={"torch": MARKUP},
         missing=[f"{MARKUP} is not there."],
@@ -249,6 +259,12 @@ def test_verification_and_evaluation_are_those_of_their_files(evaluated: Path) -
     for row, entry in zip(rows, evaluation["variants"], strict=True):
         assert float(row["perplexity"]) == pytest.approx(entry["perplexity"], rel=1e-4)
         assert float(row["KL (nats)"]) == pytest.approx(entry["kl"], abs=1e-5)
+    alone = read(evaluated / "run/by_layer.json")["layers"]
+    for row, entry in zip(page.rows("by-layer"), alone, strict=True):
+        assert float(row["KL (nats)"]) == pytest.approx(entry["kl"], abs=1e-6) and int(row["layer"]) == entry["layer"]
+    together = next(entry["kl"] for entry in evaluation["variants"] if entry["variant"] == "hybrid")
+    told = f"{sum(entry['kl'] for entry in alone):.5f} summed up, {together:.5f} with all of them"
+    assert told in page.text and told in (evaluated / "run/hybrid/README.md").read_text(encoding="utf-8")
     assert "passed" in page.text
     assert f"KL {evaluation['variants'][1]['kl']:.3g} nats" in page.text
 
@@ -256,7 +272,7 @@ def test_verification_and_evaluation_are_those_of_their_files(evaluated: Path) -
 def test_stages_are_those_of_the_journal(evaluated: Path) -> None:
     page, stages = page_of(evaluated), read(evaluated / "run/journal.json")["stages"]
     rows = page.rows("stages")
-    assert [row["stage"] for row in rows] == ["dequant", "awq", "restore", "eval"]
+    assert [row["stage"] for row in rows] == ["dequant", "awq", "restore", "eval", "eval --by-layer"]
     for row in rows:
         (run,) = stages[row["stage"]]["runs"]
         assert row["time"] == duration_text(run["seconds"])

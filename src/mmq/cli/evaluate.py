@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mmq.cli.launch import join
 from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.session import session
 from mmq.shipped import is_builtin
@@ -27,6 +26,14 @@ def evaluate(
         Path | None,
         typer.Option(help="Another recipe of the same source: evaluate its result as well, and compare the two."),
     ] = None,
+    by_layer: Annotated[
+        bool,
+        typer.Option(
+            "--by-layer",
+            help="Evaluate each layer by itself as well, quantized alone: as many forwards as half the square of the"
+            " number of layers.",
+        ),
+    ] = False,
     set_: Set = None,
     restart: Restart = False,
     devices: Devices = None,
@@ -37,17 +44,20 @@ def evaluate(
     """Compare the hybrid checkpoint with its source on held-out text: perplexity, KL, top-1 agreement."""
     given = {"--against": against, "--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
+    options += ["--by-layer"] if by_layer else []
     with session("eval", recipe, set_, mode(json, quiet), log_file, options, devices) as run:
+        from mmq.machine.team import Team
         from mmq.prove.compare import COMPARISON_NAME, cache_share, compare, compared, sentence
         from mmq.prove.evaluate import (
-            DEFAULT_DATA,
             REPORT_NAME,
-            EvalSettings,
+            brought,
             evaluate_checkpoint,
             kind_rows,
             rows,
+            told_by_layer,
             worst,
         )
+        from mmq.prove.streamed import DEFAULT_DATA, EvalSettings
         from mmq.recipe import load
         from mmq.storage.atomic import write_json
         from mmq.workdir.workspace import Workspace
@@ -57,9 +67,9 @@ def evaluate(
         if not is_builtin(path):
             path = str(Path(path).expanduser().resolve())
         settings = EvalSettings(path, samples, sequence_length)
-        team = join(run.recipe.awq.device)
+        team = Team.join(run.recipe.awq.device)
         with run.output.live():
-            report = evaluate_checkpoint(Workspace.of(run.recipe, run.output, team=team), settings, restart)
+            report = evaluate_checkpoint(Workspace.of(run.recipe, run.output, team=team), settings, restart, by_layer)
             if against is not None:
                 rival = load(against)
                 other = evaluate_checkpoint(Workspace.of(rival, run.output, team=team), settings, restart)
@@ -72,8 +82,11 @@ def evaluate(
         tokens = report["tokens"]
         title = f"{tokens['predicted']:,} tokens of {tokens['samples']} held-out samples"
         run.output.result(report, title, rows(report))
-        if (share := cache_share(report)) is not None:
-            run.output.note(share)
+        for share in (brought(report), cache_share(report)):
+            if share is not None:
+                run.output.note(share)
+        if by_layer:
+            run.output.note(told_by_layer(report["by_layer"], report))
         for row in kind_rows(report):
             kinds = (f"{kind} {kl}" for kind, kl in list(row.items())[1:])
             run.output.note(f"KL of {row['KL by kind of text']}: {', '.join(kinds)}")

@@ -58,7 +58,7 @@ def _factors(value: object) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "rope_theta": (_positive, "a positive number"),
+    "rope_theta": (_at_least_one, "a number of at least 1"),
     SHARE: (_share, "a share of head dimensions"),
     ORIGINAL: (_count, "a positive integer"),
     "factor": (_at_least_one, "a number of at least 1"),

@@ -114,15 +114,8 @@ def judged_layer(workspace: Workspace, layer: int) -> Judged | None:
     """
     if workspace.recipe.awq.rounding == "nearest":
         return None
-    files, journal = LayerFiles.of(workspace, "awq"), workspace.journal.stage("awq")
-    for path in (files.record(layer), files.evidence(layer)):
-        if not path.is_file():
-            raise JournalError(f"{path} is gone, without which layer {layer}'s rounding can't be verified")
-        journal.check_content(files.in_journal(path))
-    record, tensors = read_json(files.record(layer)), load_file(files.evidence(layer))
-    stated = record.get("evidence")
-    if tensors.keys() != set(TENSORS) or not isinstance(stated, dict):
-        raise CheckpointError(f"{files.evidence(layer)} is no evidence of a layer's rounding")
+    record, tensors = _kept(workspace, layer)
+    stated = record["evidence"]
     _require_fair(record, layer)
     return Judged(
         record.get("rounding") == "compensated",
@@ -134,6 +127,28 @@ def judged_layer(workspace: Workspace, layer: int) -> Judged | None:
         str(workspace.source.config.get("hidden_act", "silu")),
         clamped.of(workspace.source.config) if (clamped := workspace.architecture.clamped) else None,
     )
+
+
+def inner_scales(workspace: Workspace, layer: int) -> torch.Tensor:
+    """The scales that a judged layer's up rows were divided by and its down columns multiplied with: float32 [E, I].
+
+    Raises:
+        CheckpointError, JournalError: as for `judged_layer`.
+    """
+    return _kept(workspace, layer)[1]["inner"].float()
+
+
+def _kept(workspace: Workspace, layer: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """A judged layer's statistics and evidence, as the stage wrote them."""
+    files, journal = LayerFiles.of(workspace, "awq"), workspace.journal.stage("awq")
+    for path in (files.record(layer), files.evidence(layer)):
+        if not path.is_file():
+            raise JournalError(f"{path} is gone, without which nothing can be said of layer {layer}'s rounding")
+        journal.check_content(files.in_journal(path))
+    record, tensors = read_json(files.record(layer)), load_file(files.evidence(layer))
+    if tensors.keys() != set(TENSORS) or not isinstance(record.get("evidence"), dict):
+        raise CheckpointError(f"{files.evidence(layer)} is no evidence of a layer's rounding")
+    return record, tensors
 
 
 def _require_fair(record: dict[str, Any], layer: int) -> None:

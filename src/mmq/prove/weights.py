@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -16,7 +17,8 @@ from mmq.quantize.layer import LayerContent
 from mmq.source.model import SourceModel
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.tensors.fp8 import dequantize_block
-from mmq.tensors.int4 import QuantizedStack
+from mmq.tensors.int4 import QuantizedStack, quantize_in_place
+from mmq.tensors.smoothing import applied_scale
 from mmq.workdir.output_shards import scale_name
 
 
@@ -104,10 +106,45 @@ def read_layer(
         raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")
     own = team.part(count)
     mine = [name for name in expert_names if _expert(arch, name) in own]
+    return _stacked(weights, arch, own, [*mine, *other_names], device)
+
+
+def _stacked(
+    weights: LayerWeights, arch: Architecture, experts: range, names: list[str], device: torch.device
+) -> LayerContent:
+    """Some of a layer's tensors."""
     with weights.checkpoint.reader() as reader:
-        names = [*mine, *other_names]
         tensors = ((arch.split(tensor)[1], weights.read(reader, tensor, device)) for tensor in names)
-        return LayerContent.stacked(arch, own, tensors, device)
+        return LayerContent.stacked(arch, experts, tensors, device)
+
+
+def nearest_smoothed(
+    source: LayerContent,
+    smoothed: LayerWeights,
+    arch: Architecture,
+    layer: int,
+    inner: Callable[[], torch.Tensor],
+    group_size: int,
+    device: torch.device,
+    team: Team = ALONE,
+) -> LayerContent:
+    """The source's experts rounded to nearest under a result's smoothing, with all else as the result has it.
+
+    Args:
+        source: overwritten.
+        smoothed: the result, of whose layer all but the experts is read.
+        inner: gives float32 [E, I], the scales of the down layers' inputs; asked for where there are experts.
+    """
+    rest = _stacked(smoothed, arch, range(0), smoothed.names(layer)[1], device).rest
+    if arch.has_experts(layer):
+        before, after = (content[arch.smooth_norm].to(device) for content in (source.rest, rest))
+        applied = applied_scale(before, after, arch.norm_offset)
+        scales = inner().to(device)
+        own = scales[team.part(len(scales)).start :][: len(source.down)]
+        divisors = torch.cat([torch.ones_like(own), own], dim=1).unsqueeze(2)  # gate's rows stay as they are
+        quantize_in_place(source.gate_up, applied, divisors, group_size)
+        quantize_in_place(source.down, own.unsqueeze(1), None, group_size)
+    return LayerContent(source.gate_up, source.down, rest)
 
 
 def _expert(arch: Architecture, name: str) -> int:

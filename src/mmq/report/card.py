@@ -173,6 +173,8 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
         samples=_sample_rows(setting.calibration),
         held_out=[_place(part["path"]) for part in facts.evaluation["settings"]["data"]] if facts.evaluation else [],
         evaluation=evaluate.rows(facts.evaluation) if facts.evaluation else [],
+        by_layer=evaluate.told_by_layer(facts.by_layer, facts.evaluation) if facts.by_layer else None,
+        brought=evaluate.brought(facts.evaluation) if facts.evaluation else None,
         kinds=evaluate.kind_rows(facts.evaluation) if facts.evaluation else [],
         command=serve_command(setting.model, setting.gpus[0]) if setting.gpus else None,
         assertion_versions=ASSERTION_VERSIONS,

@@ -16,7 +16,7 @@ from typing import Any
 from mmq.errors import CheckpointError, JournalError, MmqError
 from mmq.families import sizes
 from mmq.families.table import Architecture
-from mmq.prove import evaluate, verify
+from mmq.prove import by_layer, evaluate, verify
 from mmq.serve.outputs import output_tensors
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
@@ -29,7 +29,7 @@ from mmq.workdir.workspace import HYBRID, Workspace
 
 @dataclass(frozen=True)
 class StageFacts:
-    """One stage of the pipeline, or the evaluation.
+    """One stage of the pipeline, or an evaluation.
 
     Attributes:
         units: finished units in the order they were finished.
@@ -85,13 +85,14 @@ class RunFacts:
         recipe: as it was validated, defaults included.
         source: the recipe's `model.source`, a folder or a hub id.
         layers: the awq stage's statistics, one entry a finished layer with experts, in order.
-        stages: those that the recipe needs, then the evaluation if it was begun.
+        stages: those that the recipe needs, then the evaluations that were begun.
         components: all of `sizes.COMPONENTS`; empty where the source can't be read.
         sizes_measured: the sizes after are those of the finished checkpoint, not computed from config.json.
         verify, evaluation: verify.json and eval.json; None where there is none of this result.
         versions: of the packages that made it; where runs differ, all of a package's, in order.
         missing: what is not there yet, a sentence each.
         dense_layers: the awq stage's statistics of layers without experts.
+        by_layer: by_layer.json; None where there is none of this result.
     """
 
     recipe: dict[str, Any]
@@ -106,6 +107,7 @@ class RunFacts:
     versions: dict[str, str]
     missing: list[str]
     dense_layers: list[dict[str, Any]] = field(default_factory=list)
+    by_layer: dict[str, Any] | None = None
 
     @property
     def all_layers(self) -> list[dict[str, Any]]:
@@ -115,11 +117,11 @@ class RunFacts:
     @property
     def complete(self) -> bool:
         """All stages that the recipe needs have ended."""
-        return all(stage.complete for stage in self.stages if stage.name != evaluate.name)
+        return all(stage.complete for stage in self.stages if stage.name not in evaluate.WORK)
 
     @property
     def seconds(self) -> float:
-        """Of all runs of all stages, the evaluation included."""
+        """Of all runs of all stages, the evaluations included."""
         return sum(stage.seconds for stage in self.stages)
 
     @property
@@ -142,7 +144,7 @@ def read_run(workspace: Workspace) -> RunFacts:
         JournalError: nothing has begun in the work_dir, or its journal can't be read.
         CheckpointError: a record of the run is missing or damaged.
     """
-    if not any(workspace.journal.stage(name).begun for name in (*stages_of(workspace.recipe), evaluate.name)):
+    if not any(workspace.journal.stage(name).begun for name in (*stages_of(workspace.recipe), *evaluate.WORK)):
         raise JournalError(f"nothing has begun in {workspace.work_dir}; run `mmq run` first")
     missing: list[str] = []
     stages = _stages(workspace, missing)
@@ -161,6 +163,7 @@ def read_run(workspace: Workspace) -> RunFacts:
         versions=_versions(stages),
         missing=missing,
         dense_layers=[layer for layer in layers if "tokens_per_expert" not in layer],
+        by_layer=_by_layer(workspace, missing),
     )
 
 
@@ -180,13 +183,11 @@ def _stages(workspace: Workspace, missing: list[str]) -> list[StageFacts]:
     planned: dict[str, int] = {}
     try:
         planned = {plan.stage: len(plan.units) for plan in plans(workspace, stages_of(workspace.recipe))}
-        planned[evaluate.name] = len(evaluate.units_of(workspace.source))
+        planned |= {name: len(work_of(workspace.source)) for name, work_of in evaluate.WORK.items()}
     except MmqError as error:
         missing.append(f"The source can't be read, so sizes are not known: {error}.")
     journals = [workspace.journal.stage(name) for name in stages_of(workspace.recipe)]
-    evaluation = workspace.journal.stage(evaluate.name)
-    if evaluation.begun:
-        journals.append(evaluation)
+    journals += [journal for name in evaluate.WORK if (journal := workspace.journal.stage(name)).begun]
     for journal in journals:
         if not journal.complete:
             total = f" of {planned[journal.name]}" if journal.name in planned else ""
@@ -302,6 +303,17 @@ def _evaluated(workspace: Workspace, missing: list[str]) -> dict[str, Any] | Non
         missing.append("eval.json is of an earlier result: run `mmq eval --restart`.")
         return None
     return read_json(workspace.work_dir / evaluate.REPORT_NAME)
+
+
+def _by_layer(workspace: Workspace, missing: list[str]) -> dict[str, Any] | None:
+    """by_layer.json, if it is of this result; it is made on demand, so that nothing is missing where it was not."""
+    journal, restored = workspace.journal.stage(by_layer.name), workspace.journal.stage(restore.name)
+    if not restored.complete or not journal.complete:
+        return None
+    if journal.fingerprint.get(evaluate.RESULT_FIELD) != restored.digest(HYBRID):
+        missing.append(f"{by_layer.REPORT_NAME} is of an earlier result: run `mmq {by_layer.name} --restart`.")
+        return None
+    return read_json(workspace.work_dir / by_layer.REPORT_NAME)
 
 
 def _versions(stages: Iterable[StageFacts]) -> dict[str, str]:

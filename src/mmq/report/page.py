@@ -13,7 +13,7 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 
 import mmq
-from mmq.prove import evaluate
+from mmq.prove import by_layer, evaluate
 from mmq.report.facts import RunFacts
 from mmq.report.plots import PLOTS, Drawn
 from mmq.report.tables import (
@@ -92,6 +92,9 @@ def render(facts: RunFacts, drawn: list[Drawn]) -> str:
         components=components_table(facts),
         layers=layers_table(facts),
         evaluation=Table("evaluation", evaluate.rows(evaluation), words=("variant",)) if evaluation else None,
+        brought=evaluate.brought(evaluation) if evaluation else None,
+        by_layer=Table("by-layer", by_layer.rows(facts.by_layer)) if facts.by_layer else None,
+        by_layer_told=evaluate.told_by_layer(facts.by_layer, evaluation) if facts.by_layer else "",
         kinds=Table("kinds", kinds, words=("KL by kind of text",)) if kinds else None,
         worst=Table("worst", worst, words=("name",)) if worst else None,
         evaluated=_evaluated(evaluation) if evaluation else "",

@@ -81,6 +81,13 @@ PLOTS = (
         lambda facts: quality_plots.hidden_errors(facts.evaluation["layers"]) if facts.evaluation else None,
     ),
     Plot(
+        "layer-kl",
+        "result",
+        "KL to the source with one layer as the result has it and all others the source's, on held-out text; the bars"
+        " are standard errors over samples.",
+        lambda facts: quality_plots.layer_kl(facts.by_layer["layers"]) if facts.by_layer else None,
+    ),
+    Plot(
         "weight-errors",
         "result",
         "Root mean square of the rounding of each layer's expert weights, relative to the weights, found by verify.",

@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from mmq.report.style import LINES, PERCENT, Layers, add_legend, layer_axis, marker, new_figure, scale_axis, styled
+from mmq.report.style import (
+    BLUE,
+    GREY,
+    LINES,
+    PERCENT,
+    Layers,
+    add_legend,
+    layer_axis,
+    marker,
+    new_figure,
+    scale_axis,
+    styled,
+)
 from mmq.text import range_text
 
 
@@ -31,6 +43,23 @@ def hidden_errors(layers: Layers) -> Figure:
     axes.yaxis.set_major_formatter(PERCENT)
     axes.set_ylabel("error relative to the source")
     add_legend(figure, handles)
+    return figure
+
+
+@styled
+def layer_kl(layers: Layers) -> Figure:
+    """KL to the source of each layer quantized alone, with the standard error over samples.
+
+    Args:
+        layers: by_layer.json's `layers`.
+    """
+    values = np.array([layer["kl"] for layer in layers], dtype=float)
+    errors = np.array([layer["kl_standard_error"] or 0 for layer in layers], dtype=float)
+    figure, axes = new_figure(f"One quantized layer: layer {layers[int(values.argmax())]['layer']} costs most")
+    x = layer_axis(axes, layers)
+    axes.errorbar(x, values, errors, color=BLUE, marker=marker(x), ecolor=GREY, elinewidth=0.8)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("KL to the source (nats)")
     return figure
 
 

@@ -27,7 +27,7 @@ DEPTH = 4
 
 
 def status(workspace: Workspace) -> dict[str, Any]:
-    """How far each stage is, and the evaluation once it has begun; who is at work; which command is next.
+    """How far each stage is, and the evaluations that have begun; who is at work; which command is next.
 
     Reads the journal, the lock file and the source's headers, takes no lock.
 
@@ -76,7 +76,7 @@ def find_runs(folder: Path) -> list[dict[str, Any]]:
 
 def _of_journal(work_dir: Path) -> dict[str, Any]:
     journal, holder = Journal(work_dir), lock_holder(work_dir)
-    begun = [stage for name in (*STAGES, evaluate.name) if (stage := journal.stage(name)).begun]
+    begun = [stage for name in (*STAGES, *evaluate.WORK) if (stage := journal.stage(name)).begun]
     record = next((one for one in begun if not one.complete), begun[-1] if begun else None)
     progress = (holder.progress if holder else None) or {}
     name = progress.get("stage") or (record.name if record else None)
@@ -136,12 +136,13 @@ def _after_stages(workspace: Workspace) -> str | None:
 
 
 def _unit_weights(workspace: Workspace, journal: Journal) -> dict[str, dict[str, int]]:
-    """How much work each unit of each stage is; in the evaluation of this result 1 each."""
+    """How much work each unit of each stage is; evaluations are of this result."""
     found = plans(workspace, stages_of(workspace.recipe))
     weights = {plan.stage: {unit.name: unit.weight for unit in plan.units} for plan in found}
-    record = journal.stage(evaluate.name)
-    if record.begun and record.fingerprint.get(evaluate.RESULT_FIELD) == journal.stage(restore.name).digest(HYBRID):
-        weights[evaluate.name] = dict.fromkeys(evaluate.units_of(workspace.source), 1)
+    for name, work_of in evaluate.WORK.items():
+        record = journal.stage(name)
+        if record.begun and record.fingerprint.get(evaluate.RESULT_FIELD) == journal.stage(restore.name).digest(HYBRID):
+            weights[name] = work_of(workspace.source)
     return weights
 
 

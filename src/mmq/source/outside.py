@@ -13,6 +13,7 @@ from mmq.storage.checkpoint import CONFIG_NAME, Checkpoint, read_json
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 POSITIONS = "max_position_embeddings"
+EPSILON = "rms_norm_eps"
 
 
 def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
@@ -40,6 +41,9 @@ def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
     positions = config.get(POSITIONS)
     if positions is not None and (type(positions) is not int or positions < 1):
         raise CheckpointError(f"{where}: {POSITIONS} is {shown(positions)} instead of a positive number")
+    epsilon = config.get(EPSILON, 0)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon <= 1:
+        raise CheckpointError(f"{where}: {EPSILON} is {shown(epsilon)} instead of a number from 0 to 1")
     rows = specs[arch.embedding].shape[0]
     _check_special(where, config, rows)
     generation = checkpoint.folder / GENERATION_CONFIG

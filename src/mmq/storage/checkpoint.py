@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from mmq.errors import CheckpointError, one_line, shown
-from mmq.storage.atomic import copy_file, naming, write_json
+from mmq.storage.atomic import TEMPORARY_SUFFIX, copy_file, naming, write_json
 from mmq.storage.shards import DTYPES, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +39,8 @@ NOT_CARRIED = {
 LARGEST_JSON = 100 * 10**6
 DEEPEST_JSON = 100
 LONGEST_NAME = 1000
+# Bytes in the name of a shard: what Linux's file systems take, with the ending of one that is being written.
+LONGEST_FILE = 255 - len(TEMPORARY_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 f"{index_path} puts {tensor} in {shown(shard)}, which is no safetensors file of that folder"
             )
         _check_name(index_path, shard)
+        if len(os.fsencode(shard)) > LONGEST_FILE:
+            raise CheckpointError(f"{index_path} names the shard {shown(shard)}; no file here has so long a name")
     return weight_map
 
 

@@ -57,3 +57,9 @@ def smooth_norm(norm: torch.Tensor, scales: torch.Tensor, offset: float = 0.0) -
     applied = original / multiplies
     keep = (multiplies == 0) | ~torch.isfinite(applied) | (applied == 0)
     return torch.where(keep, norm, smoothed), torch.where(keep, 1.0, applied)
+
+
+def applied_scale(norm: torch.Tensor, smoothed: torch.Tensor, offset: float = 0.0) -> torch.Tensor:
+    """What `smooth_norm` says that its result applies, found again from both norms: float32 [hidden]."""
+    applied = (norm.float() + offset) / (smoothed.float() + offset)
+    return torch.where(torch.isfinite(applied) & (applied != 0), applied, 1.0)
