@@ -75,6 +75,12 @@ def test_the_releases_keys_and_transformers_say_the_same() -> None:
     assert Dimensions.of(first, arch) == Dimensions.of(second, other)
 
 
+@pytest.mark.parametrize(("layers", "dense"), [(1, set()), (2, {0}), (5, {0})])
+def test_synthetic_models_have_as_many_layers_as_wanted(layers: int, dense: set[int]) -> None:
+    arch = architecture_of(model_config(Sizes(layers=layers), MINIMAX_M3_VL, STORED["bf16"]))
+    assert (arch.dense_at, arch.sparse_at) == (dense, set(range(layers)) - dense)
+
+
 def test_a_sequence_within_reach_is_attended_to_as_a_whole(tmp_path: Path) -> None:
     """Two blocks of 32 tokens are chosen: of 64 tokens all, so that nothing needs to be chosen, of more not all."""
     write_checkpoint(tmp_path / "m", Sizes(), family=MINIMAX_M3_VL, stored=STORED["bf16"])

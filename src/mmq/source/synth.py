@@ -7,6 +7,7 @@ a chat template. What there is follows from the family's table.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from mmq.errors import RecipeError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.sizes import Dimensions
-from mmq.families.table import Architecture, Weight
+from mmq.families.table import Architecture, Weight, value_at
 from mmq.shipped import TRAINED
 from mmq.source.formats import CT_BLOCK_FP8, CT_CHANNEL_FP8, FINE_GRAINED_FP8, PLAIN_BF16, SourceFormat
 from mmq.storage.atomic import copy_file, write_json
@@ -347,7 +348,7 @@ def model_config(
         config[family.dense_key] = sizes.dense
     if family.rotary_dim_key:
         config[family.rotary_dim_key] = sizes.head_dim // 2
-    beside = dict(family.example)
+    beside = _for_layers(family, sizes.layers)
     if family.section:
         named = {key: config.pop(key) for key in ("architectures", "model_type")}
         config |= beside.pop(family.section) | dict(settings or {})
@@ -355,6 +356,19 @@ def model_config(
     else:
         config |= beside | dict(settings or {})
     return config | ({"quantization_config": dict(stored.settings)} if stored.settings else {})
+
+
+def _for_layers(family: Architecture, layers: int) -> dict[str, Any]:
+    """The family's example; where it says of each layer what it is, the last one's kind is that of those after it."""
+    example = copy.deepcopy(dict(family.example))
+    decoder = example[family.section] if family.section else example
+    for some in (family.dense_layers, family.linear_layers, family.sparse_layers):
+        for key, _ in filter(None, (some.typed, some.flagged)):
+            above, _, last = key.rpartition(".")
+            place = value_at(decoder, above) if above else decoder
+            if isinstance(place, dict) and isinstance(kinds := place.get(last), list):
+                place[last] = (kinds + kinds[-1:] * layers)[:layers] if layers >= len(kinds) else kinds[-layers:]
+    return example
 
 
 def _cut(names: list[str], tensors: dict[str, torch.Tensor], shards: int) -> list[list[str]]:
