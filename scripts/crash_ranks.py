@@ -32,6 +32,7 @@ import torch.distributed.launcher.api as launcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from cli.test_ranks import children_of, ranks_of
 from conftest import write_recipe
 from faults.harness import FOLDERS, differences, leftovers
 from mmq.cli.app import app
@@ -85,18 +86,10 @@ class Started:
     def processes(self) -> dict[int, int]:
         """The ranks' processes, by rank."""
         try:
-            children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-            if self.forked:  # one after the other, as the launcher counts them
-                return dict(enumerate(sorted(map(int, children))))
-            return {rank: int(child) for child in children if (rank := rank_of(child)) is not None}
+            # Forked ones have no environment of their own; they come one after the other, as the launcher counts them.
+            return dict(enumerate(children_of(self.pid))) if self.forked else ranks_of(self.pid)
         except OSError:
             return {}
-
-
-def rank_of(process: str) -> int | None:
-    environment = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    entry = next((entry for entry in environment if entry.startswith(b"RANK=")), None)
-    return int(entry.partition(b"=")[2]) if entry else None
 
 
 def command_line(arguments: list[str]) -> int:

@@ -192,6 +192,7 @@ def test_a_second_signal_does_not_cut_the_end_short(capfd: pytest.CaptureFixture
 
 HALF_MADE = """
 import os, signal, time
+import mmq.cli.app as command
 from mmq.cli.errors import handled
 
 class Half:
@@ -203,8 +204,12 @@ class Half:
     def __del__(self):
         assert self.whole
 
-with handled("mmq awq recipe.yaml"):
-    Half()
+def app():
+    with handled("mmq awq recipe.yaml"):
+        Half()
+
+command.app = app
+command.main()
 """
 
 

@@ -155,13 +155,22 @@ def test_more_ranks_than_experts_are_refused(odd: Path) -> None:
         check.look(workspace)
 
 
+def children_of(process: int) -> list[int]:
+    """Those of all its threads, in the order in which they were started."""
+    return sorted(
+        int(child)
+        for children in Path(f"/proc/{process}/task").glob("*/children")
+        for child in children.read_text().split()
+    )
+
+
 def ranks_of(launcher: int) -> dict[int, int]:
     """Processes of a launcher's ranks, by rank."""
     found = {}
-    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+    for child in children_of(launcher):
         for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             if entry.startswith(b"RANK="):
-                found[int(entry.partition(b"=")[2])] = int(child)
+                found[int(entry.partition(b"=")[2])] = child
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +15,21 @@ Config = dict[str, Any]
 Block = Callable[[torch.Tensor, Weights, str, Config], torch.Tensor]
 
 
-def gated(x: torch.Tensor, weights: Weights, prefix: str) -> torch.Tensor:
+def gated(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
     gate, up, down = (weights[f"{prefix}{name}_proj.weight"] for name in ("gate", "up", "down"))
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    gate, up = x @ gate.T, x @ up.T
+    if limit := config.get("swiglu_limit"):
+        gate, up = gate.clip(None, limit), up.clip(-limit, limit)
+        return (gate * (gate * config["swiglu_alpha"]).sigmoid() * (up + 1)) @ down.T
+    return (F.silu(gate) * up) @ down.T
+
+
+# Norms multiply by one plus their weight.
+AROUND_ZERO = ("qwen3_next", "qwen3_5_moe_text", "minimax_m3_vl_text")
 
 
 def normed(x: torch.Tensor, weight: torch.Tensor, config: Config) -> torch.Tensor:
-    """RMSNorm; Qwen3-Next's multiply by one plus their weight."""
-    return rms_norm(x, weight + 1 if config["model_type"] == "qwen3_next" else weight, config["rms_norm_eps"])
+    return rms_norm(x, weight + 1 if config["model_type"] in AROUND_ZERO else weight, config["rms_norm_eps"])
 
 
 def heads(
@@ -30,11 +38,11 @@ def heads(
     """[T, H] -> [heads, T, dim]: a projection, the norm of each head where there is one, and rotary if it `turns`."""
     projected = x @ weights[f"{prefix}self_attn.{name}_proj.weight"].T
     projected = projected + weights.get(f"{prefix}self_attn.{name}_proj.bias", torch.zeros(()))
-    result = projected.view(-1, count, config["head_dim"])
+    result = projected.unflatten(1, (count, -1))
     norm = weights.get(f"{prefix}self_attn.{name}_norm.weight")
     result = normed(result, norm, config) if norm is not None else result
     result = result.transpose(0, 1)
-    turning = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
+    turning = config.get("rotary_dim") or int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))
     return rotate(result, config | {"rotary_dim": turning}) if turns else result
 
 
@@ -52,7 +60,7 @@ def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
         return latent_attention(x, weights, prefix, config)
     count = config["num_attention_heads"]
     gate = None
-    if config["model_type"] == "qwen3_next":
+    if config["model_type"] in ("qwen3_next", "qwen3_5_moe_text"):
         # Each head's query and, after it, its gate.
         both = weights[f"{prefix}self_attn.q_proj.weight"].unflatten(0, (count, 2, -1))
         gate = (x @ both[:, 1].flatten(0, 1).T).sigmoid()
@@ -61,25 +69,56 @@ def attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
     repeat = count // config["num_key_value_heads"]
     key, value = (t.repeat_interleave(repeat, 0) for t in keys_and_values(x, weights, prefix, config))
     scores = query @ key.transpose(1, 2) * config["head_dim"] ** -0.5
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-    output = (scores.masked_fill(future, -torch.inf).softmax(-1) @ value).transpose(0, 1).flatten(1)
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1).expand_as(scores)
+    if f"{prefix}self_attn.index_q_proj.weight" in weights:
+        hidden = hidden | ~chosen_blocks(x, weights, prefix, config).repeat_interleave(repeat, 0)
+    output = (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1).flatten(1)
     return (output if gate is None else output * gate) @ weights[prefix + "self_attn.o_proj.weight"].T
+
+
+def chosen_blocks(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """bool [KV heads, T, T]: of each token those in its own block of tokens, and in the blocks that hold the best match
+    of an index query with an index key."""
+    sparse = config.get("sparse_attention_config") or {
+        "sparse_num_index_heads": config["index_n_heads"],
+        "sparse_block_size": config["index_block_size"],
+        "sparse_topk_blocks": config["index_topk_blocks"],
+    }
+    query = heads(x, weights, prefix, "index_q", sparse["sparse_num_index_heads"], config)
+    match = query @ heads(x, weights, prefix, "index_k", 1, config).transpose(1, 2)
+    size, count = sparse["sparse_block_size"], sparse["sparse_topk_blocks"]
+    allowed = torch.zeros(match.shape, dtype=torch.bool)
+    for head, token in itertools.product(range(match.shape[0]), range(len(x))):
+        best = {
+            start: float(match[head, token, start : min(start + size, token + 1)].max())
+            for start in range(0, token + 1, size)
+        }
+        own = token // size * size
+        others = sorted((start for start in best if start != own), key=lambda start: -best[start])
+        for start in [own, *others[: count - 1]]:
+            allowed[head, token, start : start + size] = True
+    return allowed
 
 
 def linear_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
     """The gated delta rule, token by token: S decays, and what it says of a key moves toward the key's value."""
-    own = {name: weights[f"{prefix}linear_attn.{name}"] for name in (
-        "in_proj_qkvz.weight", "in_proj_ba.weight", "out_proj.weight", "conv1d.weight", "A_log", "dt_bias",
-        "norm.weight",
-    )}  # fmt: skip
+    start = f"{prefix}linear_attn."
+    own = {name.removeprefix(start): weight for name, weight in weights.items() if name.startswith(start)}
     keys, values = config["linear_num_key_heads"], config["linear_num_value_heads"]
     dim, wide, share = config["linear_key_head_dim"], config["linear_value_head_dim"], values // keys
-    # Side by side for each key head: query, key, its value heads' values, and their gates.
-    q, k, v, z = (
-        (x @ own["in_proj_qkvz.weight"].T).unflatten(1, (keys, -1)).split([dim, dim, share * wide, share * wide], -1)
-    )
-    b, a = (x @ own["in_proj_ba.weight"].T).unflatten(1, (keys, -1)).split([share, share], -1)
-    mixed, kernel = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1), config["linear_conv_kernel_dim"]
+    if "in_proj_z.weight" in own:
+        # Qwen3.5: a projection each, all heads' queries before all keys before all values.
+        mixed, z, b, a = (x @ own[f"in_proj_{name}.weight"].T for name in ("qkv", "z", "b", "a"))
+    else:
+        # Side by side for each key head: query, key, its value heads' values, and their gates.
+        q, k, v, z = (
+            (x @ own["in_proj_qkvz.weight"].T)
+            .unflatten(1, (keys, -1))
+            .split([dim, dim, share * wide, share * wide], -1)
+        )
+        b, a = (x @ own["in_proj_ba.weight"].T).unflatten(1, (keys, -1)).split([share, share], -1)
+        mixed = torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], 1)
+    kernel = config["linear_conv_kernel_dim"]
     before = torch.cat([mixed.new_zeros(kernel - 1, mixed.shape[1]), mixed])
     taps = own["conv1d.weight"][:, 0]
     mixed = F.silu(sum(before[tap : tap + len(x)] * taps[:, tap] for tap in range(kernel)))
@@ -149,13 +188,14 @@ def latent_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Con
 
 
 def routed(
-    x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor, experts: int
+    x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor, config: Config
 ) -> torch.Tensor:
     """Token by token, expert by expert."""
+    experts = next(config[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in config)
     result = torch.zeros_like(x)
     for expert in range(experts):
         tokens, slot = (chosen == expert).nonzero(as_tuple=True)
-        output = gated(x[tokens], weights, f"{prefix}mlp.experts.{expert}.")
+        output = gated(x[tokens], weights, f"{prefix}mlp.experts.{expert}.", config)
         result.index_add_(0, tokens, share[tokens, slot, None] * output)
     return result
 
@@ -164,18 +204,18 @@ def qwen3_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
     """Softmax over all experts, the largest kept; they sum to one where the config says so."""
     layer = int(prefix.split(".")[2])
     if layer in config["mlp_only_layers"] or (layer + 1) % config["decoder_sparse_step"]:
-        return gated(x, weights, prefix + "mlp.")
+        return gated(x, weights, prefix + "mlp.", config)
     scores = (x @ weights[prefix + "mlp.gate.weight"].T).softmax(-1)
     share, chosen = scores.topk(config["num_experts_per_tok"], dim=-1)
     share = share / share.sum(-1, keepdim=True) if config["norm_topk_prob"] else share
-    return routed(x, weights, prefix, chosen, share, config["num_experts"])
+    return routed(x, weights, prefix, chosen, share, config)
 
 
 def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
     """Sigmoid scores; the best groups by their two best experts, of these the best experts, the bias choosing only."""
     layer = int(prefix.split(".")[2])
     if layer < config["first_k_dense_replace"]:
-        return gated(x, weights, prefix + "mlp.")
+        return gated(x, weights, prefix + "mlp.", config)
     scores = (x @ weights[prefix + "mlp.gate.weight"].T).sigmoid()
     preferred = scores + weights[prefix + "mlp.gate.e_score_correction_bias"]
     groups = preferred.unflatten(1, (config["n_group"], -1))
@@ -185,8 +225,8 @@ def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> 
     share = scores.gather(1, chosen)
     share = share / (share.sum(-1, keepdim=True) + 1e-20) if config["norm_topk_prob"] else share
     share = share * config["routed_scaling_factor"]
-    output = routed(x, weights, prefix, chosen, share, config["n_routed_experts"])
-    return output + gated(x, weights, prefix + "mlp.shared_experts.")
+    output = routed(x, weights, prefix, chosen, share, config)
+    return output + gated(x, weights, prefix + "mlp.shared_experts.", config)
 
 
 def qwen3_next(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
@@ -195,7 +235,26 @@ def qwen3_next(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -
     if f"{prefix}mlp.shared_expert_gate.weight" not in weights:
         return output
     share = (x @ weights[f"{prefix}mlp.shared_expert_gate.weight"].T).sigmoid()
-    return output + share * gated(x, weights, f"{prefix}mlp.shared_expert.")
+    return output + share * gated(x, weights, f"{prefix}mlp.shared_expert.", config)
+
+
+def qwen3_5_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """As Qwen3-Next; every layer has experts, and the weights of those kept always sum to one."""
+    always = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
+    return qwen3_next(x, weights, prefix, config | always)
+
+
+def minimax_m3(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
+    """Sigmoid scores, the bias choosing only; the routed experts' sum counts as often as the config says."""
+    if f"{prefix}mlp.gate.weight" not in weights:
+        return gated(x, weights, prefix + "mlp.", config)
+    scores = (x @ weights[prefix + "mlp.gate.weight"].T).sigmoid()
+    preferred = scores + weights[prefix + "mlp.e_score_correction_bias"]
+    chosen = preferred.topk(config["num_experts_per_tok"], dim=-1).indices
+    share = scores.gather(1, chosen)
+    share = share / share.sum(-1, keepdim=True) * config["routed_scaling_factor"]
+    output = routed(x, weights, prefix, chosen, share, config)
+    return output + gated(x, weights, prefix + "mlp.shared_experts.", config)
 
 
 # DeepSeek V3 routes as GLM does.
@@ -204,6 +263,8 @@ BLOCKS: dict[str, Block] = {
     "glm4_moe": glm4_moe,
     "deepseek_v3": glm4_moe,
     "qwen3_next": qwen3_next,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "minimax_m3_vl_text": minimax_m3,
 }
 # What reads the norm before the block beside the experts' gate and up, in a layer with experts.
 READERS = {
@@ -214,13 +275,14 @@ READERS = {
         "mlp.shared_experts.up_proj.weight",
     ],
 }
-READERS["deepseek_v3"] = READERS["glm4_moe"]
+READERS["deepseek_v3"] = READERS["minimax_m3_vl"] = READERS["glm4_moe"]
 READERS["qwen3_next"] = [
     "mlp.gate.weight",
     "mlp.shared_expert.gate_proj.weight",
     "mlp.shared_expert.up_proj.weight",
     "mlp.shared_expert_gate.weight",
 ]
+READERS["qwen3_5_moe"] = READERS["qwen3_5_moe_text"] = READERS["qwen3_next"]
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
 from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
 from tests.reference import Weights, dequantized, divergence, read_folder, round_to_nearest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
 
 from mmq.cli.app import app
@@ -42,7 +43,44 @@ from mmq.workdir.workspace import Workspace
 WITHOUT_KV_SCALES = {
     "deepseek_v3": {"full": "vLLM takes no calibrated scales for the latent that this attention caches"},
     "qwen3_next": {"linear": "linear attention has no KV cache"},
+    "qwen3_5_moe": {"linear": "linear attention has no KV cache"},
+    "qwen3_5_moe_text": {"linear": "linear attention has no KV cache"},
 }
+# Rotary settings of a model that sees: which of a head's pairs turn by time, height and width.
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 5000000,
+    "partial_rotary_factor": 0.25,
+    "mrope_section": [3, 3, 2],
+    "mrope_interleaved": True,
+}
+HALF = {"rope_type": "default", "rope_theta": 5000000, "partial_rotary_factor": 0.5}
+# MiniMax-M3's settings as transformers writes them, another layer sparse.
+M3_NAMED = {
+    "rope_parameters": HALF,
+    "moe_layer_freq": None,
+    "mlp_layer_types": ["sparse", "dense"],
+    "sparse_attention_config": None,
+    "layer_types": ["minimax_m3_sparse", "full_attention"],
+    "index_n_heads": 2,
+    "index_head_dim": 64,
+    "index_block_size": 32,
+    "index_topk_blocks": 2,
+    "index_local_blocks": 1,
+}
+# Names in the files, as patterns, and what they are looked at by.
+PLAIN = {
+    "qwen3_5_moe": {r"^model\.language_model\.": "model."},
+    "minimax_m3_vl": {
+        r"^language_model\.": "",
+        r"\.block_sparse_moe\.": ".mlp.",
+        r"(\.experts\.\d+)\.w1\.": r"\1.gate_proj.",
+        r"(\.experts\.\d+)\.w3\.": r"\1.up_proj.",
+        r"(\.experts\.\d+)\.w2\.": r"\1.down_proj.",
+    },
+}
+# What carries over beside the decoder.
+BESIDE = ("mtp.", "model.visual.", "vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 HELD_OUT = torch.arange(4, 100) * 5 % 500
 
 
@@ -56,6 +94,21 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     restore: dict[str, Any] = field(default_factory=dict)
+
+    def plain(self, name: str) -> str:
+        """A tensor's name in the files as most families have it."""
+        for theirs, ours in PLAIN.get(self.family, {}).items():
+            name = re.sub(theirs, ours, name)
+        return name
+
+    def read(self, folder: Path) -> tuple[dict[str, Any], Weights]:
+        """config.json and all tensors under plain names; of a stack of experts each by itself."""
+        config, tensors = read_folder(folder)
+        return config, {self.plain(name): tensor for name, tensor in each_expert(tensors).items()}
+
+    @property
+    def fp8(self) -> bool:
+        return not self.stored.startswith("bf16")
 
     @property
     def smooths(self) -> bool:
@@ -91,26 +144,65 @@ CASES = {
     "qwen3_next in bf16, kinds of layers named": Case(
         "qwen3_next", "bf16", 2, {"layer_types": ["full_attention", "linear_attention"]}
     ),
+    "qwen3_5_moe in fp8, beside a vision tower": Case(
+        "qwen3_5_moe", "fp8", settings={"full_attention_interval": 2, "rope_parameters": MROPE}
+    ),
+    "qwen3_5_moe in bf16, experts stacked": Case(
+        "qwen3_5_moe", "bf16-stacked", settings={"full_attention_interval": 2}
+    ),
+    "minimax_m3_vl in bf16, attention rounded to fp8": Case(
+        "minimax_m3_vl", "bf16", settings={"rope_parameters": HALF}, restore={"attention": "fp8_block"}
+    ),
+    "minimax_m3_vl, errors compensated, kinds of layers named": Case(
+        "minimax_m3_vl", "bf16", settings=M3_NAMED, recipe={"rounding": "compensated"}
+    ),
+    "qwen3_5_moe of text alone, its shared expert kept": Case(
+        "qwen3_5_moe_text", "fp8", settings={"full_attention_interval": 2}, recipe={"shared_experts": "source"}
+    ),
     "glm4_moe in bf16, in groups": Case(
         "glm4_moe", "bf16", 3, {"n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
     ),
 }
 
 
+def each_expert(tensors: Weights) -> Weights:
+    """Qwen3.5's stacks cut apart: gate rows lie above up rows."""
+    result = {}
+    for name, tensor in tensors.items():
+        above, _, last = name.rpartition(".")
+        if tensor.ndim == 3 and last in ("gate_up_proj", "down_proj"):
+            linears = ("gate_proj", "up_proj") if last == "gate_up_proj" else ("down_proj",)
+            for expert, rows in enumerate(tensor):
+                parts = zip(linears, rows.chunk(len(linears)), strict=True)
+                result |= {f"{above}.{expert}.{linear}.weight": part for linear, part in parts}
+        else:
+            result[name] = tensor
+    return result
+
+
 @dataclass(frozen=True)
 class Made:
-    """A project after its stages."""
+    """A project after its stages.
+
+    Attributes:
+        config: the decoder's; `raw` is config.json.
+    """
 
     case: Case
     folder: Path
-    config: dict[str, Any]
+    raw: dict[str, Any]
     source: Weights
     stored: Weights
     hybrid: Weights
 
     @property
+    def config(self) -> dict[str, Any]:
+        beside = {key: value for key, value in self.raw.items() if key not in ("text_config", "vision_config")}
+        return beside | self.raw.get("text_config", {})
+
+    @property
     def before(self) -> Weights:
-        return read_folder(self.folder / "source")[1]
+        return self.case.read(self.folder / "source")[1]
 
     def workspace(self) -> Workspace:
         return Workspace.of(load(self.folder / "recipe.yaml"))
@@ -139,8 +231,8 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with recipe.open("a", encoding="utf-8") as file:
         yaml.safe_dump({"restore": case.restore}, file)
     run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
-    config, before = read_folder(folder / "source")
-    stored = read_folder(folder / "run/hybrid")[1]
+    config, before = case.read(folder / "source")
+    stored = case.read(folder / "run/hybrid")[1]
     return Made(case, folder, config, dequantized(before), stored, dequantized(stored))
 
 
@@ -148,8 +240,9 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
     settings = {key: value for key, value in made.config.items() if key != "quantization_config"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32).eval()
     # transformers has no layers past the last.
-    past = (f"model.layers.{made.case.layers}.", "mtp.")
+    past = (f"model.layers.{made.case.layers}.", *BESIDE)
     state = {name: t for name, t in made.source.items() if ".mlp.experts." not in name and not name.startswith(past)}
+    state = as_transformers_has_it(state) if made.case.family == "minimax_m3_vl" else state
     for _, prefix, has_experts in made.layers():
         if has_experts:
             gate, up, down = (stacked(made.source, prefix, name) for name in ("gate", "up", "down"))
@@ -160,6 +253,19 @@ def test_the_plain_forward_is_transformers(made: Made) -> None:
         theirs = model(HELD_OUT[None]).logits[0]
     ours = logits(HELD_OUT, made.source, made.config)
     assert float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+
+def as_transformers_has_it(weights: Weights) -> Weights:
+    """MiniMax-M3's: gate and up of what is no routed expert in one, the indexer and the router's bias elsewhere."""
+    result = {}
+    for name, tensor in weights.items():
+        if name.endswith("gate_proj.weight"):
+            up = weights[name.replace("gate_proj", "up_proj")]
+            result[name.replace("gate_proj", "gate_up_proj")] = torch.cat([tensor, up])
+        elif not name.endswith("up_proj.weight"):
+            name = name.replace("self_attn.index_", "self_attn.indexer.")
+            result[name.replace("mlp.e_score", "mlp.gate.e_score")] = tensor
+    return result
 
 
 def stacked(weights: Weights, prefix: str, linear: str) -> torch.Tensor:
@@ -195,14 +301,14 @@ def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -
         for name in before
         if ".experts." not in name and before[name].dtype == torch.float8_e4m3fn and not name.endswith(smoothed)
     ]
-    assert bool(kept) == (made.case.stored != "bf16")
+    assert bool(kept) == made.case.fp8
     suffix = format_of(made.config).storage.scale_suffix
     for name in kept:
         assert torch.equal(made.stored[name].view(torch.uint8), before[name].view(torch.uint8))
         scale, original = made.stored[f"{name}_scale"], before[f"{name}{suffix}"]
         assert scale.dtype == original.dtype and torch.equal(scale, original)
     for name, tensor in before.items():
-        if made.case.restore and ".self_attn." in name and tensor.ndim == 2:
+        if made.case.restore and re.match(r"model\.layers\.\d+\.self_attn\.", name) and tensor.ndim == 2:
             found = made.hybrid[name]
             # Rounded once, to four bits: half a unit in the last place of a block's largest is 16.
             assert made.stored[name].dtype == torch.float8_e4m3fn
@@ -227,8 +333,9 @@ def test_smoothing_alone_leaves_the_logits_unchanged(made: Made) -> None:
             assert torch.equal(made.source[norm], made.hybrid[norm])
         return
     # What was fp8 and is scaled is rounded to bf16 once, before it is scaled.
+    before = made.before
     source = {
-        name: tensor.bfloat16().float() if name.endswith(tuple(made.case.readers)) else tensor
+        name: tensor.bfloat16().float() if before[name].dtype == torch.float8_e4m3fn else tensor
         for name, tensor in made.source.items()
     }
     smoothed, moved = dict(source), 0.0
@@ -259,15 +366,39 @@ def test_verify_sees_a_reader_that_was_not_scaled(made: Made, tmp_path: Path) ->
     moved = (prefix for _, prefix, _ in made.layers() if not torch.equal(*norms(made, prefix)))
     prefix = next(moved) if made.case.smooths else ""
     for reader in made.case.readers if made.case.smooths else ():
-        path = next(p for p in (made.folder / "run/hybrid").glob("*.safetensors") if prefix + reader in load_file(p))
+        name, path = next(
+            (name, path)
+            for path in (made.folder / "run/hybrid").glob("*.safetensors")
+            for name in load_file(path)
+            if made.case.plain(name) == prefix + reader
+        )
         good, tensors = path.read_bytes(), load_file(path)
-        tensors[prefix + reader] = made.source[prefix + reader].to(tensors[prefix + reader].dtype)
+        tensors[name] = made.source[prefix + reader].to(tensors[name].dtype)
         save_file(tensors, path)
         try:
             problems = verify_checkpoint(made.workspace()).problems
         finally:
             path.write_bytes(good)
-        assert any(f"{prefix}{reader} does not undo" in problem for problem in problems), problems
+        assert any(f"{name} does not undo" in problem for problem in problems), problems
+
+
+def test_verify_sees_scales_that_were_moved_through_a_clamp(made: Made) -> None:
+    """Up's rows doubled and down's columns halved: what other families' smoothing may do, and this one's must not."""
+    if made.case.family != "minimax_m3_vl" or made.case.recipe:
+        return
+    ups = [name for name in made.stored if name.endswith("up_proj.weight_scale") and ".experts." in name]
+    moved = dict.fromkeys(ups, 2.0) | dict.fromkeys((name.replace("up_proj", "down_proj") for name in ups), 0.5)
+    good = {path: path.read_bytes() for path in (made.folder / "run/hybrid").glob("*.safetensors")}
+    for path in good:
+        tensors = load_file(path)
+        factors = {name: factor for name in tensors if (factor := moved.get(made.case.plain(name)))}
+        save_file(tensors | {name: tensors[name] * factor for name, factor in factors.items()}, path)
+    try:
+        problems = verify_checkpoint(made.workspace()).problems
+    finally:
+        for path, content in good.items():
+            path.write_bytes(content)
+    assert len(moved) == 16 and sum(".w3: " in problem for problem in problems) == 8, problems
 
 
 def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Made, tmp_path: Path) -> None:
@@ -278,9 +409,11 @@ def test_the_hybrid_is_much_closer_to_the_source_than_round_to_nearest(made: Mad
     lines = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
     texts = [torch.tensor(tokenizer(line["text"])["input_ids"]) for line in lines if "text" in line]
     truth = [logits(ids, source, made.config) for ids in texts]
+    # What rounding attention adds is no merit or fault of the experts'.
+    rounded = {name: tensor for name, tensor in source.items() if made.case.restore and ".self_attn." in name}
     ours, theirs = (
         sum(divergence(t, logits(ids, w, made.config)) for t, ids in zip(truth, texts, strict=True))
-        for w in (made.hybrid, nearest)
+        for w in (made.hybrid | rounded, nearest)
     )
     assert ours < (0.75 if made.case.smooths else 1) * theirs, f"KL {ours:.4f} against {theirs:.4f} of round-to-nearest"
 
@@ -317,9 +450,8 @@ def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
 
 
 def test_transformers_loads_the_hybrid_checkpoint(made: Made) -> None:
-    model, info = AutoModelForCausalLM.from_pretrained(
-        made.folder / "run/hybrid", output_loading_info=True, dtype=torch.bfloat16
-    )
+    kind = AutoModelForImageTextToText if "vision_config" in made.raw else AutoModelForCausalLM
+    model, info = kind.from_pretrained(made.folder / "run/hybrid", output_loading_info=True, dtype=torch.bfloat16)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     # The KV cache's scales have no place there where attention's class is not one that compressed-tensors fits with it.
     past = f"model.layers.{made.case.layers}."
@@ -327,17 +459,17 @@ def test_transformers_loads_the_hybrid_checkpoint(made: Made) -> None:
     assert not [name for name in info["unexpected_keys"] if not name.endswith(known) and not name.startswith(past)]
     for layer, prefix, has_experts in made.layers():
         if has_experts:
-            down = model.model.layers[layer].mlp.experts.down_proj
+            down = getattr(model.model, "language_model", model.model).layers[layer].mlp.experts.down_proj
             assert torch.equal(down, stacked(made.hybrid, prefix, "down").to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("form", ["source", "awq", "hybrid"])
 def test_the_plans_tensors_are_those_of_the_shards(made: Made, form: Any) -> None:
-    arch = architecture_of(made.config)
-    dims = Dimensions.of(made.config, arch)
+    arch = architecture_of(made.raw)
+    dims = Dimensions.of(made.raw, arch)
     folder = made.folder / ("source" if form == "source" else f"run/{form}")
-    found = read_folder(folder)[1]
-    for tensors in output_tensors(load(made.folder / "recipe.yaml"), made.config, arch, form):
+    found = each_expert(read_folder(folder)[1])
+    for tensors in output_tensors(load(made.folder / "recipe.yaml"), made.raw, arch, form):
         layers = range(dims.layers) if tensors.in_layer else range(1)
         experts = range(dims.experts) if "{expert}" in tensors.name else range(1)
         names = {tensors.name.format(layer=layer, expert=expert) for layer in layers for expert in experts}
@@ -357,10 +489,14 @@ def test_the_plan_and_the_card_tell_of_it(made: Made) -> None:
     verify_checkpoint(made.workspace())
     card = render(made.workspace())
     assert f"{parameters['experts']:,}" in card
-    assert ("attention in fp8" in card) == (made.case.stored != "bf16" or bool(made.case.restore))
+    assert ("attention in fp8" in card) == (made.case.fp8 or bool(made.case.restore))
     assert ("rounded to block fp8" in card) == bool(made.case.restore)
     assert ("scaled with the norm that they read" in card) == ("shared experts" in parameters and made.case.smooths)
     assert ("the norm that they read is not smoothed" in card) == (not made.case.smooths)
+    records = json.loads((made.folder / "run/state/awq/layers.json").read_text(encoding="utf-8"))
+    clamped = {"not_smoothed" in record["down"] for record in records if "down" in record}
+    assert clamped == {made.case.family == "minimax_m3_vl"}
+    assert ("up is clamped before down reads it" in card) == clamped.pop()
 
 
 def test_the_dequantized_folder_leads_to_the_same_bytes(made: Made) -> None:
@@ -368,7 +504,7 @@ def test_the_dequantized_folder_leads_to_the_same_bytes(made: Made) -> None:
     run_stages(Workspace.of(recipe), ["dequant", "awq", "restore"])
     for path in (made.folder / "run/hybrid").glob("*"):
         assert (made.folder / "by-way-of-bf16/hybrid" / path.name).read_bytes() == path.read_bytes(), path.name
-    bf16 = read_folder(made.folder / "by-way-of-bf16/bf16")[1]
+    bf16 = made.case.read(made.folder / "by-way-of-bf16/bf16")[1]
     assert bf16.keys() == made.source.keys()
     for name, tensor in bf16.items():
         assert torch.equal(tensor.float(), made.source[name].to(tensor.dtype).float()), name
@@ -394,7 +530,7 @@ def test_a_recipe_finds_family_and_format(made: Made, tmp_path: Path) -> None:
             app, ["recipe", "init", str(config.parent / "recipe.yaml"), "--source", str(config.parent)]
         )
 
-    config.write_text(json.dumps(made.config), encoding="utf-8")
+    config.write_text(json.dumps(made.raw), encoding="utf-8")
     assert f"{made.case.family} in {format_of(made.config).name}" in init().output
     assert load(config.parent / "recipe.yaml").model.source == str(config.parent)
     edit_json(config, lambda content: content.update(model_type="gpt2", architectures=["GPT2LMHeadModel"]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmq.families.registry import architecture_of
 from mmq.families.sizes import Dimensions, Form, components, tensors_of
@@ -60,6 +62,29 @@ PUBLISHED = {
         "num_nextn_predict_layers": 0,
     }),
 }  # fmt: skip
+
+
+# Families whose config class has a release's sizes as defaults, and which layers are of which kind, which it has not.
+SIZED_BY_CLASS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {},
+    "minimax_m3_vl": {
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57,
+        "layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57,
+    },
+}
+
+
+@pytest.mark.parametrize(("family", "kinds"), SIZED_BY_CLASS.items(), ids=list(SIZED_BY_CLASS))
+def test_parameters_of_transformers_class(family: str, kinds: dict[str, Any]) -> None:
+    """Counted by the class on no device, tower and all, but for what predicts further tokens."""
+    config = AutoConfig.for_model(family, text_config=kinds)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    settings = config.to_dict()
+    arch = architecture_of(settings)
+    parts = components(tensors_of(Dimensions.of(settings, arch), arch, "hybrid"))
+    counted = {name: part.parameters for name, part in parts.items() if name != "multi-token prediction"}
+    assert sum(counted.values()) == sum(tensor.numel() for tensor in model.state_dict().values()) > 30e9
 
 
 @pytest.mark.parametrize(("published", "config"), PUBLISHED.values(), ids=list(PUBLISHED))

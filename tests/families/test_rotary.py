@@ -203,8 +203,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an odd number of dimensions": ({"rotary_dim": 63}, "63 dimensions of a head would turn; they turn in pairs"),
     "more than there are": ({"rotary_dim": 256}, "rotary_dim is 256 instead of a number of dimensions"),
     "none at all": ({"rotary_dim": 0}, "rotary_dim is 0"),
-    "a base beyond floats": ({"rope_theta": 10**400}, "000 instead of a positive number"),
-    "a base of zero": ({"rope_theta": 0}, "rope_theta is 0 instead of a positive number"),
+    "a base beyond floats": ({"rope_theta": 10**400}, "000 instead of a number of at least 1"),
+    "a base of zero": ({"rope_theta": 0}, "rope_theta is 0 instead of a number of at least 1"),
+    "a base that makes infinite frequencies": ({"rope_theta": 1e-320}, "rope_theta is 1e-320 instead of a number of"),
 }  # fmt: skip
 
 

@@ -809,3 +809,20 @@ def test_the_fuzzer_runs_and_finds_nothing(tmp_path: Path) -> None:
     assert found["failures"] == []
     assert sum(found["outcomes"].values()) == 30
     assert len(found["outcomes"]) > 1
+
+
+def test_a_shard_has_no_longer_name_than_a_file_that_is_being_written(project: Path) -> None:
+    """The source's own file has room for it, the outputs' temporary one of its name has not."""
+    source = project / "source"
+    old, new = min(path.name for path in source.glob("*.safetensors")), "n" * 243 + ".safetensors"
+    (source / old).rename(source / new)
+    text = (source / INDEX_NAME).read_text(encoding="utf-8")
+    (source / INDEX_NAME).write_text(text.replace(old, new), encoding="utf-8")
+    message = refused("run", project / "recipe.yaml", "--dry-run")
+    assert message.endswith("; no file here has so long a name")
+    assert not (project / "run").exists()
+
+
+def test_a_path_of_two_lines_is_told_in_one(project: Path) -> None:
+    message = refused("run", project / "recipe.yaml", "--dry-run", "--set", 'model.source="a\\nb"')
+    assert message == f"model.source: there is no folder {project}/a\\nb"

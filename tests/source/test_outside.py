@@ -42,6 +42,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no head": (tensors(lambda all_: all_.pop(HEAD)), f"tie_word_embeddings is false, but the shards lack {HEAD}"),
     "tied in words": (config(tie_word_embeddings="no"), "tie_word_embeddings is 'no' instead of true or false"),
     "no final norm": (tensors(lambda all_: all_.pop(NORM)), f"{NORM} is missing"),
+    "a norm of negative numbers": (config(rms_norm_eps=-1.5), "rms_norm_eps is -1.5 instead of a number from 0 to 1"),
+    "no number": (config(rms_norm_eps="1e-6"), "rms_norm_eps is '1e-6' instead of a number from 0 to 1"),
     "no positions": (config(max_position_embeddings=0), "max_position_embeddings is 0 instead of a positive number"),
     "an end beyond the embeddings": (config(eos_token_id=512), "eos_token_id is 512, the embeddings have 512 rows"),
     "one of several ends": (config(eos_token_id=[2, 200020]), "eos_token_id is 200020, the embeddings have 512 rows"),

@@ -10,6 +10,7 @@ import mmq
 from mmq.cli.calibration import calibration
 from mmq.cli.clean import clean
 from mmq.cli.doctor import doctor
+from mmq.cli.errors import end_process
 from mmq.cli.evaluate import evaluate
 from mmq.cli.output import Mode, make_output
 from mmq.cli.plan import plan
@@ -57,4 +58,8 @@ def options(
 
 def main() -> None:
     """Entry point."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        end_process(end.code if isinstance(end.code, int) else bool(end.code))
+        raise

@@ -9,15 +9,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from traceback import clear_frames
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import IO, NoReturn, cast
 
 from rich.console import Console
 from rich.text import Text
 
-from mmq.cli.launch import is_launched, launcher_speaks, speaks
-from mmq.cli.streams import Stream, Terminated
+from mmq.cli.launch import has_launcher, has_said, is_launched, last_words, speaks
+from mmq.cli.streams import STOPPING, Stream, Terminated
 from mmq.errors import MmqError, RankError, one_line, printable
 
 # A shell's exit code for a command that a signal ended is this and the signal's number.
@@ -34,23 +33,24 @@ def handled(resume: str = "") -> Iterator[None]:
     Args:
         resume: what to run after an interruption.
     """
-    stopping = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    numbers = [number for number in stopping if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, _terminate) for number in numbers}
     _received.clear()
-    unraisable, sys.unraisablehook = sys.unraisablehook, _raise_again
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook, sys.excepthook = _lost, _printed
     try:
         yield
     except BaseException as error:
-        if _received:
-            clear_frames(error.__traceback__)  # half-made objects end here, and not when nobody listens any more
         if (end := ending(error, resume)) is None:
-            if isinstance(error, Exception):
-                _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)
+            if (
+                isinstance(error, Exception)
+                and _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)[0]
+            ):
+                has_said()
             raise
         _leave(error, *end)
     finally:
-        sys.unraisablehook = unraisable
+        sys.unraisablehook, sys.excepthook = hooks
         for number, handler in previous.items():
             # A launcher's signal, when all ends anyway, must not cut the end short.
             signal.signal(number, signal.SIG_IGN if is_launched() else handler)
@@ -85,21 +85,42 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
     raise Terminated(number)
 
 
-def _raise_again(lost: sys.UnraisableHookArgs) -> None:
-    """A signal that comes while compiled code calls Python's is dropped there: send it once more. What else is lost
-    after a signal are objects that it left half made."""
-    if isinstance(lost.exc_value, Terminated):
-        number = lost.exc_value.number
-        signal.signal(number, _terminate)
-        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
-    elif not _received:
+def _sent_again(error: BaseException | None) -> bool:
+    """Whether compiled code that called Python's has dropped a signal, which is then sent once more."""
+    if not isinstance(error, Terminated):
+        return False
+    signal.signal(error.number, _terminate)
+    threading.Timer(0.05, os.kill, (os.getpid(), error.number)).start()
+    return True
+
+
+def _lost(lost: sys.UnraisableHookArgs) -> None:
+    if not _sent_again(lost.exc_value):
         sys.__unraisablehook__(lost)
+
+
+def _printed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As it is printed by compiled code that goes on."""
+    if not _sent_again(error):
+        sys.__excepthook__(kind, error, trace)
+
+
+def end_process(code: int) -> None:
+    """End now, without the interpreter's own end, after a signal and as one of several ranks: a signal leaves objects
+    of compiled code half made, whose destructors are not safe, and a rank's connections may wait for another."""
+    if not _received and not is_launched():
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _leave(error: BaseException, message: str, code: int) -> NoReturn:
     message, code = _among_ranks(error, message, code)
     if message:
-        text = Text(printable(message))
+        has_said()
+        text = Text(printable(message).replace("\n", "\\n"))
         text.highlight_regex(r"^error:", "red")
         stream = cast(IO[str], Stream(sys.stderr, needed=False))
         Console(file=stream, stderr=True).print(text, soft_wrap=True)
@@ -110,14 +131,14 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
     """What this process says and ends with, as one of several: the leading one speaks for all."""
     if not is_launched():
         return message, code
-    if isinstance(error, Terminated) and launcher_speaks():
-        return "", code
-    if "mmq.machine.team" not in sys.modules:  # none has heard of the others yet, and all meet with the same
-        return message if speaks() else "", code
-    from mmq.machine.team import STOPPED, joined
+    alone = "mmq.machine.team" not in sys.modules
+    if not alone:
+        from mmq.machine.team import STOPPED, joined
 
-    team = joined()
-    if team.size == 1:
+        alone = (team := joined()).size == 1
+    if isinstance(error, Terminated) and has_launcher():
+        message = ""  # it knows whether one of them has failed, or it was stopped itself
+    if alone:  # none has heard of the others yet, and all meet with the same
         return message if speaks() else "", code
     if isinstance(error, Terminated):
         # The launcher ends all where one has failed.
@@ -129,4 +150,8 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
         team.leave()
     else:
         team.fail(message.removeprefix("error: "), code)
-    return message if team.leads else "", code
+    if team.leads:
+        return message, code
+    if message.startswith("error: "):
+        last_words(message)
+    return "", code

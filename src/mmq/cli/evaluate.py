@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from mmq.cli.launch import join
 from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.session import session
 from mmq.shipped import is_builtin
@@ -47,6 +46,7 @@ def evaluate(
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     options += ["--by-layer"] if by_layer else []
     with session("eval", recipe, set_, mode(json, quiet), log_file, options, devices) as run:
+        from mmq.machine.team import Team
         from mmq.prove.compare import COMPARISON_NAME, cache_share, compare, compared, sentence
         from mmq.prove.evaluate import (
             REPORT_NAME,
@@ -67,7 +67,7 @@ def evaluate(
         if not is_builtin(path):
             path = str(Path(path).expanduser().resolve())
         settings = EvalSettings(path, samples, sequence_length)
-        team = join(run.recipe.awq.device)
+        team = Team.join(run.recipe.awq.device)
         with run.output.live():
             report = evaluate_checkpoint(Workspace.of(run.recipe, run.output, team=team), settings, restart, by_layer)
             if against is not None:

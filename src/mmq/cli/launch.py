@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mmq.cli.streams import Terminated
+from mmq.cli.streams import STOPPING, Terminated
 
 if TYPE_CHECKING:
-    from mmq.machine.team import Team
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-# Names the file that is there once the ranks of `launch` have come together.
-JOINED = "MMQ_JOINED"
+# Names the file that is there once a rank of `launch` has said how the command ends.
+SAID = "MMQ_SAID"
+# Seconds after which a rank that still runs is told again to end, and after which it is killed, as torchrun does.
+TOLD_AGAIN, PATIENCE = 1.0, 30.0
+# How all end where one rank of several has failed.
+FAILED = 2
 
 
 def is_launched() -> bool:
     """Whether this process is one of several that a launcher started."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def has_launcher() -> bool:
+    """Whether it was `launch`, which says what none of the ranks has said."""
+    return SAID in os.environ and is_launched()
 
 
 def rank() -> int:
@@ -34,31 +47,66 @@ def speaks() -> bool:
     return not is_launched() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def join(device: str) -> Team:
-    """`Team.join`, after which the leading rank speaks for all."""
-    from mmq.machine.team import Team
-
-    team = Team.join(device)
-    if team.leads and JOINED in os.environ:
-        Path(os.environ[JOINED]).touch()
-    return team
+def has_said() -> None:
+    """This rank has told how the command ends."""
+    if has_launcher():
+        Path(os.environ[SAID]).touch()
 
 
-def launcher_speaks() -> bool:
-    """Whether `launch` tells how its ranks end: they have not come together yet."""
-    return JOINED in os.environ and not Path(os.environ[JOINED]).exists()
+def last_words(sentence: str) -> None:
+    """Tell the launcher why this rank ends, in the file that torch's launchers read and torchrun shows."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}), encoding="utf-8")
 
 
 def launch(processes: int) -> NoReturn:
     """Run this command once more in so many processes of this machine, and end as they do."""
     with tempfile.TemporaryDirectory(prefix="mmq-") as folder:
-        os.environ[JOINED] = str(Path(folder, "joined"))
-        _launch(processes)
+        said = Path(folder, "said")
+        os.environ[SAID] = str(said)
+        _launch(processes, said)
 
 
-def _launch(processes: int) -> NoReturn:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+def _launch(processes: int, said: Path) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # torch's launcher would raise a signal wherever its code happens to be, locks of logging among it. Here it runs
+    # apart, the main thread takes the signals, and to the launcher its ranks have just ended.
+    stopped: list[int] = []
+    for number in STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: stopped.append(number))
+    with ThreadPoolExecutor(1, thread_name_prefix="mmq-launcher") as pool:
+        running = pool.submit(_run_elastic, processes)
+        while not stopped and not running.done():
+            wait([running], timeout=0.1)
+        _end_ranks(running)
+    try:
+        running.result()
+    except ChildFailedError as error:
+        if stopped and not said.exists():
+            raise Terminated(stopped[0]) from None
+        if stopped:
+            sys.exit(128 + stopped[0])
+        leading = error.failures.get(0)
+        if said.exists():
+            sys.exit(leading.exitcode if leading and leading.exitcode >= 0 else FAILED)
+        first, failure = min(error.failures.items(), key=lambda item: _rank_of_cause(item[1]))
+        sentence, code = f"error: rank {first} (process {failure.pid})", failure.exitcode
+        if _has_last_words(failure):
+            sentence = failure.message
+        elif code < 0:
+            sentence += f" was killed by {signal.Signals(-code).name}"
+        else:
+            sentence += f" ended with exit code {code}"
+        sys.stderr.write(f"{sentence}; finished shards and layers are safe\n")
+        sys.exit(code if code >= 0 else 128 - code)
+    sys.exit()
+
+
+def _run_elastic(processes: int) -> None:
+    """Raises ChildFailedError."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # What went wrong the leading process says; the launcher would say it again, with its own code's lines.
@@ -73,23 +121,27 @@ def _launch(processes: int) -> NoReturn:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "mmq", *sys.argv[1:])
-    except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        # The launcher ends all others by SIGTERM once one has failed.
-        first = min(codes, key=lambda rank: (codes[rank] in (-signal.SIGTERM, 128 + signal.SIGTERM), rank))
-        said = codes.get(0, 2)
-        # The leading rank has said why, unless it was killed, or did not know the others yet.
-        if said >= 0 and not (first != 0 and launcher_speaks()):
-            sys.exit(said)
-        code = codes[first]
-        how = f"ended with {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        process = error.failures[first].pid
-        sys.stderr.write(f"error: rank {first} (process {process}) {how}; finished shards and layers are safe\n")
-        sys.exit(code if code >= 0 else 128 - code)
-    except SignalException as error:
-        if launcher_speaks():
-            raise Terminated(error.sigval) from None
-        sys.exit(128 + error.sigval)
-    sys.exit()
+    elastic_launch(config, sys.executable)("-m", "mmq", *sys.argv[1:])
+
+
+def _end_ranks(running: Future[None]) -> None:
+    """Tell the ranks to end, those too that are only being started, until all have."""
+    begin = time.monotonic()
+    while not running.done():
+        number = signal.SIGTERM if time.monotonic() - begin < PATIENCE else signal.SIGKILL
+        for children in Path("/proc/self/task").glob("*/children"):
+            with suppress(OSError):
+                for child in map(int, children.read_text().split()):
+                    os.kill(child, number)
+        wait([running], timeout=TOLD_AGAIN)
+
+
+def _has_last_words(failure: ProcessFailure) -> bool:
+    return "timestamp" in failure.error_file_data
+
+
+def _rank_of_cause(failure: ProcessFailure) -> int:
+    """Last words tell most; who was ended by SIGTERM, as the launcher ends all once one has failed, least."""
+    if _has_last_words(failure):
+        return 0
+    return 2 if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) else 1

@@ -108,7 +108,8 @@ def _found(root: Path, source: str) -> str:
     from mmq.storage.checkpoint import CONFIG_NAME, read_json
 
     config = read_json(folder / CONFIG_NAME)
-    return f"{architecture_of(config).model_type} in {format_of(config).name}"
+    arch = architecture_of(config)
+    return f"{arch.model_type} in {format_of(arch.settings(config)).name}"
 
 
 def _with_value(text: str, key: str, value: str) -> str:

@@ -73,6 +73,8 @@ def session(
         recipe = load(path, overrides)
         quiet_libraries()
         if devices and devices > 1 and not is_launched():
+            if log_file:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)  # and the ranks inherit it
             launch(devices)
         if rank():
             # The leading one speaks for all, and its log is theirs.

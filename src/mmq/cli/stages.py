@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmq.cli.launch import join
 from mmq.cli.options import Devices, DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
 from mmq.cli.output import Mode, Output
 from mmq.cli.session import session
@@ -72,6 +71,7 @@ def _run(
     with session(
         command, path, overrides, shown, None if dry_run else log_file, options, None if dry_run else devices
     ) as run:
+        from mmq.machine.team import Team
         from mmq.serve.memory import Gpus
         from mmq.stages.pipeline import run_stages, stages_of
         from mmq.workdir.workspace import Workspace
@@ -82,7 +82,7 @@ def _run(
         if dry_run:
             _show_plans(Workspace.of(run.recipe, run.output, offline=True), names, run.output, restart, shown)
             return
-        team = join(run.recipe.awq.device)
+        team = Team.join(run.recipe.awq.device)
         workspace = Workspace.of(run.recipe, run.output, team=team)
         with run.output.live():
             run_stages(workspace, names, restart)

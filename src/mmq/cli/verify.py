@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmq.cli.errors import handled
-from mmq.cli.launch import join
 from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
 from mmq.cli.output import Output, Rows, make_output
 from mmq.cli.session import session
@@ -31,10 +30,11 @@ def verify(
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
     with session("verify", recipe, set_, mode(json, quiet), log_file, devices=devices) as run:
+        from mmq.machine.team import Team
         from mmq.workdir.workspace import Workspace
 
         with run.output.live():
-            team = join("cpu")
+            team = Team.join("cpu")
             verify_and_report(Workspace.of(run.recipe, run.output, team=team), run.output)
             team.close()
 

@@ -14,13 +14,25 @@ from mmq.errors import CheckpointError, one_line, shown
 from mmq.families.deepseek_v3 import DEEPSEEK_V3
 from mmq.families.glm4_moe import GLM4_MOE
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.families.minimax_m3_vl import MINIMAX_M3_VL
+from mmq.families.qwen3_5_moe import QWEN3_5_MOE, QWEN3_5_MOE_TEXT
 from mmq.families.qwen3_moe import QWEN3_MOE
 from mmq.families.qwen3_next import QWEN3_NEXT
 from mmq.families.table import Architecture
 
 GROUP = "mmq.families"
 ARCHITECTURES: dict[str, Architecture] = {
-    table.model_type: table for table in (MINIMAX_M2, QWEN3_MOE, GLM4_MOE, DEEPSEEK_V3, QWEN3_NEXT)
+    table.model_type: table
+    for table in (
+        MINIMAX_M2,
+        QWEN3_MOE,
+        GLM4_MOE,
+        DEEPSEEK_V3,
+        QWEN3_NEXT,
+        QWEN3_5_MOE,
+        QWEN3_5_MOE_TEXT,
+        MINIMAX_M3_VL,
+    )
 }
 
 
@@ -64,6 +76,7 @@ def architecture_of(config: dict[str, Any]) -> Architecture:
     for architecture in known.values():
         if architecture.causal_lm in names or architecture.model_type == model_type:
             try:
+                architecture.check_section(config)
                 return architecture.resolved(config)
             except ValueError as error:
                 raise CheckpointError(f"config.json: {error}") from None

@@ -58,7 +58,7 @@ def _factors(value: object) -> bool:
 
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "rope_theta": (_positive, "a positive number"),
+    "rope_theta": (_at_least_one, "a number of at least 1"),
     SHARE: (_share, "a share of head dimensions"),
     ORIGINAL: (_count, "a positive integer"),
     "factor": (_at_least_one, "a number of at least 1"),
@@ -85,6 +85,7 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
     Raises:
         CheckpointError: one is of a wrong kind or missing, or two say different things.
     """
+    config = architecture.settings(config)
     given = _together(config)
     head_dim = _head_dim(config, architecture)
     rotary_dim = config.get("rotary_dim")
@@ -121,7 +122,7 @@ def rope_parameters(config: dict[str, Any], architecture: Architecture) -> dict[
 
 def largest_position(config: dict[str, Any], architecture: Architecture) -> int | None:
     """How many positions a sequence may have, as vLLM derives it from config.json; None where nothing says it."""
-    given, positions = rope_parameters(config, architecture), config.get(POSITIONS)
+    given, positions = rope_parameters(config, architecture), architecture.settings(config).get(POSITIONS)
     stretched = {"linear": positions, "dynamic": positions, "yarn": given.get(ORIGINAL)}.get(given["rope_type"])
     known = [value for value in (positions, stretched and int(stretched * given["factor"])) if value]
     return max(known, default=None)

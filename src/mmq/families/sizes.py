@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import SIZES, Architecture, Formula, Size, Weight
+from mmq.families.table import SIZES, Architecture, Formula, Size, Weight, value_at
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -26,11 +26,11 @@ LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
 COMPONENTS = (
-    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "embeddings", "head", "router",
-    "norms and biases", "kv_scales",
+    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "vision tower", "embeddings",
+    "head", "router", "norms and biases", "kv_scales",
 )  # fmt: skip
 # Of these, what only some families have.
-RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction")
+RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction", "vision tower")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Dimensions:
         linear_layers: how many have linear attention, and no KV cache.
         latent: numbers of a token that a KV cache holds where it is one latent for all heads; 0 where it isn't.
         words: what the table's own words for sizes amount to.
+        sparse_layers: how many choose the tokens that they attend to.
     """
 
     layers: int
@@ -83,6 +84,7 @@ class Dimensions:
     linear_layers: int = 0
     latent: int = 0
     words: Mapping[Size, int] = field(default_factory=dict)
+    sparse_layers: int = 0
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
@@ -91,6 +93,7 @@ class Dimensions:
         Raises:
             CheckpointError: one is missing or no positive number, or no layer has experts.
         """
+        config = arch.settings(config)
         keys = ["num_attention_heads", "num_key_value_heads", "vocab_size"]
         keys += [arch.layers_key, arch.experts_key, arch.hidden_key, arch.intermediate_key]
         heads, kv_heads, vocabulary, layers, experts, hidden, intermediate = (_count(config, key) for key in keys)
@@ -100,13 +103,14 @@ class Dimensions:
         dense = _count(config, arch.dense_key) if arch.dense_at else 0
         if len(arch.dense_at) >= layers:
             raise CheckpointError("config.json: no layer has experts")
-        given = (*arch.attention_weights, *arch.linear_weights, *(arch.shared.weights if arch.shared else ()))
+        attention = (*arch.attention_weights, *arch.linear_weights, *(arch.sparse_weights if arch.sparse_at else ()))
+        given = (*attention, *(arch.shared.weights if arch.shared else ()))
         used = {word for weight in (*given, *arch.extra_tensors()) for word in weight.shape}
         words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
         latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
         return cls(
             layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
-            len(arch.dense_at), len(arch.linear_at), latent, words,
+            len(arch.dense_at), len(arch.linear_at), latent, words, len(arch.sparse_at),
         )  # fmt: skip
 
     @property
@@ -291,9 +295,13 @@ def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors,
     if not dims.tied:
         yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
     yield tensors(arch.final_norm, (dims.hidden,), 1), False
-    for weight in dict.fromkeys((*arch.attention_weights, *arch.linear_weights)):
-        full, linear = (weight in own for own in (arch.attention_weights, arch.linear_weights))
-        count = full * dims.cached_layers + linear * dims.linear_layers
+    kinds = (
+        (arch.attention_weights, dims.cached_layers),
+        (arch.sparse_weights, dims.sparse_layers),
+        (arch.linear_weights, dims.linear_layers),
+    )
+    for weight in dict.fromkeys(weight for own, _ in kinds for weight in own):
+        count = sum(layers for own, layers in kinds if weight in own)
         if count:
             yield of_layers(weight, count)
     yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False
@@ -325,7 +333,7 @@ def _amount(config: Mapping[str, Any], formula: Formula) -> int:
 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
+    value = value_at(config, key)
     if type(value) is not int or not 1 <= value <= LARGEST:
         raise CheckpointError(f"config.json: {key} is {shown(value)} instead of a number from 1 to {LARGEST}")
     return value

@@ -17,6 +17,10 @@ from typing import Any, Literal
 NUMBER = "(0|[1-9][0-9]{0,8})"
 # No model has more, and what is listed layer by layer stays small.
 MOST_LAYERS = 10**6
+# No setting comes near it.
+LARGEST_NUMBER = 1e6
+# Nor a tower more blocks, which are written down one by one.
+MOST_BLOCKS = 1000
 # No layer of a model: one past the last, with experts and full attention.
 BEYOND = MOST_LAYERS + 1
 
@@ -30,6 +34,8 @@ Size = str
 Formula = tuple[tuple[str | int, ...], ...]
 
 
+# What transformers and vLLM read beside a section or in it.
+BOTH_PLACES = ("tie_word_embeddings", "quantization_config")
 LATENT_SCALES = "vLLM takes no calibrated scales for the latent that this attention caches"
 
 
@@ -95,6 +101,71 @@ class Mlp:
 
 
 @dataclass(frozen=True)
+class Clamped:
+    """A gated unit that clamps: gate from above and up from both sides at a limit, then gate * sigmoid(alpha * gate) *
+    (1 + up). Scales of up don't pass through, so none are moved from it into down.
+
+    Attributes:
+        names: what config.json may call it in `hidden_act`.
+        alpha, limit: keys of config.json.
+    """
+
+    names: tuple[str, ...]
+    alpha: str
+    limit: str
+
+    def of(self, config: Mapping[str, Any]) -> tuple[float, float]:
+        """alpha and limit. Raises ValueError where the activation is another, or they are no positive numbers; the
+        message is a clause."""
+        if config.get("hidden_act") not in self.names:
+            raise ValueError(f"hidden_act is none of {', '.join(self.names)}")
+        found = []
+        for key in (self.alpha, self.limit):
+            value = config.get(key)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < LARGEST_NUMBER:
+                raise ValueError(f"{key} is no positive number")
+            found.append(float(value))
+        return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """All experts of a layer in one tensor, as some releases store them: [experts, rows, in].
+
+    Attributes:
+        name: in the layer.
+        linears: what each expert's rows are, one above the other.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of one kind outside the decoder, as a vision tower has them.
+
+    Attributes:
+        prefix: of a block's tensors; `{block}` stands for its number.
+        count: where config.json says how many there are.
+        weights: of each block.
+    """
+
+    prefix: str
+    count: str
+    weights: tuple[Weight, ...]
+
+    def of(self, config: Mapping[str, Any]) -> Iterator[Weight]:
+        """All their weights by full names. Raises ValueError where the key holds no such number."""
+        count = _whole(config, self.count, 0)
+        if count > MOST_BLOCKS:
+            raise ValueError(f"{self.count} is {count}, more than {MOST_BLOCKS}")
+        for block in range(count):
+            for weight in self.weights:
+                yield replace(weight, name=self.prefix.format(block=block) + weight.name)
+
+
+@dataclass(frozen=True)
 class SomeLayers:
     """Where config.json says which layers are of a kind: have one dense MLP instead of experts, or linear attention.
 
@@ -104,6 +175,7 @@ class SomeLayers:
         step: key of a number n: of every n layers all but the last.
         step_default: n where there is no such key.
         typed: key of a list with each layer's kind, and the kind that is meant; where it is there, it decides alone.
+        flagged: key of a list with 0 or 1 for each layer, and which of them is meant; the same where that one is not.
     """
 
     leading: str | None = None
@@ -111,6 +183,7 @@ class SomeLayers:
     step: str | None = None
     step_default: int = 1
     typed: tuple[str, str] | None = None
+    flagged: tuple[str, int] | None = None
 
     def of(self, config: Mapping[str, Any], layers: int) -> frozenset[int]:
         """The layers. Raises ValueError where a key holds something else; the message is a clause."""
@@ -121,6 +194,11 @@ class SomeLayers:
             if not isinstance(kinds, list) or len(kinds) != layers or any(type(own) is not str for own in kinds):
                 raise ValueError(f"{key} does not name the kind of each layer")
             return frozenset(layer for layer, own in enumerate(kinds) if own == kind)
+        if self.flagged and (flags := value_at(config, self.flagged[0])) is not None:
+            key, meant = self.flagged
+            if not isinstance(flags, list) or len(flags) != layers or any(own not in (0, 1) for own in flags):
+                raise ValueError(f"{key} is no list of 0 or 1 for each layer")
+            return frozenset(layer for layer, own in enumerate(flags) if own == meant)
         if self.leading:
             found |= set(range(min(_whole(config, self.leading, 0), layers)))
         if self.listed:
@@ -143,9 +221,17 @@ class Architecture:
     Attributes:
         model_type: config.json's `model_type`.
         modeling: the transformers module with the classes named below; remote code is never used.
+        section: the section of config.json that holds the decoder's settings, where those of a vision tower stand
+            beside it; `settings` finds them.
+        renamed: keys of config.json, or of sections in it, and the key that the table and transformers' class know each
+            by.
+        assumed: what is so where config.json does not say, as in transformers' class.
         layer: prefix of a decoder layer's tensors.
         attention_weights: attention's matrices, whose original bytes are restored, and the norms and biases that its
             output and the KV cache depend on; none of them is ever changed.
+        sparse_weights: more of them in the layers that `sparse_layers` names: what chooses the tokens to attend to.
+        sparse_module, sparse_reach: transformers' module that chooses them, and keys whose product says of how many
+            tokens all are chosen.
         linear_weights: the same of linear attention, which has no KV cache, in the layers that `linear_layers` names.
         latent: what a KV cache holds of a token where it is one vector for all heads, as in multi-head latent
             attention; vLLM takes no calibrated scales for it.
@@ -155,8 +241,11 @@ class Architecture:
         router, router_bias: the router's weight, and the bias added to its scores for choosing only.
         router_stored, router_served: the router's dtype in the hub's files, and in the server: what is smoothed,
             calibrated with, written and evaluated is what the server will hold.
+        routed_scale_key: what multiplies the routed experts' weights, where the router's own class leaves that to the
+            block.
         expert: prefix of one expert's linear layers: gate and up read the block's input, down reads
             act(gate) * up.
+        clamped: how gate and up become down's input where it is another way.
         shared: the expert that all tokens go through beside the routed ones; it reads the smoothed norm as they do.
         shared_gate: what reads it too, and weighs the shared expert's output through a sigmoid.
         extra_weights: of a layer past the last, beside what a layer with experts has; such layers, which predict
@@ -164,17 +253,23 @@ class Architecture:
         carried: beginnings of names outside the decoder layers that are carried as they are, and the component of each.
         carried_layers: of these, layers that are wired as a decoder layer with experts and full attention.
         carried_weights: the other tensors there that releases have, by their full names.
+        carried_blocks: more of them, that repeat.
+        stacks: tensors of all of a layer's experts, where releases have them instead of each expert's own.
         dense: the MLP that stands for the experts in the layers that `dense_layers` names.
+        fused: linear layers that transformers' class holds as one, their rows one above the other, and its name.
         module_names: (checkpoint prefix, transformers prefix) of modules inside a layer that are named otherwise there.
         default_rotary_share: the share of head dimensions that turn where config.json names none.
         default_theta: the base of the rotary frequencies where config.json names none, as in transformers' class.
         config keys: where config.json keeps sizes.
         rotary_dim_key: where config.json says how many dimensions of a head turn, if it says so in a number.
+        rotary_axes: how many positions a token has, three where images have time, height and width; text has the same
+            in all.
         head_dim_key: where it says how wide a head is, or the part of one that rotary settings are about.
         config_fields: what the layer class reads of the config beside the config class's own fields.
-        dense_at, linear_at: numbers of such layers, once `resolved`.
+        dense_at, linear_at, sparse_at: numbers of such layers, once `resolved`.
         extra_at: numbers of the layers past the last, once `resolved`.
-        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones.
+        example: config.json of a small model of the family, beyond sizes and rotary settings; for synthetic ones. What
+            stands in the section is in its own.
     """
 
     model_type: str
@@ -194,11 +289,22 @@ class Architecture:
     down: str
     module_names: tuple[tuple[str, str], ...]
     moe_module: str
+    section: str | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     router_stored: Literal["BF16", "F32"] = "F32"
     router_served: Literal["BF16", "F32"] = "F32"
+    routed_scale_key: str | None = None
+    clamped: Clamped | None = None
+    fused: tuple[tuple[tuple[str, ...], str], ...] = ()
     dense: Mlp | None = None
     dense_layers: SomeLayers = SomeLayers()
     dense_at: frozenset[int] = frozenset()
+    sparse_weights: tuple[Weight, ...] = ()
+    sparse_layers: SomeLayers = SomeLayers()
+    sparse_at: frozenset[int] = frozenset()
+    sparse_module: str = ""
+    sparse_reach: tuple[str, ...] = ()
     linear_weights: tuple[Weight, ...] = ()
     linear_layers: SomeLayers = SomeLayers()
     linear_at: frozenset[int] = frozenset()
@@ -210,6 +316,8 @@ class Architecture:
     carried: tuple[tuple[str, str], ...] = ()
     carried_layers: tuple[str, ...] = ()
     carried_weights: tuple[Weight, ...] = ()
+    carried_blocks: tuple[Blocks, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     extra_weights: tuple[Weight, ...] = ()
     extra_at: tuple[int, ...] = ()
     default_rotary_share: float = 1.0
@@ -225,26 +333,60 @@ class Architecture:
     dense_key: str = "intermediate_size"
     extra_layers_key: str | None = None
     rotary_dim_key: str | None = None
+    rotary_axes: int = 1
     head_dim_key: str = "head_dim"
     config_fields: tuple[str, ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self, config: Mapping[str, Any]) -> Architecture:
+    def settings(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The decoder's settings: config.json's own, and before them its section's where the family has one, under the
+        keys that the table knows. Of what has no section, as these settings themselves, all of it."""
+        section = config.get(self.section) if self.section else None
+        if isinstance(section, dict):
+            given = {key: value for key, value in section.items() if value is not None or key not in config}
+            config = {key: value for key, value in config.items() if key != self.section} | given
+        named = {key: value for there, key in self.renamed if (value := value_at(config, there)) is not None}
+        missing = {key: value for key, value in self.assumed.items() if config.get(key) is None}
+        return config | missing | named if named or missing else config
+
+    def check_section(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError where the section is missing or no object, or says other than what is beside it of what
+        servers read at either place; the message is a clause."""
+        if self.section is None:
+            return
+        section = config.get(self.section)
+        if not isinstance(section, dict):
+            raise ValueError(f"{self.section} is missing" if section is None else f"{self.section} is no object")
+        for key in BOTH_PLACES:
+            inside, beside = section.get(key), config.get(key)
+            if inside is not None and beside is not None and inside != beside:
+                raise ValueError(f"{key} says one thing, {self.section}.{key} another")
+
+    def resolved(self, config: dict[str, Any]) -> Architecture:
         """The table for one config.json: weights that it has not are gone, and it is known which layers are dense.
 
         Raises:
             ValueError: a key that decides so holds something else; the message is a clause.
         """
+        config = self.settings(config)
         layers = config.get(self.layers_key)
         # A number of layers that is none is refused by who needs it.
         layers = layers if type(layers) is int and 0 < layers <= MOST_LAYERS else 0
         extra = _whole(config, self.extra_layers_key, 0) if self.extra_layers_key else 0
+        if self.clamped:
+            self.clamped.of(config)
         return replace(
             self,
             attention_weights=tuple(w for w in self.attention_weights if w.exists(config)),
             linear_weights=tuple(w for w in self.linear_weights if w.exists(config)),
             dense_at=self.dense_layers.of(config, layers),
             linear_at=self.linear_layers.of(config, layers),
+            sparse_at=self.sparse_layers.of(config, layers),
+            carried_weights=(
+                *(w for w in self.carried_weights if w.exists(config)),
+                *(weight for blocks in self.carried_blocks for weight in blocks.of(config)),
+            ),
+            carried_blocks=(),
             extra_at=tuple(range(layers, layers + min(extra, MOST_LAYERS))),
         )
 
@@ -270,7 +412,9 @@ class Architecture:
 
     def attention_of(self, layer: int) -> tuple[Weight, ...]:
         """Matrices, norms and biases of a layer's attention."""
-        return self.linear_weights if layer in self.linear_at else self.attention_weights
+        if layer in self.linear_at:
+            return self.linear_weights
+        return (*self.attention_weights, *self.sparse_weights) if layer in self.sparse_at else self.attention_weights
 
     def attention_inputs(self, layer: int) -> tuple[str, ...]:
         """What attention's output and KV cache depend on beside its matrices, as of `kept`."""
@@ -279,8 +423,8 @@ class Architecture:
     @cached_property
     def attention(self) -> tuple[str, ...]:
         """Attention's linear layers of all kinds, without the parameter."""
-        both = (*self.attention_weights, *self.linear_weights)
-        return tuple(weight.module for weight in both if len(weight.shape) == 2)
+        weights = (*self.attention_weights, *self.sparse_weights, *self.linear_weights)
+        return tuple(weight.module for weight in weights if len(weight.shape) == 2)
 
     @property
     def attention_module(self) -> str:
@@ -309,6 +453,11 @@ class Architecture:
 
     def is_extra(self, name: str) -> bool:
         return bool(self.extra_prefixes) and name.startswith(self.extra_prefixes)
+
+    @property
+    def smooths_down(self) -> bool:
+        """Whether scales may be moved from up into down: what is between them lets them through."""
+        return self.clamped is None
 
     @property
     def powers_of_two(self) -> bool:
@@ -442,8 +591,16 @@ class Architecture:
         return "norms and biases"
 
 
+def value_at(config: Mapping[str, Any], key: str) -> Any:
+    """What config.json has at a key, or at one of its sections' as `vision_config.depth`; None where it has nothing."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
 def _whole(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
+    value = value_at(config, key)
     value = default if value is None else value
     if type(value) is not int or value < 0:
         raise ValueError(f"{key} is no number of layers")

@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -25,14 +26,15 @@ import torch.distributed as dist
 
 from mmq.errors import RankError, RecipeError, one_line
 from mmq.machine.device import named_device
-from mmq.machine.threads import signals_held
+from mmq.machine.threads import signals_fatal, signals_held
 
 # Seconds that a rank waits for another before it gives up; torch's own value for Gloo.
 PATIENCE = float(os.environ.get("MMQ_RANK_TIMEOUT", "1800"))
 # Seconds from a rank's end until the others have heard why, or take it that none will say; and from a signal.
 LAST_WORDS, STOPPED = 5.0, 1.0
-# Seconds between two signs of life.
+# Seconds between two signs of life; those without any after which a rank is given up while another waits for its word.
 HEARTBEAT, TOLD_EVERY = 2.0, 0.5
+SILENCE = min(60.0, PATIENCE)
 FAILED = "failed"
 
 
@@ -71,7 +73,10 @@ class Team:
         from accelerate import PartialState
 
         try:
-            state = PartialState(cpu=named_device(device).type == "cpu", timeout=timedelta(seconds=PATIENCE))
+            # Warnings are of numbers of threads, which are the user's to set.
+            with signals_fatal(), warnings.catch_warnings(action="ignore"):
+                cpu = named_device(device).type == "cpu"
+                state = PartialState(cpu=cpu, timeout=timedelta(seconds=PATIENCE))
         except (RuntimeError, ValueError) as error:
             raise RankError(f"the {size} ranks don't come together: {one_line(error)}") from None
         store = _Store(dist.PrefixStore("mmq", dist.distributed_c10d._get_default_store()))
@@ -229,9 +234,12 @@ class Team:
             dist.destroy_process_group()
 
     def failure(self, patience: float = 0.0) -> RankError | None:
-        """Which rank failed, as far as it is known within some seconds: one that said so, or one that died."""
+        """Which rank failed, as is known within some seconds: one that said so, one that died, or one that gave no
+        sign of life while two were due."""
         if self.size == 1:
             return None
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        signs = {rank: self._known(f"alive/{rank}") for rank in others}
         until = time.monotonic() + patience
         while True:
             if told := self._known(FAILED):
@@ -239,12 +247,19 @@ class Team:
                 error = RankError(f"rank {known['rank']}{self._place(known['rank'])}: {known['sentence']}")
                 error.exit_code = known["code"]
                 return error
-            for rank in range(self.size):
-                if rank != self.rank and self._is_dead(rank):
+            for rank in others:
+                if self._is_dead(rank):
                     return RankError(f"rank {rank}{self._place(rank)} died without a word{self._last_words(rank)}")
             if time.monotonic() > until:
-                return None
+                break
             time.sleep(0.1)
+        if patience >= 2 * HEARTBEAT:
+            for rank in others:
+                if self._known(f"ended/{rank}") is None and self._known(f"alive/{rank}") == signs[rank]:
+                    return RankError(
+                        f"rank {rank}{self._place(rank)} gives no sign of life any more{self._last_words(rank)}"
+                    )
+        return None
 
     def _is_dead(self, rank: int) -> bool:
         """Whether a rank of this host is gone and has not said why."""
@@ -289,10 +304,10 @@ class Team:
                 raise error
             last = self._known(f"alive/{rank}")
             sign, heard = (last, now) if last != sign else (sign, heard)
-            if now - heard > PATIENCE:
+            if now - heard > SILENCE:
                 raise RankError(
-                    f"rank {rank}{self._place(rank)} gave no sign of life for {PATIENCE:.0f} seconds"
-                    f" (MMQ_RANK_TIMEOUT){self._last_words(rank)}"
+                    f"rank {rank}{self._place(rank)} gave no sign of life for {SILENCE:.0f} seconds"
+                    f"{self._last_words(rank)}"
                 )
         return found
 

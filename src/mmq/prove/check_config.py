@@ -18,7 +18,7 @@ ROTARY = ("rope_parameters", "rope_scaling")
 def layer_of(arch: Architecture, source: Checkpoint, name: str) -> int | None:
     """The decoder layer that a tensor belongs to; None outside them and past the last."""
     layer = arch.split(name)[0]
-    return layer if layer is not None and layer < int(source.config[arch.layers_key]) else None
+    return layer if layer is not None and layer < int(arch.settings(source.config)[arch.layers_key]) else None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def expected_tensors(original: Original, kv_scales: bool) -> dict[str, tuple[str
     """dtype and shape that each tensor of the result must have, by the source's headers and the model card's table."""
     arch, source, storage = original.arch, original.checkpoint, original.storage
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-    layers = range(int(source.config[arch.layers_key]))
+    layers = range(int(arch.settings(source.config)[arch.layers_key]))
     kept: dict[str, str | None] = {**carried_scales(original)}
     for number in layers:
         kept |= kept_scales(original, number)
@@ -141,8 +141,7 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
     match the modules they must and no other, under the hub's prefix and under transformers'."""
     arch, source = original.arch, original.checkpoint
     config = result.config
-    for key in (source.config.keys() | config.keys()) - {"quantization_config", *ROTARY}:
-        report.require(config.get(key) == source.config.get(key), f"config.json: {key} is not the source's")
+    _check_settings(report, arch, source.config, config)
     for path in source.carried_files():
         copy = result.folder / path.name
         same = copy.is_file() and copy.read_bytes() == path.read_bytes()
@@ -156,7 +155,7 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
     kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
     past = {module for module in modules - inside if arch.is_extra(module + ".")}
     ignored = quantization.get("ignore") or []
-    layers = range(int(source.config[arch.layers_key]))
+    layers = range(int(arch.settings(source.config)[arch.layers_key]))
     kept = {
         name.removesuffix(".weight")
         for layer in layers
@@ -195,11 +194,25 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
     report.require(covered == set(kinds), f"config.json describes {sorted(covered)}, not {sorted(kinds)}")
     head = arch.head.removesuffix(".weight")
     report.require(head in (quantization.get("ignore") or []), f"config.json: ignore lacks {head}")
-    _check_rotary(report, source.config, config)
+    _check_rotary(report, arch.settings(source.config), arch.settings(config))
     has_scales = any(name.endswith(".k_scale") for name in result.specs)
     report.require(
         bool(quantization.get("kv_cache_scheme")) == has_scales, "config.json: kv_cache_scheme and KV scales disagree"
     )
+
+
+def _check_settings(report: Report, arch: Architecture, source: dict[str, Any], config: dict[str, Any]) -> None:
+    """All else in config.json, and in the section with the decoder's settings, must be the source's; quantization is
+    described beside the section alone."""
+    free = {"quantization_config", *ROTARY}
+    for key in (source.keys() | config.keys()) - free - {arch.section}:
+        report.require(config.get(key) == source.get(key), f"config.json: {key} is not the source's")
+    if arch.section is None:
+        return
+    before, after = mapping(source.get(arch.section)), mapping(config.get(arch.section))
+    for key in (before.keys() | after.keys()) - free:
+        report.require(after.get(key) == before.get(key), f"config.json: {arch.section}.{key} is not the source's")
+    report.require("quantization_config" not in after, f"config.json: {arch.section} has a quantization_config")
 
 
 def _check_rotary(report: Report, source: dict[str, Any], config: dict[str, Any]) -> None:

@@ -204,7 +204,9 @@ def _check_experts(
             )
         smoothed[arch.gate] *= inputs
         smoothed[arch.up] *= inputs
-        if judged:
+        if not arch.smooths_down:
+            rows = np.ones(smoothed[arch.up].shape[0], dtype=np.float32)
+        elif judged:
             rows = 1 / judged.inner[expert]
         else:
             rows = _row_scales(smoothed[arch.up], float32(results[f"{bases[arch.up]}.weight_scale"]))

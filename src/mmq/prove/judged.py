@@ -40,6 +40,8 @@ class Judged:
         inner: float32 [E, I], the scales that up's rows were divided by and down's columns multiplied with.
         x: float32 [n, H], the experts' input without smoothing.
         index, weight: int64 and float32 [n, k], the router's choices.
+        activation: its name.
+        clamped: where gate and up are clamped, the gate's factor in the sigmoid, and the limit.
         stated: the losses that the statistics have, `loss_chosen` and `loss_round_to_nearest`.
         outputs: float64 [n, H] of the source's experts, of those stored, and of the source's rounded to nearest.
     """
@@ -51,6 +53,7 @@ class Judged:
     weight: Array
     stated: dict[str, Any]
     activation: str
+    clamped: tuple[float, float] | None = None
     outputs: dict[str, Array] = field(default_factory=dict)
 
     def add(self, kind: str, expert: int, gate: Array, up: Array, down: Array, applied: Array | None = None) -> None:
@@ -64,7 +67,7 @@ class Judged:
         if not len(token):
             return
         rows = self.x[token] if applied is None else self.x[token] / applied.astype(np.float32)
-        middle = _act(self.activation, rows @ gate.T) * (rows @ up.T)
+        middle = _gated(self.activation, self.clamped, rows @ gate.T, rows @ up.T)
         np.add.at(out, token, self.weight[token, place, None] * (middle @ down.T))
 
     def check_codes(self, report: Report, expert: int, where: str, parts: list[torch.Tensor]) -> None:
@@ -122,6 +125,7 @@ def judged_layer(workspace: Workspace, layer: int) -> Judged | None:
         float32(tensors["weight"]),
         stated,
         str(workspace.source.config.get("hidden_act", "silu")),
+        clamped.of(workspace.source.config) if (clamped := workspace.architecture.clamped) else None,
     )
 
 
@@ -170,6 +174,15 @@ def bf16(values: Array) -> Array:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return rounded.view(np.float32)
+
+
+def _gated(name: str, clamped: tuple[float, float] | None, gate: Array, up: Array) -> Array:
+    if clamped is None:
+        return _act(name, gate) * up
+    alpha, limit = clamped
+    gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, np.float32(-limit), np.float32(limit))
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(np.float32(-alpha) * gate)) * (up + 1)
 
 
 def _act(name: str, values: Array) -> Array:

@@ -100,7 +100,7 @@ def read_layer(
         CheckpointError: an expert is missing.
     """
     expert_names, other_names = weights.names(layer)
-    count = int(weights.checkpoint.config[arch.experts_key])
+    count = int(arch.settings(weights.checkpoint.config)[arch.experts_key])
     count = count if arch.has_experts(layer) else 0
     if len(set(expert_names)) != count * len(arch.expert_linears):
         raise CheckpointError(f"{weights.checkpoint.folder}: layer {layer} has not all of its {count} experts")

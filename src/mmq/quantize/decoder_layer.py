@@ -6,6 +6,7 @@ layer's own forward gives the residual stream, and the block itself is computed 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from mmq.families.rotary import rope_parameters
 from mmq.families.table import Architecture
 from mmq.machine.team import ALONE, Team
 from mmq.storage.shards import DTYPES
-from mmq.tensors.experts import Activation
+from mmq.tensors.experts import Activation, ClampedGate
 
 # Tokens in one attention call; sequences of equal length share a call.
 BATCH_TOKENS = 8192
@@ -35,13 +36,14 @@ def transformers_config(architecture: Architecture, config: dict[str, Any]) -> A
     Raises:
         CheckpointError: the activation is unknown, or transformers refuses a value.
     """
+    config = architecture.settings(config)
     config_class = architecture.transformers_class(architecture.config_class)
     # Its own fields alone: of those that all models share, num_labels alone fills any memory.
     fields = {*config_class.__annotations__, *architecture.config_fields}
     known = {key: value for key, value in config.items() if key in fields}
     known["rope_parameters"] = rope_parameters(config, architecture)
     activation = known.get("hidden_act", "silu")
-    if not isinstance(activation, str) or activation not in ACT2FN:
+    if architecture.clamped is None and (not isinstance(activation, str) or activation not in ACT2FN):
         raise CheckpointError(f"config.json: transformers knows no activation {shown(activation)}")
     try:
         result = config_class.from_dict(known)
@@ -119,6 +121,7 @@ class DecoderLayer:
         self._shared_gate: torch.nn.Module | None = None
         inside = {architecture.router, architecture.router_bias}
         named = {architecture.module_name(name): t.to(device) for name, t in tensors.items() if name not in inside}
+        named = _fused(named, architecture)
         try:
             if self.has_experts:
                 router = architecture.module_name(architecture.router).removesuffix(".weight")
@@ -127,18 +130,21 @@ class DecoderLayer:
                 self.set_router(tensors[architecture.router].to(device))
                 self._set_bias(router, tensors)
             module.load_state_dict(named, strict=True, assign=True)
+            sparse = layer in architecture.sparse_at
+            self._chooser = module.get_submodule(architecture.sparse_module) if sparse else None
         except (RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
         self.module = module.eval()
 
     def _rotary(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
-        """cos and sin [1, T, rotated dimensions] in the dtype of x for int64 [1, T].
+        """cos and sin [1, T, rotated dimensions] in the dtype of x for the positions int64 [1, T] of text.
 
         Made anew each time: transformers' module remembers the longest sequence that it saw, and rotates those after it
         otherwise (`dynamic`).
         """
         rotary = self.architecture.transformers_class(self.architecture.rotary_class)(self.config).to(x.device)
-        return rotary(x, positions)
+        axes = self.architecture.rotary_axes
+        return rotary(x, positions.expand(axes, *positions.shape) if axes > 1 else positions)
 
     def set_router(self, weight: torch.Tensor) -> None:
         """Replace the router's weight, [E, H]."""
@@ -184,6 +190,7 @@ class DecoderLayer:
         for starts, length in (whole[number] for number in team.part(len(whole))):
             batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
             positions = torch.arange(length, device=self.device).unsqueeze(0)
+            self._choose_of(length)
             output = self.module(
                 batch,
                 position_embeddings=self._rotary(batch, positions),
@@ -205,6 +212,15 @@ class DecoderLayer:
             result[start : start + length] = gathered[done : done + length]
             done += length
         return result
+
+    def _choose_of(self, length: int) -> None:
+        """Have sparse attention choose its tokens only where a sequence has more than it chooses: its mask takes a
+        number for each two tokens and head."""
+        if self._chooser is None:
+            return
+        parent, _, name = self.architecture.sparse_module.rpartition(".")
+        reach = math.prod(getattr(self.config, key) for key in self.architecture.sparse_reach)
+        setattr(self.module.get_submodule(parent), name, self._chooser if length > reach else None)
 
     @torch.no_grad()
     def block_input(self, residual: torch.Tensor, step: int = 2**14) -> torch.Tensor:
@@ -236,12 +252,28 @@ class DecoderLayer:
         ]
         logits, weights, index = (torch.cat(column) for column in zip(*parts, strict=True))
         order = index.argsort(dim=1)
-        return logits.float(), weights.gather(1, order).float(), index.gather(1, order)
+        weights = weights.gather(1, order).float()
+        if self.architecture.routed_scale_key is not None:
+            weights = weights * getattr(self.config, self.architecture.routed_scale_key)
+        return logits.float(), weights, index.gather(1, order)
 
     @property
     def activation(self) -> Activation:
+        if (clamped := self.architecture.clamped) is not None:
+            return ClampedGate(getattr(self.config, clamped.alpha), getattr(self.config, clamped.limit))
         function: Activation = ACT2FN[self.config.hidden_act]
         return function
+
+
+def _fused(named: dict[str, torch.Tensor], arch: Architecture) -> dict[str, torch.Tensor]:
+    """A layer's tensors with those in one that transformers' class holds so."""
+    result = dict(named)
+    for parts, whole in arch.fused:
+        for name in named:
+            if name.endswith(f".{parts[0]}.weight"):
+                prefix = name.removesuffix(f"{parts[0]}.weight")
+                result[f"{prefix}{whole}.weight"] = torch.cat([result.pop(f"{prefix}{part}.weight") for part in parts])
+    return result
 
 
 def batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:

@@ -29,6 +29,20 @@ from mmq.quantize.decoder_layer import DecoderLayer, batches
 ORDERLESS = ("static_minmax",)
 
 
+class _NothingBefore:
+    """Stands where a cache would keep the keys by which attention chooses blocks: there are none but those of now."""
+
+    def update_index(self, keys: torch.Tensor) -> torch.Tensor:
+        return keys
+
+
+def _hook(decoder: DecoderLayer, attention: Any) -> None:
+    """Have keys and values pass through a hooked cache that keeps none."""
+    initialize_hooked_kv_cache(SimpleNamespace(config=decoder.config), attention)
+    if decoder.architecture.sparse_weights:
+        attention.kv_cache.layers = {attention.layer_idx: _NothingBefore()}
+
+
 class KvObserver:
     """llmcompressor's observers on a layer's keys after rotary and its values.
 
@@ -42,7 +56,7 @@ class KvObserver:
         attention.quantization_scheme = QuantizationScheme(targets=["self_attn"], input_activations=arguments)
         # Observe only: the hidden states of calibration are not those of a quantized cache.
         attention.quantization_enabled = False
-        initialize_hooked_kv_cache(SimpleNamespace(config=decoder.config), attention)
+        _hook(decoder, attention)
         self._device = decoder.device
         self._finite: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
         for name, register, hook in (
@@ -115,7 +129,7 @@ def quantize_kv_cache(decoder: DecoderLayer, scheme: dict[str, Any], scales: dic
     attention.quantization_enabled = True
     for scale, value in scales.items():
         attention.register_buffer(scale, value.to(decoder.device), persistent=False)
-    initialize_hooked_kv_cache(SimpleNamespace(config=decoder.config), attention)
+    _hook(decoder, attention)
     # The scales are fp32, and so is what they multiply; attention wants the query's dtype.
     attention.kv_cache.register_forward_hook(
         lambda _cache, given, result: tuple(

@@ -20,7 +20,7 @@ from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
 from mmq.quantize.rounding import Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
-from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unsmoothed
+from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unscaled, unsmoothed
 from mmq.recipe import Awq
 from mmq.storage.shards import DTYPES
 from mmq.tensors.fp8 import is_finite
@@ -101,6 +101,7 @@ PARTS = {
     "nearest": {"attention": 0.05, "searching": 0.8, "quantizing": 0.05, "propagating": 0.1},
     "compensated": {"attention": 0.05, "searching": 0.4, "rounding": 0.4, "quantizing": 0.05, "propagating": 0.1},
 }
+NOT_THROUGH_A_CLAMP = "up is clamped before down reads it, and scales do not pass through"
 # How much of the search is done after the norm's, and after down's.
 SEARCHED = 0.7, 0.9
 
@@ -267,6 +268,8 @@ class LayerQuantizer:
         statistics |= {"norm": _describe(found[0]), "down": _describe(found[1])}
         if not self.smooth_norm:
             statistics["norm"]["not_smoothed"] = "the shared expert reads it and keeps its fp8 bytes"
+        if not arch.smooths_down:
+            statistics["down"]["not_smoothed"] = NOT_THROUGH_A_CLAMP
         with clock.part("quantizing"):
             if rounded is None:
                 tensors = self._quantize_experts(layer, block, applied, inner)
@@ -305,6 +308,8 @@ class LayerQuantizer:
             norm = self.modifier.search_norm(block, reference, full, lambda share, at: clock.step(to_norm * share, at))
         else:
             norm = unsmoothed(block.x)
+        if not self.arch.smooths_down:
+            return norm, unscaled(block)
         down = self.modifier.search_down(block, lambda share, at: clock.step(to_norm + (to_down - to_norm) * share, at))
         return norm, down
 

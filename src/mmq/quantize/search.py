@@ -85,6 +85,20 @@ def unsmoothed(x: torch.Tensor) -> Found:
     return Found(ones, torch.tensor(0.0, dtype=torch.float64), torch.tensor(False), unknown, unknown)
 
 
+def unscaled(block: ExpertBlock) -> Found:
+    """What stands for the search of down's scales where none may be moved there."""
+    experts, device = block.experts, block.x.device
+    unknown = torch.full((experts,), torch.nan, device=device)
+    ones = torch.ones(experts, block.down.shape[2], device=device)
+    return Found(
+        ones,
+        torch.zeros(experts, device=device),
+        torch.zeros(experts, dtype=torch.bool, device=device),
+        unknown,
+        unknown,
+    )
+
+
 # Told the share of a search that is done, and where it is.
 Told = Callable[[float, str], None]
 

@@ -170,6 +170,7 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
         fp8_attention=fp8,
         rounded_attention=facts.recipe["restore"].get("attention") == "fp8_block",
         shared_experts=SHARED[_norm_is_smoothed(facts.layers)] if shared else None,
+        down_not_smoothed=next((why for layer in facts.layers if (why := layer["down"].get("not_smoothed"))), None),
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
         layers=_layer_facts(facts.layers, facts.all_layers),

@@ -16,7 +16,7 @@ def output_tensors(recipe: Recipe, config: dict[str, Any], arch: Architecture, f
     Raises:
         CheckpointError: config.json describes no model or format that mmq reads.
     """
-    settings, storage = recipe.awq, format_of(config).storage
+    settings, storage = recipe.awq, format_of(arch.settings(config)).storage
     return tensors_of(
         Dimensions.of(config, arch),
         arch,

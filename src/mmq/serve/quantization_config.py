@@ -28,16 +28,18 @@ from mmq.tensors.int4 import weight_args
 def output_config(
     architecture: Architecture, recipe: Recipe, source: dict[str, Any], kept: Sequence[str]
 ) -> dict[str, Any]:
-    """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config.
+    """The source's config.json with the rotary settings spelled out and a compressed-tensors quantization_config. That
+    stands where transformers and vLLM look first: beside the section with the decoder's settings, if there is one.
 
     Args:
+        source: the source's config.json.
         kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
     carried = [module for module in kept if architecture.is_extra(module)]
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
-        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(source))
+        groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(architecture.settings(source)))
     hybrid = len(groups) > 1
     scheme = recipe.awq.kv_cache_scheme if architecture.has_kv_cache_scales else None
     quantization = QuantizationConfig(
@@ -47,12 +49,22 @@ def output_config(
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
         ignore=[architecture.head.removesuffix(".weight"), *ignored_extras(architecture, carried)],
     )
-    config = {key: value for key, value in source.items() if key != "quantization_config"}
-    config["rope_parameters"] = rope_parameters(source, architecture)
-    if config.get("rope_scaling"):
+    config = unquantized(architecture, source)
+    decoder = config[architecture.section] if architecture.section else config
+    decoder["rope_parameters"] = rope_parameters(source, architecture)
+    if decoder.get("rope_scaling"):
         # transformers takes this one where there are both, and older servers know no other.
-        config["rope_scaling"] = config["rope_parameters"]
+        decoder["rope_scaling"] = decoder["rope_parameters"]
     config["quantization_config"] = quantization.model_dump(mode="json") | {"version": compressed_tensors.__version__}
+    return config
+
+
+def unquantized(architecture: Architecture, source: dict[str, Any]) -> dict[str, Any]:
+    """A source's config.json that says nothing of quantization, at none of the places where it may."""
+    config = {key: value for key, value in source.items() if key != "quantization_config"}
+    if architecture.section:
+        decoder = config[architecture.section]
+        config[architecture.section] = {key: own for key, own in decoder.items() if key != "quantization_config"}
     return config
 
 
@@ -79,7 +91,8 @@ def fp8_prefixes(architecture: Architecture, carried: Sequence[str]) -> list[str
 def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[str]:
     """Patterns of what is carried in bf16: what the groups' patterns would match there is not quantized."""
     fp8 = fp8_prefixes(architecture, carried)
-    return [f"re:{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
+    # transformers and vLLM may have it deeper.
+    return [rf"re:(.*\.)?{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
 
 
 def _fp8_storage(source: dict[str, Any]) -> Storage:
@@ -116,14 +129,19 @@ def kept_targets(architecture: Architecture, kept: Sequence[str]) -> list[str]:
             above, _, linear = module.rpartition(".")
             # One pattern for all experts.
             parent = re.sub(r"\.\d+$", ".NUMBER", above) if _number_of_expert(architecture, module) else above
-            parent = re.escape(parent).replace("NUMBER", r"\d+")
+            places = {re.escape(parent).replace("NUMBER", r"\d+"): linear}
         else:
-            local, _, linear = architecture.split(module)[1].rpartition(".")
-            # An expert's linear layers lie deeper than a dense layer's, under the same parent.
-            parent = (".*" if local in attention else r".*\.\d+\.") + re.escape(local)
-        linears = by_parent.setdefault(parent, [])
-        if linear not in linears:
-            linears.append(linear)
+            local = architecture.split(module)[1]
+            places = {}
+            for name in (local, architecture.module_name(local)):
+                above, _, linear = name.rpartition(".")
+                # An expert's linear layers lie deeper than a dense layer's, under the same parent.
+                deep = ".*" if local.rpartition(".")[0] in attention else r".*\.\d+\."
+                places[deep + re.escape(above)] = linear
+        for parent, linear in places.items():
+            linears = by_parent.setdefault(parent, [])
+            if linear not in linears:
+                linears.append(linear)
     return [f"re:{parent}\\.{_any_of(linears)}$" for parent, linears in by_parent.items()]
 
 

@@ -13,6 +13,7 @@ from mmq.families.table import Architecture
 from mmq.machine.transfer import Lane
 from mmq.source.formats import FP8, format_of
 from mmq.source.outside import check_outside
+from mmq.source.stacks import unstacked
 from mmq.storage.checkpoint import Checkpoint, TensorReader
 from mmq.storage.shards import TensorSpec
 from mmq.tensors.fp8 import broken_matrices, dequantize_block, dequantize_blocks, is_finite
@@ -30,6 +31,7 @@ class SourceModel:
 
     Attributes:
         architecture: how it is wired.
+        config: config.json's settings of the decoder.
         format: how its matrices are stored.
 
     Raises:
@@ -38,13 +40,15 @@ class SourceModel:
     """
 
     def __init__(self, checkpoint: Checkpoint, architecture: Architecture) -> None:
-        self.checkpoint = checkpoint
         self.architecture = architecture
-        self.config = checkpoint.config
+        self.config = architecture.settings(checkpoint.config)
         try:
-            self.format = format_of(checkpoint.config)
+            self.format = format_of(self.config)
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from None
+        self.checkpoint = checkpoint
+        self._check_numbers()
+        self.checkpoint = checkpoint = unstacked(checkpoint, architecture)
         self._check_sizes()
         for name in self.scales:
             self._check_pair(name)
@@ -237,13 +241,17 @@ class SourceModel:
             if spec.dtype == "F8_E5M2":
                 raise CheckpointError(f"{self.checkpoint.folder}: {name} is e5m2; only e4m3 is supported")
 
-    def _check_sizes(self) -> None:
-        """config.json's sizes are numbers that the shards can hold; nothing is allocated by them before."""
+    def _check_numbers(self) -> None:
+        """config.json's sizes are numbers."""
         arch, config, where = self.architecture, self.config, self.checkpoint.folder / "config.json"
         for key in (arch.layers_key, arch.experts_key, arch.top_k_key, arch.hidden_key, arch.intermediate_key):
             value = config.get(key)
             if type(value) is not int or value < 1:
                 raise CheckpointError(f"{where}: {key} is {shown(value)} instead of a positive number")
+
+    def _check_sizes(self) -> None:
+        """They are such that the shards can hold them; nothing is allocated by them before."""
+        arch, config, where = self.architecture, self.config, self.checkpoint.folder / "config.json"
         layers, experts = self.layer_count(), self.expert_count()
         if (layers - len(arch.dense_at)) * experts * len(arch.expert_linears) > len(self.checkpoint.specs):
             raise CheckpointError(

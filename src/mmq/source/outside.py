@@ -13,6 +13,7 @@ from mmq.storage.checkpoint import CONFIG_NAME, Checkpoint, read_json
 GENERATION_CONFIG = "generation_config.json"
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 POSITIONS = "max_position_embeddings"
+EPSILON = "rms_norm_eps"
 
 
 def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
@@ -21,7 +22,7 @@ def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
     Raises:
         CheckpointError: something is missing, or two say different things.
     """
-    config, specs, where = checkpoint.config, checkpoint.specs, checkpoint.folder / CONFIG_NAME
+    config, specs, where = arch.settings(checkpoint.config), checkpoint.specs, checkpoint.folder / CONFIG_NAME
     for name in (arch.embedding, arch.final_norm):
         if name not in specs:
             raise CheckpointError(f"{checkpoint.folder}: {name} is missing")
@@ -40,6 +41,9 @@ def check_outside(checkpoint: Checkpoint, arch: Architecture) -> None:
     positions = config.get(POSITIONS)
     if positions is not None and (type(positions) is not int or positions < 1):
         raise CheckpointError(f"{where}: {POSITIONS} is {shown(positions)} instead of a positive number")
+    epsilon = config.get(EPSILON, 0)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon <= 1:
+        raise CheckpointError(f"{where}: {EPSILON} is {shown(epsilon)} instead of a number from 0 to 1")
     rows = specs[arch.embedding].shape[0]
     _check_special(where, config, rows)
     generation = checkpoint.folder / GENERATION_CONFIG

@@ -51,12 +51,14 @@ class Stored:
         settings: config.json's quantization_config.
         scale_dtype: of the scales.
         powers_of_two: the scales are such.
+        stacked: all of a layer's experts lie in the tensors that the family's table names for it.
     """
 
     format: SourceFormat
     settings: Mapping[str, Any] | None = None
     scale_dtype: str = "F32"
     powers_of_two: bool = False
+    stacked: bool = False
 
 
 BLOCK_FP8_SETTINGS = {
@@ -100,6 +102,7 @@ STORED = {
     "ct-block": Stored(CT_BLOCK_FP8, CT_BLOCK_SETTINGS, "BF16"),
     "ct-channel": Stored(CT_CHANNEL_FP8, CT_CHANNEL_SETTINGS, "BF16"),
     "bf16": Stored(PLAIN_BF16),
+    "bf16-stacked": Stored(PLAIN_BF16, stacked=True),
 }
 
 
@@ -144,10 +147,14 @@ def write_checkpoint(
         raise RecipeError(f"{folder} is not empty")
     if min(asdict(sizes).values()) < 1 or sizes.top_k > sizes.experts or sizes.heads % sizes.kv_heads:
         raise RecipeError("top_k must be at most experts, heads a multiple of kv_heads, and all sizes at least 1")
+    if stored.stacked and not family.stacks:
+        raise RecipeError(f"releases of {family.model_type} store each expert by itself")
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, sizes.vocabulary)
     config = model_config(sizes, family, stored, settings)
     tensors = _tensors(family.resolved(config), config, stored, torch.Generator().manual_seed(seed))
+    if stored.stacked:
+        tensors = _stacked(tensors, family.resolved(config), sizes)
     names = list(tensors)
     if shuffle:
         random.Random(seed).shuffle(names)
@@ -235,7 +242,9 @@ def _tensors(
 
     def norm_weight(weight: Weight) -> torch.Tensor:
         """A norm or a bias as it is stored."""
-        offset = arch.norm_offset if weight.shape in (("hidden",), ("head",)) and weight.name.endswith("weight") else 0
+        # Linear attention's own norms multiply by their weight alone.
+        own = weight in arch.linear_weights and weight.shape != ("hidden",)
+        offset = arch.norm_offset if weight.name.endswith("weight") and not own else 0
         return (vector(weight) - offset).to(torch.bfloat16)
 
     def attention(weight: Weight, prefix: str) -> None:
@@ -280,7 +289,7 @@ def _tensors(
     for weight in arch.extra_tensors():
         shape = dims.shape(weight)
         for name in {weight.name.format(expert=expert): None for expert in range(dims.experts)}:
-            values = 0.1 * normal(*shape) if len(shape) == 2 else vector(weight)
+            values = 0.1 * normal(*shape) if len(shape) > 1 else vector(weight)
             if weight.is_matrix:
                 matrix(name, values)
             else:
@@ -290,13 +299,29 @@ def _tensors(
     return tensors
 
 
+def _stacked(tensors: dict[str, torch.Tensor], arch: Architecture, sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The tensors with all experts of a layer in the stacks that the table names."""
+    result = dict(tensors)
+    for prefix in (*map(arch.layer_prefix, range(sizes.layers)), *arch.carried_layers):
+        for stack in arch.stacks:
+            rows = [
+                torch.cat(
+                    [result.pop(f"{prefix}{arch.expert.format(expert=e)}{name}.weight") for name in stack.linears]
+                )
+                for e in range(sizes.experts)
+            ]
+            result[prefix + stack.name] = torch.stack(rows)
+    return result
+
+
 def model_config(
     sizes: Sizes,
     family: Architecture = MINIMAX_M2,
     stored: Stored = STORED["fp8"],
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """config.json of a model of these sizes; `settings` are put beside the family's example and in its place."""
+    """config.json of a model of these sizes; `settings` of the decoder are put beside the family's example and in its
+    place."""
     config: dict[str, Any] = {
         "architectures": [family.causal_lm],
         "model_type": family.model_type,
@@ -322,7 +347,13 @@ def model_config(
         config[family.dense_key] = sizes.dense
     if family.rotary_dim_key:
         config[family.rotary_dim_key] = sizes.head_dim // 2
-    config |= dict(family.example) | dict(settings or {})
+    beside = dict(family.example)
+    if family.section:
+        named = {key: config.pop(key) for key in ("architectures", "model_type")}
+        config |= beside.pop(family.section) | dict(settings or {})
+        config = named | beside | {"tie_word_embeddings": config["tie_word_embeddings"], family.section: config}
+    else:
+        config |= beside | dict(settings or {})
     return config | ({"quantization_config": dict(stored.settings)} if stored.settings else {})
 
 

@@ -166,7 +166,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     """config.json and the index; the layers' statistics in one file. No hidden states are needed any more."""
-    config = output_config(workspace.architecture, workspace.recipe, workspace.source.config, [])
+    config = output_config(workspace.architecture, workspace.recipe, workspace.source.checkpoint.config, [])
     shards = [shard_name(workspace, layer) for layer in layers_and_rest(workspace)]
     finish_folder(workspace.source.checkpoint, plan.folder, config, shards)
     files, layers = LayerFiles.of(workspace, name), range(workspace.source.layer_count())

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from mmq.serve.quantization_config import unquantized
 from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import finish_folder
 from mmq.storage.shards import TensorSpec, shard_size, write_shard
@@ -83,5 +84,5 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source = workspace.source
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+    config = unquantized(workspace.architecture, source.checkpoint.config)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])

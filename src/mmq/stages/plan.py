@@ -47,6 +47,7 @@ def make_plan(
     """
     config = source_config(recipe)
     arch = architecture_of(config)
+    config = arch.settings(config)
     dims = Dimensions.of(config, arch)
     rope_parameters(config, arch)
     forms = {form: output_tensors(recipe, config, arch, form) for form in FORMS}
@@ -58,14 +59,15 @@ def make_plan(
         "awq_memory": _awq_memory(recipe, dims, forms),
     }
     if gpus is not None:
-        value["ranks"] = _ranks(recipe, dims, forms, gpus, config)
+        value["ranks"] = _ranks(recipe, arch, dims, forms, gpus, config)
         value["serving"] = fit_on(dims, forms, gpus, utilization, reserve, config)
     return value
 
 
-def _ranks(recipe: Recipe, dims: Dimensions, forms: Forms, gpus: Gpus, config: dict[str, Any]) -> list[dict[str, Any]]:
+def _ranks(
+    recipe: Recipe, arch: Architecture, dims: Dimensions, forms: Forms, gpus: Gpus, config: dict[str, Any]
+) -> list[dict[str, Any]]:
     """What the awq stage takes of each of these GPUs, and how much faster it is than on one, by a model."""
-    arch = architecture_of(config)
     layer, shard = layer_bytes(forms["bf16"], dims), max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
     tokens, top_k, inner = most_tokens(recipe), int(config[arch.top_k_key]), int(config[arch.intermediate_key])
     compensated, budget = recipe.awq.rounding == "compensated", recipe.awq.memory_budget or DEFAULT_BUDGET["cuda"]

@@ -97,7 +97,7 @@ def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
 def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     source = workspace.source
     kept = [name.removesuffix(".weight") for name in (*workspace.kept_scales, *_in_order(workspace))]
-    config = output_config(workspace.architecture, workspace.recipe, source.config, kept)
+    config = output_config(workspace.architecture, workspace.recipe, source.checkpoint.config, kept)
     finish_folder(source.checkpoint, plan.folder, config, [unit.name for unit in plan.units])
 
 

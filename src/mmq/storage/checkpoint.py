@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 
 from mmq.errors import CheckpointError, one_line, shown
-from mmq.storage.atomic import copy_file, naming, write_json
+from mmq.storage.atomic import TEMPORARY_SUFFIX, copy_file, naming, write_json
 from mmq.storage.shards import DTYPES, TensorSpec
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -38,6 +39,31 @@ NOT_CARRIED = {
 LARGEST_JSON = 100 * 10**6
 DEEPEST_JSON = 100
 LONGEST_NAME = 1000
+# Bytes in the name of a shard: what Linux's file systems take, with the ending of one that is being written.
+LONGEST_FILE = 255 - len(TEMPORARY_SUFFIX)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor that a file holds as a part of a larger one: some rows of one of a stack's matrices.
+
+    Attributes:
+        whole: the tensor in the file, [n, rows, columns].
+        index: which of its matrices.
+        first, last: which rows of it.
+    """
+
+    whole: TensorSpec
+    index: int
+    first: int
+    last: int
+
+    @property
+    def skipped(self) -> int:
+        """Bytes of the whole before it."""
+        _, rows, _ = self.whole.shape
+        count = self.whole.shape[0] * rows
+        return self.whole.nbytes // count * (self.index * rows + self.first)
 
 
 class TensorReader:
@@ -53,8 +79,9 @@ class TensorReader:
         shard = self._checkpoint.shard_of(name)
         if shard not in self._open:
             self._open[shard] = self._stack.enter_context(_open_shard(self._checkpoint.folder / shard))
-        tensor: torch.Tensor = self._open[shard].get_tensor(name)
-        return tensor
+        part = self._checkpoint.parts.get(name)
+        tensor: torch.Tensor = self._open[shard].get_tensor(part.whole.name if part else name)
+        return tensor[part.index, part.first : part.last] if part else tensor
 
 
 @dataclass(frozen=True)
@@ -65,11 +92,13 @@ class Checkpoint:
         folder: where it lies.
         config: the content of config.json.
         shards: tensors of each shard, by shard name, in the order of the names.
+        parts: of these, what the files hold as parts of larger tensors.
     """
 
     folder: Path
     config: dict[str, Any]
     shards: dict[str, dict[str, TensorSpec]]
+    parts: dict[str, Part] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -134,13 +163,21 @@ class Checkpoint:
             with naming(self.folder / shard), open(self.folder / shard, "rb", buffering=0) as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
-                for begin, end in sorted(header[name]["data_offsets"] for name in wanted):
+                for begin, end in sorted(self._span(header, name) for name in wanted):
                     file.seek(8 + length + begin)
                     left = end - begin
                     while left > 0 and (count := file.readinto(memoryview(scratch)[:left])):
                         if stop is not None and stop.is_set():
                             return
                         left -= count
+
+    def _span(self, header: dict[str, Any], name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin and end by its shard's header."""
+        part = self.parts.get(name)
+        begin, end = header[part.whole.name if part else name]["data_offsets"]
+        if part is None:
+            return begin, end
+        return begin + part.skipped, begin + part.skipped + self.specs[name].nbytes
 
     @property
     def nbytes(self) -> int:
@@ -246,6 +283,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
                 f"{index_path} puts {tensor} in {shown(shard)}, which is no safetensors file of that folder"
             )
         _check_name(index_path, shard)
+        if len(os.fsencode(shard)) > LONGEST_FILE:
+            raise CheckpointError(f"{index_path} names the shard {shown(shard)}; no file here has so long a name")
     return weight_map
 
 

@@ -14,7 +14,17 @@ import torch
 
 from mmq.tensors.dispatch import Way, grouped_mm_works, torch_multiplies_faster, way, way_of_products
 
-Activation = Callable[[torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True)
+class ClampedGate:
+    """gate * sigmoid(alpha * gate) * (1 + up), gate clamped from above and up from both sides at the limit before."""
+
+    alpha: float
+    limit: float
+
+
+# What gate goes through before it multiplies up, or the two together.
+Activation = Callable[[torch.Tensor], torch.Tensor] | ClampedGate
 
 
 @dataclass(frozen=True)
@@ -140,14 +150,19 @@ def gated_rows(
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """act(gate) * up of [R, 2I] -> [R, I]."""
+    """act(gate) * up, or what the activation makes of both, of [R, 2I] -> [R, I]."""
     gate, up = gate_up.chunk(2, dim=-1)
+    if isinstance(activation, ClampedGate):
+        gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
+        return torch.sigmoid(gate * activation.alpha).mul_(gate).mul_(up.add_(1))
     return activation(gate).mul_(up)
 
 
 @cache
 def _is_silu(activation: Activation) -> bool:
     """Libraries name and wrap it differently; what it computes tells."""
+    if isinstance(activation, ClampedGate):
+        return False
     numbers = torch.linspace(-8, 8, 33)
     return torch.equal(activation(numbers.clone()), torch.nn.functional.silu(numbers))
 
