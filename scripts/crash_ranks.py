@@ -12,6 +12,7 @@ has imported all, with the same launcher, signals and ends, for several times as
 from __future__ import annotations
 
 import argparse
+import concurrent.futures.thread
 import json
 import os
 import random
@@ -117,6 +118,8 @@ def rank_main(arguments: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The launcher's thread, which this process can't wait for, as it has become its own main one.
+    concurrent.futures.thread._threads_queues.clear()
     if code := command_line(arguments):
         os._exit(code)
 
