@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import mmq.prove.evaluate
 from cli.test_cli import events, refused, succeed
-from conftest import DEVICE, edit_json
+from conftest import DEVICE, TINY, digests, edit_json
 from mmq.errors import JournalError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.prove.compare import cache_share, compare
@@ -43,6 +43,7 @@ from mmq.recipe import load
 from mmq.source.calibration import load_tokens
 from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
+from mmq.text import bytes_text
 from mmq.workdir.workspace import Workspace
 from reference import (
     Weights,
@@ -443,6 +444,37 @@ def test_bad_input_is_refused(copy: Path, project: Path, tmp_path: Path) -> None
     shard = next((copy / "run/hybrid").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
     assert str(shard) in refused("eval", recipe)
+
+
+def test_a_dry_run_says_what_was_looked_at_and_touches_nothing(copy: Path) -> None:
+    recipe, before = copy / "recipe.yaml", digests(copy)
+    (found,) = events(succeed("eval", recipe, *OPTIONS[:-1], "--by-layer", "--dry-run", "--json"))
+    assert digests(copy) == before
+    looked_at = {(check["stage"], check["checked"]): check["found"] for check in found["checks"]}
+    assert {stage for stage, _ in looked_at} == {"eval", "eval --by-layer"}
+    assert looked_at["eval", "held-out samples"] == f"{SAMPLES} samples, {SAMPLES * LENGTH} tokens"
+    # Hidden states of four variants, in bf16, twice for a moment; of two layers and the source.
+    for stage, streams in (("eval", 4), ("eval --by-layer", 3)):
+        needed = 2 * streams * SAMPLES * LENGTH * TINY.hidden * 2
+        assert looked_at[stage, "disk"].startswith(f"{bytes_text(needed)} needed, ")
+    assert "has 24 samples" in refused("eval", recipe, "--samples", 25, "--dry-run")
+    assert digests(copy) == before
+
+
+@pytest.mark.parametrize("command", ["eval", "eval --by-layer", "verify"])
+def test_a_report_that_could_not_be_written_is_refused_first(
+    copy: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after hours; a dry run says so as well."""
+    name = {"eval": "eval.json", "eval --by-layer": "by_layer.json", "verify": "verify.json"}[command]
+    (copy / "run" / name).mkdir()
+    sentence = f"work_dir: {copy / 'run' / name} is a folder, a file of that name is to be written"
+    for module in ("prove.evaluate.read_layer", "prove.by_layer.read_layer", "prove.verify.check_tensors"):
+        monkeypatch.setattr(f"mmq.{module}", lambda *_, **__: pytest.fail("work was begun"))
+    first, *options = command.split()
+    assert refused(first, copy / "recipe.yaml", *options) == sentence
+    if first == "eval":
+        assert refused(first, copy / "recipe.yaml", *options, "--dry-run") == sentence
 
 
 def test_a_changed_source_is_refused(copy: Path) -> None:

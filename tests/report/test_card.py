@@ -25,6 +25,7 @@ from mmq.prove.verify import verify_checkpoint
 from mmq.recipe import load
 from mmq.report.card import (
     ASSERTION_VERSIONS,
+    LOADER_VERSIONS,
     SCALES_VERSIONS,
     Setting,
     inherited,
@@ -356,9 +357,10 @@ def test_the_serving_command_and_vllms_versions_are_those_of_the_docs() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines() if re.match(r"\| 0\.", line)
     ]
-    for column, told in ((1, ASSERTION_VERSIONS), (2, SCALES_VERSIONS)):
-        faulty = [row[0] for row in rows if row[column] == "present"]
-        assert told == f"{faulty[0].split(' to ')[0]} to {faulty[-1].split(' to ')[-1]}"
+    for columns, told in (((1,), ASSERTION_VERSIONS), ((2,), SCALES_VERSIONS), ((2, 3), LOADER_VERSIONS["qwen3_moe"])):
+        faulty = [row[0] for row in rows if "present" in [row[column] for column in columns]]
+        versions = [version for row in faulty for version in re.findall(r"[\d.]+", row)]
+        assert told == f"{versions[0]} to {versions[-1]}"
 
 
 def test_the_plugin_is_asked_for_where_it_is_needed(finished: Path) -> None:
@@ -366,6 +368,8 @@ def test_the_plugin_is_asked_for_where_it_is_needed(finished: Path) -> None:
     usual = section(model_card(facts, setting), "Serving")
     assert f"\n{serve_command('me/model', 4)}\n" in usual and "1, 2, 4 GPUs" in usual
     assert "no plugin is needed to load it" in usual and SCALES_VERSIONS in usual and ASSERTION_VERSIONS not in usual
+    other = section(model_card(facts, replace(setting, family="qwen3_moe")), "Serving")
+    assert f"vLLM {LOADER_VERSIONS['qwen3_moe']} never use calibrated KV scales" in other
     recipe = facts.recipe | {"restore": {"attention_activations": "none"}}
     recipe["awq"] = recipe["awq"] | {"kv_cache_scheme": None}
     special = section(model_card(replace(facts, recipe=recipe), setting), "Serving")

@@ -54,15 +54,29 @@ def test_names_of_kv_scales_that_no_loader_knows(sources: Sources) -> None:
 
 
 def test_a_loader_that_passes_over_scales(sources: Sources) -> None:
-    """Qwen3-MoE's before pull request 35656, and after it."""
-    old = GATE.format(dtype="", loader="self.quant_config.get_cache_scale") + (
-        "def load(weights):\n    ignore_suffixes = ('.bias', '.k_scale', '.v_scale')\n"
-    )
-    path = sources.folders[0] / "model_executor/models/qwen3_moe.py"
-    path.write_text(old)
-    assert "no names of KV scales" in support(Sources(), ARCHITECTURES["qwen3_moe"]).faults[0]
-    path.write_text(old + "    return maybe_remap_kv_scale_name(weights, {})\n")
-    assert support(Sources(), ARCHITECTURES["qwen3_moe"]).faults == ()
+    """Qwen3-MoE's before pull request 35656, which renames too, but too late; and after it. The plugin mends that one's
+    alone."""
+    late = """
+    def load_weights(self, weights):
+        suffixes = (".bias", ".k_scale", ".v_scale")
+        for name, weight in weights:
+            if name.endswith(suffixes):
+                continue
+            name = maybe_remap_kv_scale_name(name, {})
+"""
+    sound = late.replace('".k_scale", ', "")
+    models = sources.folders[0] / "model_executor/models"
+    for family, mended in (("qwen3_moe", " but for the plugin"), ("glm4_moe", "")):
+        path = models / f"{family}.py"
+        dtype = ", params_dtype=torch.float32" if family == "glm4_moe" else ""
+        head = GATE.partition("    def load_weights")[0].format(dtype=dtype)
+        path.write_text(head + late)
+        found = support(Sources(), ARCHITECTURES[family])
+        assert found.faults == (f"its loader passes over KV scales: the cache would run at scale 1{mended}",)
+        assert not found.kv_scales
+        path.write_text(head + sound)
+        found = support(Sources(), ARCHITECTURES[family])
+        assert found.faults == () and found.kv_scales
 
 
 def test_a_router_in_another_dtype(sources: Sources) -> None:

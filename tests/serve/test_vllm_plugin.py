@@ -23,7 +23,7 @@ from conftest import ROOT
 from mmq.cli.doctor import CAPABILITIES, capability_of, doctor
 from mmq.serve.vllm_plugin import FAULTS, GROUP, TARGET, inspect_vllm, register, vllm_version
 
-SCHEME, CACHE = FAULTS
+SCHEME, CACHE, LOADER = FAULTS
 NAMES = [fault.name for fault in FAULTS]
 
 FAULTY_SCHEME = """
@@ -44,6 +44,30 @@ class CompressedTensorsKVCacheMethod:
         layer._k_scale, layer._v_scale, layer._q_scale = layer.k_scale, layer.v_scale, layer.q_scale
         del layer.k_scale, layer.v_scale, layer.q_scale
 '''
+FAULTY_LOADER = """
+def maybe_remap_kv_scale_name(name, parameters):
+    renamed = name.replace("_attn.", "_attn.attn.")
+    return renamed if renamed in parameters else None
+
+class Qwen3MoeModel:
+    def __init__(self):
+        self.values = {"layers.0.self_attn.attn.k_scale": -1, "layers.0.self_attn.attn.v_scale": -1, "layers.0.norm": 0}
+
+    def named_parameters(self):
+        return self.values.items()
+
+    def load_weights(self, weights):
+        suffixes = (".bias", ".k_scale", ".v_scale", ".weight_scale")
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            if name.endswith(suffixes) and name not in parameters:
+                continue
+            if name.endswith("scale") and name not in parameters:
+                name = maybe_remap_kv_scale_name(name, parameters)
+            if name is not None:
+                self.values[name] = weight
+        return set(parameters)
+"""
 # Each is what upstream did or might do against the fault.
 SOUND_SCHEMES = {
     "truthiness": FAULTY_SCHEME.replace(
@@ -72,6 +96,27 @@ SOUND_CACHES = {
     "inherited": IMPORT.format("BaseKVCacheMethod")
     + "class CompressedTensorsKVCacheMethod(BaseKVCacheMethod):\n    pass\n",
 }
+FIRST = """            if name.endswith("_scale") and (renamed := maybe_remap_kv_scale_name(name, parameters)):
+                name = renamed
+            if name.endswith(suffixes)"""
+SOUND_LOADERS = {
+    "other suffixes": FAULTY_LOADER.replace('".k_scale", ".v_scale", ', ""),
+    "renamed first": FAULTY_LOADER.replace("            if name.endswith(suffixes)", FIRST),
+    "another's": """
+class Qwen3MoeModel:
+    def __init__(self):
+        self.values = {}
+
+    def load_weights(self, weights):
+        return AutoWeightsLoader(self, ignore_unexpected_suffixes=[".bias"]).load_weights(weights)
+""",
+}
+OTHER_LOADERS = {
+    "no class": "class Renamed: pass\n",
+    "no method": "class Qwen3MoeModel: pass\n",
+    "other use": FAULTY_LOADER.replace("name.endswith(suffixes)", "has_one_of(name, suffixes)"),
+    "not Python": "class Qwen3MoeModel(:\n",
+}
 OTHER_SCHEMES = {
     "no class": "class Renamed: pass\n",
     "no method": "class CompressedTensorsW8A16Fp8: pass\n",
@@ -89,7 +134,7 @@ import importlib, json, logging, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
 from mmq.serve.vllm_plugin import FAULTS, inspect_vllm, register
 
-SCHEME, CACHE = FAULTS
+SCHEME, CACHE, LOADER = FAULTS
 
 class Scale:
     def __init__(self, *values):
@@ -123,6 +168,13 @@ def floats(layer=None):
     owner(CACHE)().process_weights_after_loading(layer)
     return [layer._q_scale_float, layer._k_scale_float, layer._v_scale_float]
 
+def scales(names=("layers.0.self_attn.k_scale", "layers.0.self_attn.v_scale")):
+    model = owner(LOADER)()
+    weights = [(names[0], 0.25), ("layers.0.norm", 7), (names[1], 0.5), ("layers.0.mlp.gate.weight_scale", 3)]
+    taken = model.load_weights(iter(weights))
+    assert taken == {*model.values}
+    return [*model.values.values()]
+
 def states():
     return [str(finding.state) for finding in inspect_vllm()]
 
@@ -131,9 +183,9 @@ def functions():
 """
 
 
-def write_vllm(root: Path, scheme: str = FAULTY_SCHEME, cache: str = FAULTY_CACHE) -> Path:
-    """A package `vllm` in `root` with the two modules that the plugin knows, and the base of one."""
-    for fault, content in ((SCHEME, scheme), (CACHE, cache)):
+def write_vllm(root: Path, scheme: str = FAULTY_SCHEME, cache: str = FAULTY_CACHE, loader: str = FAULTY_LOADER) -> Path:
+    """A package `vllm` in `root` with the modules that the plugin knows, and the base of one."""
+    for fault, content in ((SCHEME, scheme), (CACHE, cache), (LOADER, loader)):
         path = root.joinpath(*fault.module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
@@ -165,23 +217,23 @@ def python(root: Path, code: str) -> tuple[Any, list[str]]:
     return json.loads(process.stdout), process.stderr.splitlines()
 
 
-def test_both_faults_are_mended(tmp_path: Path) -> None:
+def test_all_faults_are_mended(tmp_path: Path) -> None:
     write_vllm(tmp_path)
     write_metadata(tmp_path, "vllm", "0.16.0")
     code = """
-before = states(), loads(), loads(False), floats()
+before = states(), loads(), loads(False), floats(), scales()
 register()
-after = states(), loads(), loads(False), floats()
+after = states(), loads(), loads(False), floats(), scales()
 print(json.dumps([before, after, loads(True)]))
 """
     found, log = python(tmp_path, code)
     # A static scheme is refused for block weights before and after.
     assert found == [
-        [["present", "present"], False, True, [1.0, 1.0, 1.0]],
-        [["mended", "mended"], True, True, [1.0, 0.25, 0.5]],
+        [["present"] * 3, False, True, [1.0, 1.0, 1.0], [-1, -1, 7]],
+        [["mended"] * 3, True, True, [1.0, 0.25, 0.5], [0.25, 0.5, 7]],
         False,
     ]
-    assert log == [f"INFO vllm.mmq mmq in vLLM 0.16.0: mended {NAMES[0]}, {NAMES[1]}"]
+    assert log == [f"INFO vllm.mmq mmq in vLLM 0.16.0: mended {', '.join(NAMES)}"]
 
 
 def test_mending_thrice_wraps_once(tmp_path: Path) -> None:
@@ -196,17 +248,23 @@ inner = [a.__wrapped__ is b for a, b in zip(first, before)]
 print(json.dumps([same, inner, [hasattr(f, "__wrapped__") for f in before], states()]))
 """
     found, log = python(write_vllm(tmp_path), code)
-    assert found == [[True, True], [True, True], [False, False], ["mended", "mended"]]
+    assert found == [[True] * 3, [True] * 3, [False] * 3, ["mended"] * 3]
     assert len(log) == 1
 
 
 @pytest.mark.parametrize(
-    "which", [*(f"scheme {name}" for name in SOUND_SCHEMES), *(f"cache {name}" for name in SOUND_CACHES)]
+    "which",
+    [
+        *(f"scheme {name}" for name in SOUND_SCHEMES),
+        *(f"cache {name}" for name in SOUND_CACHES),
+        *(f"loader {name}" for name in SOUND_LOADERS),
+    ],
 )
 def test_sound_code_stays_as_it_is(tmp_path: Path, which: str) -> None:
     kind, _, name = which.partition(" ")
     scheme = SOUND_SCHEMES[name] if kind == "scheme" else SOUND_SCHEMES["truthiness"]
     cache = SOUND_CACHES[name] if kind == "cache" else SOUND_CACHES["in place"]
+    loader = SOUND_LOADERS[name] if kind == "loader" else SOUND_LOADERS["renamed first"]
     code = """
 found = states()
 register()
@@ -215,8 +273,8 @@ before = functions()
 register()
 print(json.dumps([found, imported, [a is b for a, b in zip(before, functions())], loads()]))
 """
-    found, log = python(write_vllm(tmp_path, scheme, cache), code)
-    assert found == [["absent", "absent"], False, [True, True], True]
+    found, log = python(write_vllm(tmp_path, scheme, cache, loader), code)
+    assert found == [["absent"] * 3, False, [True] * 3, True]
     assert log == []
 
 
@@ -224,19 +282,25 @@ def test_only_the_present_fault_is_mended(tmp_path: Path) -> None:
     code = """
 before = functions()
 register()
-print(json.dumps([states(), [a is b for a, b in zip(before, functions())], loads(), floats()]))
+print(json.dumps([states(), [a is b for a, b in zip(before, functions())], loads(), floats(), scales()]))
 """
-    found, log = python(write_vllm(tmp_path, cache=SOUND_CACHES["in place"]), code)
-    assert found == [["mended", "absent"], [False, True], True, [1.0, 0.25, 0.5]]
+    sound = {"cache": SOUND_CACHES["in place"], "loader": SOUND_LOADERS["renamed first"]}
+    found, log = python(write_vllm(tmp_path, **sound), code)
+    assert found == [["mended", "absent", "absent"], [False, True, True], True, [1.0, 0.25, 0.5], [0.25, 0.5, 7]]
     assert len(log) == 1
     assert log[0].endswith(f"mended {NAMES[0]}")
 
 
-@pytest.mark.parametrize("name", OTHER_SCHEMES | OTHER_CACHES)
+@pytest.mark.parametrize("name", OTHER_SCHEMES | OTHER_CACHES | OTHER_LOADERS)
 def test_other_layouts_are_left_alone(tmp_path: Path, name: str) -> None:
-    scheme, cache = OTHER_SCHEMES.get(name), OTHER_CACHES.get(name)
-    write_vllm(tmp_path, scheme or SOUND_SCHEMES["truthiness"], cache or SOUND_CACHES["in place"])
-    expected = ["absent" if part is None else "not applicable" for part in (scheme, cache)]
+    parts = scheme, cache, loader = OTHER_SCHEMES.get(name), OTHER_CACHES.get(name), OTHER_LOADERS.get(name)
+    write_vllm(
+        tmp_path,
+        scheme or SOUND_SCHEMES["truthiness"],
+        cache or SOUND_CACHES["in place"],
+        loader or SOUND_LOADERS["renamed first"],
+    )
+    expected = ["absent" if part is None else "not applicable" for part in parts]
     quiet = "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))"
     found, log = python(tmp_path, quiet)
     assert found == [expected, False]
@@ -253,7 +317,7 @@ def test_no_vllm(tmp_path: Path, kind: str) -> None:
     if kind == "empty package":
         (tmp_path / "vllm/__init__.py").touch()
     found, log = python(tmp_path, "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))")
-    assert found == [["not applicable", "not applicable"], False]
+    assert found == [["not applicable"] * 3, False]
     assert log == []
 
 
@@ -266,10 +330,10 @@ def test_importing_the_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_a_module_that_fails_to_import_is_reported_and_raises_nothing(tmp_path: Path) -> None:
     write_vllm(tmp_path, f"raise RuntimeError('no kernels')\n{FAULTY_SCHEME}")
     found, log = python(tmp_path, "register()\nprint(json.dumps([states(), floats()]))")
-    assert found == [["present", "mended"], [1.0, 0.25, 0.5]]
+    assert found == [["present", "mended", "mended"], [1.0, 0.25, 0.5]]
     assert len(log) == 1
     assert log[0].startswith("WARNING vllm.mmq ")
-    assert f"mended {NAMES[1]}; could not mend {NAMES[0]} (RuntimeError: no kernels)" in log[0]
+    assert f"mended {NAMES[1]}, {NAMES[2]}; could not mend {NAMES[0]} (RuntimeError: no kernels)" in log[0]
 
 
 def test_scales_per_head_and_floats_set_by_others_stay(tmp_path: Path) -> None:
@@ -286,6 +350,17 @@ print(json.dumps([floats(heads), hasattr(without, "_v_scale_float"), without._k_
 """
     found, _ = python(write_vllm(tmp_path), code)
     assert found == [[1.0, 1.0, 0.5], False, 0.25, [1.0, 0.25, 0.5]]
+
+
+def test_names_that_are_parameters_or_lead_to_none_stay(tmp_path: Path) -> None:
+    """A scale that has its parameter's name already; one of a layer that this process has not; another's spelling."""
+    code = """
+register()
+attn = "layers.0.self_attn.attn.k_scale", "layers.0.self_attn.attn.v_scale"
+print(json.dumps([scales(attn), scales(("layers.5.self_attn.k_scale", "layers.0.self_attn.v_proj.v_scale"))]))
+"""
+    found, _ = python(write_vllm(tmp_path), code)
+    assert found == [[0.25, 0.5, 7], [-1, -1, 7]]
 
 
 def test_floats_of_real_tensors() -> None:
@@ -350,7 +425,7 @@ def doctor_json() -> dict[str, Any]:
 def test_doctor_without_vllm(root: Path) -> None:
     found = doctor_json()
     assert found["vllm"]["version"] is None
-    assert [fault["state"] for fault in found["vllm"]["faults"]] == ["not applicable"] * 2
+    assert [fault["state"] for fault in found["vllm"]["faults"]] == ["not applicable"] * 3
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["compressed-tensors"] == metadata.version("compressed-tensors")
     assert found["devices"] == []
@@ -372,27 +447,28 @@ def test_doctor_names_the_vllm(root: Path, distribution: str) -> None:
 
 def test_doctor_says_what_mends_the_faults(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_vllm(root, cache=SOUND_CACHES["super"])
-    assert [finding.state for finding in inspect_vllm()] == ["present", "absent"]
+    assert [finding.state for finding in inspect_vllm()] == ["present", "absent", "present"]
 
     def mended() -> list[bool]:
         return [fault["mended_by_plugin"] for fault in doctor_json()["vllm"]["faults"]]
 
-    assert mended() == [False, False]
+    assert mended() == [False] * 3
     text = run_doctor()
     assert f"{SCHEME.sentence}; nothing mends it" in text
+    assert f"{LOADER.sentence}; nothing mends it" in text
     assert "next: install mmq" in text
 
     install_plugin(monkeypatch)
-    assert mended() == [True, False]
+    assert mended() == [True, False, True]
     text = run_doctor()
     assert f"{SCHEME.sentence}; the plugin mends it" in text
     assert "next:" not in text
 
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    assert mended() == [False, False]
+    assert mended() == [False] * 3
     assert "next: add mmq to the list in VLLM_PLUGINS" in run_doctor()
     monkeypatch.setenv("VLLM_PLUGINS", "another,mmq")
-    assert mended() == [True, False]
+    assert mended() == [True, False, True]
 
 
 def test_doctor_shows_devices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

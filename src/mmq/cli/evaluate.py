@@ -35,6 +35,10 @@ def evaluate(
         ),
     ] = False,
     set_: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check what would be refused: result, samples, disk. Touches nothing."),
+    ] = False,
     restart: Restart = False,
     devices: Devices = None,
     json: Json = False,
@@ -45,12 +49,15 @@ def evaluate(
     given = {"--against": against, "--data": data, "--samples": samples, "--sequence-length": sequence_length}
     options = [part for key, value in given.items() if value is not None for part in (key, str(value))]
     options += ["--by-layer"] if by_layer else []
-    with session("eval", recipe, set_, mode(json, quiet), log_file, options, devices) as run:
+    # Checks touch nothing, a log file neither.
+    written, ranks = (None, None) if dry_run else (log_file, devices)
+    with session("eval", recipe, set_, mode(json, quiet), written, options, ranks) as run:
         from mmq.machine.team import Team
         from mmq.prove.compare import COMPARISON_NAME, cache_share, compare, compared, sentence
         from mmq.prove.evaluate import (
             REPORT_NAME,
             brought,
+            checked,
             evaluate_checkpoint,
             kind_rows,
             rows,
@@ -67,6 +74,11 @@ def evaluate(
         if not is_builtin(path):
             path = str(Path(path).expanduser().resolve())
         settings = EvalSettings(path, samples, sequence_length)
+        if dry_run:
+            found = checked(Workspace.of(run.recipe, run.output, offline=True), settings, restart, by_layer)
+            looked_at = [{"stage": one.stage, "checked": one.check, "found": one.found} for one in found]
+            run.output.result({"checks": looked_at}, "Checked (nothing was touched)", looked_at)
+            return
         team = Team.join(run.recipe.awq.device)
         with run.output.live():
             report = evaluate_checkpoint(Workspace.of(run.recipe, run.output, team=team), settings, restart, by_layer)

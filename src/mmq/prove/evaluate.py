@@ -31,6 +31,7 @@ from mmq.quantize.decoder_layer import DecoderLayer
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.source.model import SourceModel
 from mmq.stages.base import holding
+from mmq.stages.preflight import Passed
 from mmq.storage.shards import save_tensors
 from mmq.tensors.fp8 import is_finite
 from mmq.workdir.output_shards import layer_unit
@@ -92,13 +93,21 @@ def evaluate_checkpoint(
         CalibrationError: the data can't be used.
     """
     with holding(workspace):
-        passes: list[Streamed] = [_Evaluation(workspace, settings)]
-        passes += [ByLayer(workspace, settings)] if layers else []
+        passes = _passes(workspace, settings, layers)
         if workspace.team.leads:
             for one in passes:
                 one.check(restart)
         report, *others = (one.run(restart) for one in passes)
     return report | ({"by_layer": others[0]} if others else {})
+
+
+def checked(workspace: Workspace, settings: EvalSettings, restart: bool = False, layers: bool = False) -> list[Passed]:
+    """What `evaluate_checkpoint` would refuse, looked at without a lock; nothing is written. Raises as it does."""
+    return [passed for one in _passes(workspace, settings, layers) for passed in one.check(restart)]
+
+
+def _passes(workspace: Workspace, settings: EvalSettings, layers: bool) -> list[Streamed]:
+    return [_Evaluation(workspace, settings), *([ByLayer(workspace, settings)] if layers else [])]
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,11 +206,14 @@ class _Evaluation(Streamed):
         ]
         self.streams = len(self.variants)
 
-    def check_layers(self, pending: Sequence[int]) -> None:
-        super().check_layers(pending)
+    def check_layers(self, pending: Sequence[int]) -> dict[str, str]:
+        found = super().check_layers(pending)
         if SMOOTHED_NEAREST in self.variants:
-            for layer in filter(self.arch.has_experts, pending):
+            routed = [layer for layer in pending if self.arch.has_experts(layer)]
+            for layer in routed:
                 inner_scales(self.workspace, layer)
+            found["smoothing"] = f"the scales of {len(routed)} layers, as awq wrote them"
+        return found
 
     def compute(self, pending: list[int]) -> None:
         hidden = self._hidden_states()

@@ -25,9 +25,11 @@ from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.model import SourceModel
 from mmq.source.samples import read_files, read_samples
-from mmq.stages.base import begin_run, check_disk, share_journal
+from mmq.stages.base import begin_run, check_disk, free_disk, share_journal
+from mmq.stages.preflight import Passed, check_outputs
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, read_json
+from mmq.text import bytes_text
 from mmq.workdir.journal import StageJournal
 from mmq.workdir.layer_files import LayerFiles
 from mmq.workdir.output_shards import layer_unit
@@ -107,25 +109,41 @@ class Streamed:
         """The layers that the journal lacks, then the head and the report; by all ranks."""
         raise NotImplementedError
 
-    def check(self, restart: bool) -> None:
+    def check(self, restart: bool) -> list[Passed]:
         """Refuse what can't be done, before anything is written or forgotten; the leading rank's.
 
+        Returns:
+            what was looked at, here and when this was made.
+
         Raises:
+            RecipeError: the report can't be written.
             DiskSpaceError: the hidden states would fill the disk.
             JournalError: it was begun with other inputs, or what it needs of an earlier stage is gone.
         """
-        if not restart and (self.journal.units or self.journal.complete):
+        found = {
+            "outputs": check_outputs(self.workspace, (), [self.report_name]),
+            "result": f"{len(self.hybrid.specs):,} tensors in {self.hybrid.folder}",
+            "device": str(self.device),
+            "held-out samples": f"{len(self.tokens.lengths):,} samples, {self.tokens.ids.numel():,} tokens",
+        }
+        begun = not restart and (self.journal.units or self.journal.complete)
+        if begun:
             self.journal.check_fingerprint(self._fingerprint())
             self.journal.check_files()
+        done = "complete" if self.journal.complete else f"{len(self.journal.units)} units done"
+        found["journal"] = done if begun else "nothing was begun"
         if pending := list(self.layers) if restart else self._pending():
-            self.check_layers(pending)
+            found |= self.check_layers(pending)
+        return [Passed(self.name, what, said) for what, said in found.items()]
 
-    def check_layers(self, pending: Sequence[int]) -> None:
-        """`check` of layers that are to be computed."""
+    def check_layers(self, pending: Sequence[int]) -> dict[str, str]:
+        """`check` of layers that are to be computed: what was found, by what it is."""
         width = int(self.source.config[self.arch.hidden_key])
         states = self.streams * self.tokens.ids.numel() * width * torch.bfloat16.itemsize
         # The last layer's go only after the next one's are in place.
         check_disk(self.files.folder, 2 * states)
+        free = bytes_text(free_disk(self.files.folder))
+        return {"disk": f"{bytes_text(2 * states)} needed, {free} free"}
 
     def run(self, restart: bool) -> dict[str, Any]:
         """Run or resume: the report's content."""

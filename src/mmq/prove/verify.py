@@ -14,6 +14,7 @@ from mmq.prove.check_config import Original, check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
+from mmq.stages.preflight import check_outputs
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
 from mmq.workdir.workspace import HYBRID, Workspace
@@ -26,11 +27,13 @@ def verify_checkpoint(workspace: Workspace) -> Report:
 
     Raises:
         JournalError: restore has not ended.
+        RecipeError: verify.json can't be written.
         CheckpointError: the source can't be read.
     """
     folder = workspace.folder(HYBRID)
     if not workspace.journal.stage("restore").complete:
         raise JournalError(f"{folder} is not complete; run `mmq restore` first")
+    check_outputs(workspace, ())
     report = Report(folder, workspace.work_dir / REPORT_NAME, files=finished_files(workspace))
     source = workspace.source.checkpoint
     try:

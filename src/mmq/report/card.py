@@ -36,9 +36,11 @@ SHARED = {
     True: "scaled with the norm that they read, in bf16",
     False: "in their original fp8 bytes; so the norm that they read is not smoothed",
 }
-# vLLM's releases with the two faults that the plugin mends; docs/serving.md has the table.
+# vLLM's releases with the faults that the plugin mends; docs/serving.md has the table.
 ASSERTION_VERSIONS = "0.16 to 0.33"
 SCALES_VERSIONS = "0.15.1 to 0.19"
+# Of families whose scales more releases don't use: their loader passes over them.
+LOADER_VERSIONS = {"qwen3_moe": "0.14 to 0.19"}
 # How many GPUs the serving command may name.
 GPU_COUNTS = (8, 4, 2, 1)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -64,6 +66,7 @@ class Setting:
         inherited: front matter of the source's card, as far as the hub takes it.
         gpus: how many GPUs can share the checkpoint, by the model's sizes; descending.
         calibration: what the calibration samples became (`calibration.describe`); None where it was not kept.
+        family: the model's, as mmq calls it.
     """
 
     model: str = HYBRID
@@ -72,6 +75,7 @@ class Setting:
     inherited: dict[str, str | list[str]] = field(default_factory=dict)
     gpus: list[int] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    family: str = ""
 
 
 def write_card(workspace: Workspace, facts: RunFacts | None = None) -> Path | None:
@@ -119,6 +123,7 @@ def setting(workspace: Workspace, facts: RunFacts, model: str = HYBRID) -> Setti
         inherited=inherited(card),
         gpus=[count for count in GPU_COUNTS if not parallel_problems(dims, count)],
         calibration=_calibration(workspace, facts),
+        family=source.architecture.model_type,
     )
 
 
@@ -178,7 +183,7 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
         kinds=evaluate.kind_rows(facts.evaluation) if facts.evaluation else [],
         command=serve_command(setting.model, setting.gpus[0]) if setting.gpus else None,
         assertion_versions=ASSERTION_VERSIONS,
-        scales_versions=SCALES_VERSIONS,
+        scales_versions=LOADER_VERSIONS.get(setting.family, SCALES_VERSIONS),
         recipe=recipe,
         stages=[_stage_row(stage) for stage in facts.stages],
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mmq.families.table import Architecture
-from mmq.serve.vllm_plugin import Sources
+from mmq.serve.vllm_plugin import FAULTS, Definition, Sources, passes_over_scales
 
 MODELS = "vllm.model_executor.models"
 # What maps the names of KV scales to parameters: for all models' loaders, or in a model's own.
@@ -22,7 +22,7 @@ class Support:
     Attributes:
         module: which of its models' modules loads the family; None where none does.
         router: the dtype that it holds the router in; None where that is not told by the source as mmq knows it.
-        kv_scales: whether its loader knows the names of KV scales.
+        kv_scales: whether its own loader takes KV scales by their names.
         faults: what is not as mmq's table has it, a clause each.
     """
 
@@ -40,27 +40,23 @@ def support(sources: Sources, arch: Architecture) -> Support:
         return Support(arch.model_type, None, None, False, (f"it has no {arch.causal_lm}",))
     router = _router_dtype(sources, module)
     own, common = ({name for node in sources.body(at) for name in _names(node)} for at in (module, f"{MODELS}.utils"))
-    scales = any(name in own | common for name in SCALE_NAMES) and not _drops_scales(sources, module, own)
+    scales, passed = any(name in own | common for name in SCALE_NAMES), _passes_over(sources, module)
     faults = []
     if router is not None and router != arch.router_served:
         faults.append(f"it holds the router in {router}, mmq smooths for {arch.router_served}")
-    if not scales and arch.has_kv_cache_scales:
+    if passed and arch.has_kv_cache_scales:
+        mending = " but for the plugin" if any(fault.module == module for fault in FAULTS) else ""
+        faults.append(f"its loader passes over KV scales: the cache would run at scale 1{mending}")
+    elif not scales and arch.has_kv_cache_scales:
         faults.append("its loader knows no names of KV scales: the cache would run at scale 1")
-    return Support(arch.model_type, module.removeprefix(f"{MODELS}."), router, scales, tuple(faults))
+    found = module.removeprefix(f"{MODELS}.")
+    return Support(arch.model_type, found, router, scales and not passed, tuple(faults))
 
 
-def _drops_scales(sources: Sources, module: str, names: set[str]) -> bool:
-    """Whether a model's own loader passes over names that end in `.k_scale` and never renames them: so Qwen3-MoE's did
-    before vLLM's pull request 35656."""
-    passed = {
-        part.value
-        for statement in sources.body(module)
-        for node in ast.walk(statement)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
-        for part in node.value.elts
-        if isinstance(part, ast.Constant)
-    }
-    return ".k_scale" in passed and "maybe_remap_kv_scale_name" not in names
+def _passes_over(sources: Sources, module: str) -> bool:
+    """Whether one of a module's loaders passes over KV scales."""
+    classes = [node for node in sources.body(module) if isinstance(node, ast.ClassDef)]
+    return any(passes_over_scales(sources, Definition(module, node)) for node in classes)
 
 
 def _module_of(sources: Sources, causal_lm: str) -> str | None:

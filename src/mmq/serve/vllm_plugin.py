@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,7 @@ GROUP = "vllm.general_plugins"
 TARGET = "mmq.serve.vllm_plugin:register"
 SCALES = ("q_scale", "k_scale", "v_scale")
 _MARK = "__mmq_fault__"
+_RENAMES = "maybe_remap_kv_scale_name"
 _COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -171,6 +172,25 @@ def _per_tensor(scale: Any) -> float | None:
     return float(scale.item())
 
 
+def _scales_by_their_parameters(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A load_weights that gets KV scales under the names of the parameters that they are for, which it takes."""
+
+    @functools.wraps(original)
+    def load_weights(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        known = {name for name, _ in self.named_parameters()}
+        named = ((_scale_parameter(name, known), weight) for name, weight in weights)
+        return original(self, named, *args, **kwargs)
+
+    return load_weights
+
+
+def _scale_parameter(name: str, known: Set[str]) -> str:
+    """`self_attn.k_scale` becomes `self_attn.attn.k_scale` where that is a parameter; any other name stays."""
+    attention, _, kind = name.rpartition(".")
+    parameter = f"{attention}.attn.{kind}"
+    return parameter if kind in SCALES and name not in known and parameter in known else name
+
+
 # How a fault is detected.
 
 
@@ -214,6 +234,35 @@ def _never_sets_floats(sources: Sources, owner: Definition) -> bool | None:
     if any(name.endswith("_scale_float") for name in names):
         return False
     return True if "k_scale" in names else None
+
+
+def passes_over_scales(sources: Sources, owner: Definition) -> bool | None:
+    """load_weights leaves out what ends in one of several suffixes, `.k_scale` among them, before it may rename it."""
+    loading = sources.method(owner, "load_weights")
+    if loading is None:
+        return None
+    nodes = list(ast.walk(loading.node))
+    suffixes = {
+        to.id
+        for node in nodes
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.List)
+        if any(isinstance(part, ast.Constant) and part.value == ".k_scale" for part in node.value.elts)
+        for to in node.targets
+        if isinstance(to, ast.Name)
+    }
+    if not suffixes:
+        return False
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    left_out = [
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "endswith"
+        if any(isinstance(part, ast.Name) and part.id in suffixes for part in call.args)
+    ]
+    renamed = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == _RENAMES]
+    if not left_out:
+        return None
+    return not renamed or min(left_out) < min(renamed)
 
 
 def _assigned(function: ast.AST, attribute: str) -> list[ast.expr]:
@@ -379,5 +428,14 @@ FAULTS = (
         method="process_weights_after_loading",
         detect=_never_sets_floats,
         wrap=_floats_after_loading,
+    ),
+    Fault(
+        name="qwen3-moe-kv-scales",
+        sentence="Qwen3-MoE's loader passes over calibrated KV scales without a word (vLLM pull request 35656)",
+        module="vllm.model_executor.models.qwen3_moe",
+        owner="Qwen3MoeModel",
+        method="load_weights",
+        detect=passes_over_scales,
+        wrap=_scales_by_their_parameters,
     ),
 )

@@ -71,9 +71,9 @@ def preflight(
     return [Passed(stage, check.name, check.look(workspace)) for stage, check in checks]
 
 
-def check_outputs(workspace: Workspace, stages: Sequence[Stage]) -> str:
+def check_outputs(workspace: Workspace, stages: Sequence[Stage], files: Sequence[str] = ()) -> str:
     """The folders that will be written are folders, or can become some, and the files no folders; those that a run
-    writes at its end as well. Raises RecipeError."""
+    writes at its end as well, and further `files` of the work_dir. Raises RecipeError."""
     written = (workspace.work_dir, workspace.folder(STATE), *(workspace.folder(stage.output) for stage in stages))
     for folder in (*written, workspace.folder(REPORT)):
         existing = existing_part(folder)
@@ -81,7 +81,7 @@ def check_outputs(workspace: Workspace, stages: Sequence[Stage]) -> str:
             raise RecipeError(f"work_dir: {existing} is no folder, {folder} is to be written")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise RecipeError(f"work_dir: {folder} can't be written: no permission to write into {existing}")
-    for path in map(workspace.folder, FILES):
+    for path in map(workspace.folder, (*FILES, *files)):
         if path.is_dir():
             raise RecipeError(f"work_dir: {path} is a folder, a file of that name is to be written")
     return str(workspace.work_dir)
