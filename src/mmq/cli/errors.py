@@ -15,7 +15,7 @@ from typing import IO, NoReturn, cast
 from rich.console import Console
 from rich.text import Text
 
-from mmq.cli.launch import has_launcher, has_said, is_launched, last_words, speaks
+from mmq.cli.launch import has_launcher, has_said, is_launched, last_words, speaks, was_stopped
 from mmq.cli.streams import STOPPING, Stream, Terminated
 from mmq.errors import MmqError, RankError, one_line, printable
 
@@ -144,7 +144,7 @@ def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, in
     if isinstance(error, Terminated):
         # The launcher ends all where one has failed.
         with suppress(RankError):
-            if (found := team.failure(STOPPED)) is not None:
+            if not was_stopped() and (found := team.failure(STOPPED)) is not None:
                 message, code = f"error: {found}", found.exit_code
         team.leave()
     elif isinstance(error, RankError):

@@ -53,6 +53,15 @@ def has_said() -> None:
         Path(os.environ[SAID]).touch()
 
 
+def was_stopped() -> bool:
+    """Whether `launch` was told to end, so that all ranks end for that."""
+    return has_launcher() and _mark_of_stop(Path(os.environ[SAID])).exists()
+
+
+def _mark_of_stop(said: Path) -> Path:
+    return said.with_name("stopped")
+
+
 def last_words(sentence: str) -> None:
     """Tell the launcher why this rank ends, in the file that torch's launchers read and torchrun shows."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
@@ -81,6 +90,8 @@ def _launch(processes: int, said: Path) -> NoReturn:
         running = pool.submit(_run_elastic, processes)
         while not stopped and not running.done():
             wait([running], timeout=0.1)
+        if stopped:
+            _mark_of_stop(said).touch()
         _end_ranks(running)
     try:
         running.result()
