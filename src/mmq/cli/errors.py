@@ -48,7 +48,7 @@ def handled(resume: str = "") -> Iterator[None]:
             ):
                 has_said()
             raise
-        _leave(error, *end)
+        _leave(_meant(error), *end)
     finally:
         sys.unraisablehook, sys.excepthook = hooks
         for number, handler in previous.items():
@@ -58,9 +58,7 @@ def handled(resume: str = "") -> Iterator[None]:
 
 def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
     """The sentence and the exit code with which an error ends a command; None for one that nobody foresaw."""
-    if _received and isinstance(error, Exception):
-        # A library's compiled code may turn what a signal raised in its midst into an error of its own.
-        error = Terminated(_received[0])
+    error = _meant(error)
     if isinstance(error, MmqError):
         text = str(error) if error.has_lines else str(error).replace("\n", "\\n")
         return f"error: {text}", error.exit_code
@@ -75,6 +73,11 @@ def ending(error: BaseException, resume: str = "") -> tuple[str, int] | None:
         where = f" ({str(error.filename)[-300:]})" if error.filename else ""
         return f"error: the system refused: {error.strerror or error}{where} {kind}", 2
     return None
+
+
+def _meant(error: BaseException) -> BaseException:
+    """A library's compiled code may turn what a signal raised in its midst into an error of its own."""
+    return Terminated(_received[0]) if _received and isinstance(error, Exception) else error
 
 
 def _terminate(number: int, _frame: FrameType | None) -> None:
