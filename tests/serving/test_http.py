@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,10 @@ class Server:
         return text
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("http")
-    source = ["--family", "qwen3_moe", "--format", "fp8-bf16-scales", "--layers", "3", "--experts", "8"]
+@contextmanager
+def serving(folder: Path, sizes: list[str], *options: str, **environment: str) -> Iterator[Server]:
+    """`vllm serve` of a Qwen3-MoE's hybrid, until it is well."""
+    source = ["--family", "qwen3_moe", "--format", "fp8-bf16-scales", "--layers", "3", "--experts", "8", *sizes]
     mmq_run("synth", folder / "source", *source)
     settings = [f"model.source={folder / 'source'}", f"work_dir={folder / 'run'}"]
     mmq_run("run", ROOT / "configs/tiny.yaml", *(part for setting in settings for part in ("--set", setting)))
@@ -65,12 +66,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     beside = metadata(folder / "beside")
-    path = os.pathsep.join([str(beside), str(HERE)])
+    environment["PYTHONPATH"] = os.pathsep.join([str(beside), str(HERE)])
     command = [str(Path(SERVING_PYTHON).with_name("vllm")), "serve", str(folder / "run/hybrid")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**26)]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2**26), *options]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | environment)
         try:
             found = Server(f"http://127.0.0.1:{port}", folder / "run/hybrid")
             wait(found, process, folder / "log")
@@ -78,6 +79,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("http"), []) as found:
+        yield found
 
 
 def metadata(folder: Path) -> Path:
@@ -109,6 +116,10 @@ def wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def completions(server: Server, texts: list[str]) -> list[dict[str, Any]]:
+    return completed(server, texts)
+
+
+def completed(server: Server, texts: list[str]) -> list[dict[str, Any]]:
     """Eight texts at once, each with log-probabilities of its prompt and of what was generated."""
 
     def complete(text: str) -> dict[str, Any]:
@@ -129,9 +140,7 @@ def differences(server: Server, choices: list[dict[str, Any]], cache: Cache) -> 
     return (found - log_probabilities(server.hybrid, [tokens(choice) for choice in choices], cache)).abs()
 
 
-def test_log_probabilities_are_those_of_the_streamed_evaluation(
-    server: Server, completions: list[dict[str, Any]]
-) -> None:
+def check(server: Server, completions: list[dict[str, Any]]) -> None:
     """KV scales in use: with another cache they would not be."""
     assert len(completions) == 8
     found = differences(server, completions, Cache.TOWARD_ZERO)
@@ -140,6 +149,20 @@ def test_log_probabilities_are_those_of_the_streamed_evaluation(
     other = differences(server, completions, Cache.BF16)
     print(f"with a bf16 cache: mean {other.mean():.4f}, median {other.median():.4f}")
     assert float(other.mean()) > TOLERANCE[0] and float(other.median()) > TOLERANCE[1]
+
+
+def test_log_probabilities_are_those_of_the_streamed_evaluation(
+    server: Server, completions: list[dict[str, Any]]
+) -> None:
+    check(server, completions)
+
+
+def test_two_processes_share_the_model(tmp_path: Path, texts: list[str]) -> None:
+    """Tensor parallelism, a core each: experts, heads and fp8 blocks divide by the processes."""
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1"}
+    sizes = ["--intermediate", "256", "--head-dim", "128"]
+    with serving(tmp_path, sizes, "--tensor-parallel-size", "2", **binding) as server:
+        check(server, completed(server, texts))
 
 
 def test_eight_at_once_are_as_one_after_the_other(
