@@ -122,6 +122,8 @@ def rank_main(arguments: list[str]) -> None:
     concurrent.futures.thread._threads_queues.clear()
     if code := command_line(arguments):
         os._exit(code)
+    # It waits for the others here, where a process of its own would have ended.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def disturb(started: Started, what: str, draw: random.Random, delay: float) -> int | None:
