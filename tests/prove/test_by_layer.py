@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages.pipeline import run_stages
 from mmq.storage.atomic import FileRecord
 from mmq.workdir.workspace import Workspace
+from prove.stops import raising
 from reference import Weights, dequantized, divergence, read_folder
 from stages.test_resume import stopped
 
@@ -126,22 +126,9 @@ def test_a_single_layer_is_the_whole_result(tmp_path: Path) -> None:
     ("function", "call"),
     [("read_layer", 2), ("read_layer", 4), ("run_layer", 4), ("run_layer", 8), ("relative_error", 2), ("measure", 1)],
 )
-def test_a_stopped_run_goes_on_to_the_same_result(
-    evaluated: Path, copy: Path, function: str, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original: Callable[..., Any] = getattr(mmq.prove.by_layer, function)
-    calls = []
-
-    def failing(*args: Any, **options: Any) -> Any:
-        calls.append(function)
-        if len(calls) == call:
-            raise RuntimeError("stopped here")
-        return original(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mmq.prove.by_layer, function, failing)
-        with pytest.raises(RuntimeError, match="stopped here"):
-            evaluate_checkpoint(Workspace.of(load(copy / "recipe.yaml")), SETTINGS, layers=True)
+def test_a_stopped_run_goes_on_to_the_same_result(evaluated: Path, copy: Path, function: str, call: int) -> None:
+    with raising(mmq.prove.by_layer, function, call):
+        evaluate_checkpoint(Workspace.of(load(copy / "recipe.yaml")), SETTINGS, layers=True)
     assert not (copy / "run/by_layer.json").exists()
     succeed("eval", copy / "recipe.yaml", *FEW, "--by-layer")
     assert report_of(copy)["layers"] == report_of(evaluated)["layers"]

@@ -6,7 +6,6 @@ import itertools
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,7 @@ from mmq.source.tokens import Tokens
 from mmq.storage.checkpoint import Checkpoint
 from mmq.text import bytes_text
 from mmq.workdir.workspace import Workspace
+from prove.stops import raising
 from reference import (
     Weights,
     dequantized,
@@ -366,22 +366,9 @@ def multiply(shard: Path, endings: tuple[str, ...], factor: float) -> None:
 
 @pytest.mark.parametrize(("function", "call"), [("read_layer", 1), ("read_layer", 3), ("save_tensors", 2),
                                                 ("relative_error", 5), ("measure", 1)])  # fmt: skip
-def test_a_stopped_evaluation_goes_on_to_the_same_result(
-    evaluated: Path, copy: Path, function: str, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original: Callable[..., Any] = getattr(mmq.prove.evaluate, function)
-    calls = []
-
-    def failing(*args: Any, **options: Any) -> Any:
-        calls.append(function)
-        if len(calls) == call:
-            raise RuntimeError("stopped here")
-        return original(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mmq.prove.evaluate, function, failing)
-        with pytest.raises(RuntimeError, match="stopped here"):
-            evaluate_checkpoint(Workspace.of(load(copy / "recipe.yaml")), settings())
+def test_a_stopped_evaluation_goes_on_to_the_same_result(evaluated: Path, copy: Path, function: str, call: int) -> None:
+    with raising(mmq.prove.evaluate, function, call):
+        evaluate_checkpoint(Workspace.of(load(copy / "recipe.yaml")), settings())
     assert not (copy / "run/eval.json").exists()
     done = [event["unit"] for event in resumed(copy) if event["event"] == "unit"]
     whole = ["layer-00000", "layer-00001", "head"]

@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.text import Text
 
 from mmq.cli.launch import has_launcher, has_said, is_launched, last_words, speaks, was_stopped
-from mmq.cli.streams import STOPPING, Stream, Terminated
+from mmq.cli.streams import Stream, Terminated
 from mmq.errors import MmqError, RankError, one_line, printable
+from mmq.machine.signals import SIGNALLED, STOPPING
 
-# A shell's exit code for a command that a signal ended is this and the signal's number.
-SIGNALLED = 128
 # Signals that this process got while a command ran.
 _received: list[int] = []
 
@@ -42,11 +41,8 @@ def handled(resume: str = "") -> Iterator[None]:
         yield
     except BaseException as error:
         if (end := ending(error, resume)) is None:
-            if (
-                isinstance(error, Exception)
-                and _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)[0]
-            ):
-                has_said()
+            if isinstance(error, Exception):
+                _among_ranks(error, f"mmq did not foresee this: {one_line(error)}", 1)
             raise
         _leave(_meant(error), *end)
     finally:
@@ -123,7 +119,6 @@ def end_process(code: int) -> None:
 def _leave(error: BaseException, message: str, code: int) -> NoReturn:
     message, code = _among_ranks(error, message, code)
     if message:
-        has_said()
         text = Text(printable(message))
         text.highlight_regex(r"^error:", "red")
         stream = cast(IO[str], Stream(sys.stderr, needed=False))
@@ -132,7 +127,15 @@ def _leave(error: BaseException, message: str, code: int) -> NoReturn:
 
 
 def _among_ranks(error: BaseException, message: str, code: int) -> tuple[str, int]:
-    """What this process says and ends with, as one of several: the leading one speaks for all."""
+    """What this process says and ends with, as one of several; the launcher and the others know of it then."""
+    message, code = _own_words(error, message, code)
+    if message:
+        has_said()
+    return message, code
+
+
+def _own_words(error: BaseException, message: str, code: int) -> tuple[str, int]:
+    """As of `_among_ranks`: the leading one speaks for all."""
     if not is_launched():
         return message, code
     alone = "mmq.machine.team" not in sys.modules

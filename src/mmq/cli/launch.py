@@ -14,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mmq.cli.streams import STOPPING, Terminated
+from mmq.cli.streams import Terminated
+from mmq.machine.signals import SIGNALLED, STOPPING
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -92,27 +93,20 @@ def _launch(processes: int, said: Path) -> NoReturn:
             wait([running], timeout=0.1)
         if stopped:
             _mark_of_stop(said).touch()
-        _end_ranks(running)
+            _end_ranks(running)
     try:
         running.result()
     except ChildFailedError as error:
         if stopped and not said.exists():
             raise Terminated(stopped[0]) from None
         if stopped:
-            sys.exit(128 + stopped[0])
-        leading = error.failures.get(0)
+            sys.exit(SIGNALLED + stopped[0])
         if said.exists():
+            leading = error.failures.get(0)
             sys.exit(leading.exitcode if leading and leading.exitcode >= 0 else FAILED)
-        first, failure = min(error.failures.items(), key=lambda item: _rank_of_cause(item[1]))
-        sentence, code = f"error: rank {first} (process {failure.pid})", failure.exitcode
-        if _has_last_words(failure):
-            sentence = failure.message
-        elif code < 0:
-            sentence += f" was killed by {signal.Signals(-code).name}"
-        else:
-            sentence += f" ended with exit code {code}"
+        sentence, code = _cause(error.failures)
         sys.stderr.write(f"{sentence}; finished shards and layers are safe\n")
-        sys.exit(code if code >= 0 else 128 - code)
+        sys.exit(code if code >= 0 else SIGNALLED - code)
     sys.exit()
 
 
@@ -147,6 +141,16 @@ def _end_ranks(running: Future[None]) -> None:
         wait([running], timeout=TOLD_AGAIN)
 
 
+def _cause(failures: dict[int, ProcessFailure]) -> tuple[str, int]:
+    """Why all of them end, and the exit code of who was the first."""
+    rank, failure = min(failures.items(), key=lambda item: _rank_of_cause(item[1]))
+    code = failure.exitcode
+    if _has_last_words(failure):
+        return failure.message, code
+    how = f"ended with exit code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+    return f"error: rank {rank} (process {failure.pid}) {how}", code
+
+
 def _has_last_words(failure: ProcessFailure) -> bool:
     return "timestamp" in failure.error_file_data
 
@@ -155,4 +159,4 @@ def _rank_of_cause(failure: ProcessFailure) -> int:
     """Last words tell most; who was ended by SIGTERM, as the launcher ends all once one has failed, least."""
     if _has_last_words(failure):
         return 0
-    return 2 if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM) else 1
+    return 2 if failure.exitcode in (-signal.SIGTERM, SIGNALLED + signal.SIGTERM) else 1

@@ -10,9 +10,6 @@ from typing import Any, TextIO
 
 log = logging.getLogger(__name__)
 
-# Signals that ask a command to end.
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class Terminated(BaseException):
     """A signal asks the command to end; SIGPIPE among them stands for output that nobody reads."""

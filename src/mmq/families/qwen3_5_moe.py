@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mmq.families.qwen3_next import FINE, QWEN3_NEXT
+from mmq.families.qwen3_next import LINEAR_REST, QWEN3_NEXT
 from mmq.families.table import Blocks, SomeLayers, Stack, Weight
 
 QWEN3_5_MOE_TEXT = replace(
@@ -25,12 +25,7 @@ QWEN3_5_MOE_TEXT = replace(
         Weight("linear_attn.in_proj_z.weight", ("values", "hidden")),
         Weight("linear_attn.in_proj_b.weight", ("value heads", "hidden"), plain=True),
         Weight("linear_attn.in_proj_a.weight", ("value heads", "hidden"), plain=True),
-        Weight("linear_attn.out_proj.weight", ("hidden", "values")),
-        Weight("linear_attn.conv1d.weight", ("queries, keys and values", "one", "kernel")),
-        Weight("linear_attn.A_log", ("value heads",), dtypes=FINE),
-        Weight("linear_attn.dt_bias", ("value heads",), dtypes=FINE),
-        Weight("linear_attn.norm.weight", ("value head",), dtypes=FINE),
-        Weight("input_layernorm.weight", ("hidden",)),
+        *LINEAR_REST,
     ),
     dense=None,
     dense_layers=SomeLayers(),

@@ -10,6 +10,15 @@ from __future__ import annotations
 from mmq.families.table import Architecture, Mlp, SomeLayers, Weight
 
 FINE = ("BF16", "F32")
+# What linear attention has beside its first projections.
+LINEAR_REST = (
+    Weight("linear_attn.out_proj.weight", ("hidden", "values")),
+    Weight("linear_attn.conv1d.weight", ("queries, keys and values", "one", "kernel")),
+    Weight("linear_attn.A_log", ("value heads",), dtypes=FINE),
+    Weight("linear_attn.dt_bias", ("value heads",), dtypes=FINE),
+    Weight("linear_attn.norm.weight", ("value head",), dtypes=FINE),
+    Weight("input_layernorm.weight", ("hidden",)),
+)
 
 QWEN3_NEXT = Architecture(
     model_type="qwen3_next",
@@ -31,12 +40,7 @@ QWEN3_NEXT = Architecture(
     linear_weights=(
         Weight("linear_attn.in_proj_qkvz.weight", ("queries, keys, values and gates", "hidden")),
         Weight("linear_attn.in_proj_ba.weight", ("two a value head", "hidden"), plain=True),
-        Weight("linear_attn.out_proj.weight", ("hidden", "values")),
-        Weight("linear_attn.conv1d.weight", ("queries, keys and values", "one", "kernel")),
-        Weight("linear_attn.A_log", ("value heads",), dtypes=FINE),
-        Weight("linear_attn.dt_bias", ("value heads",), dtypes=FINE),
-        Weight("linear_attn.norm.weight", ("value head",), dtypes=FINE),
-        Weight("input_layernorm.weight", ("hidden",)),
+        *LINEAR_REST,
     ),
     linear_layers=SomeLayers(typed=("layer_types", "linear_attention"), step="full_attention_interval", step_default=4),
     sizes={

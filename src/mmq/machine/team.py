@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from mmq.errors import RankError, RecipeError, one_line
 from mmq.machine.device import named_device
-from mmq.machine.threads import signals_fatal, signals_held
+from mmq.machine.signals import signals_fatal, signals_held
 
 # Seconds that a rank waits for another before it gives up; torch's own value for Gloo.
 PATIENCE = float(os.environ.get("MMQ_RANK_TIMEOUT", "1800"))
@@ -239,7 +239,7 @@ class Team:
         if self.size == 1:
             return None
         others = [rank for rank in range(self.size) if rank != self.rank]
-        signs = {rank: self._known(f"alive/{rank}") for rank in others}
+        signs = {rank: self._known(f"alive/{rank}") for rank in others} if patience >= 2 * HEARTBEAT else {}
         until = time.monotonic() + patience
         while True:
             if told := self._known(FAILED):
@@ -253,12 +253,11 @@ class Team:
             if time.monotonic() > until:
                 break
             time.sleep(0.1)
-        if patience >= 2 * HEARTBEAT:
-            for rank in others:
-                if self._known(f"ended/{rank}") is None and self._known(f"alive/{rank}") == signs[rank]:
-                    return RankError(
-                        f"rank {rank}{self._place(rank)} gives no sign of life any more{self._last_words(rank)}"
-                    )
+        for rank, sign in signs.items():
+            if self._known(f"ended/{rank}") is None and self._known(f"alive/{rank}") == sign:
+                return RankError(
+                    f"rank {rank}{self._place(rank)} gives no sign of life any more{self._last_words(rank)}"
+                )
         return None
 
     def _is_dead(self, rank: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,6 +12,8 @@ from threading import Barrier
 from typing import TypeVar
 
 import torch
+
+from mmq.machine.signals import signals_held
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,30 +104,3 @@ def one_thread(name: str) -> ThreadPoolExecutor:
     with signals_held():
         pool.submit(torch.get_num_threads)
     return pool
-
-
-@contextmanager
-def signals_held() -> Iterator[None]:
-    """No signal ends the block: where threads start, one that its pool does not know of yet would outlive the stage,
-    and the lock. The threads hold these signals for good; the main thread takes them."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
-@contextmanager
-def signals_fatal() -> Iterator[None]:
-    """A signal ends the process at once, without Python's say: for what waits in compiled code before there is
-    anything to leave in order. Of the main thread alone."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in previous.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -16,7 +16,8 @@ import torch
 
 from mmq.errors import DiskSpaceError, MmqError
 from mmq.machine.device import named_device, peak_device, peak_host
-from mmq.machine.threads import computing, one_thread, signals_held
+from mmq.machine.signals import signals_held
+from mmq.machine.threads import computing, one_thread
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries
 from mmq.text import bytes_text
 from mmq.workdir.journal import StageJournal
