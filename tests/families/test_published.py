@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from mmq.families.registry import architecture_of
 from mmq.families.sizes import Dimensions, Form, components, tensors_of
+from mmq.families.table import MTP
 
 QWEN3: dict[str, Any] = {"model_type": "qwen3_moe", "head_dim": 128, "num_key_value_heads": 4, "vocab_size": 151936}
 GLM45: dict[str, Any] = {
@@ -83,7 +84,7 @@ def test_parameters_of_transformers_class(family: str, kinds: dict[str, Any]) ->
     settings = config.to_dict()
     arch = architecture_of(settings)
     parts = components(tensors_of(Dimensions.of(settings, arch), arch, "hybrid"))
-    counted = {name: part.parameters for name, part in parts.items() if name != "multi-token prediction"}
+    counted = {name: part.parameters for name, part in parts.items() if name != MTP}
     assert sum(counted.values()) == sum(tensor.numel() for tensor in model.state_dict().values()) > 30e9
 
 

@@ -241,7 +241,7 @@ CONFIG_DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: group(c, "int4").update(targets=[r"re:.*block_sparse_moe\.experts\.\d+\.(w1|w2|w3)$"]),
         "does not match model.layers.0.mlp.experts",
     ),
-    "targets match everything": (lambda c: group(c, "int4").update(targets=["re:.*"]), "matches lm_head"),
+    "targets match everything": (lambda c: group(c, "int4").update(targets=["re:.*"]), "matches model.norm"),
     "attention's targets match norms": (
         lambda c: group(c, "fp8").update(targets=[r"re:.*self_attn\..*"]),
         "matches model.layers.0.self_attn.q_norm",

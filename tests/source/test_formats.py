@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import SAMPLES, cpu_only, edit_json, write_recipe
+from tests.conftest import SAMPLES, cpu_only, write_recipe
 
 from mmq.errors import CheckpointError, RecipeError
+from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.qwen3_moe import QWEN3_MOE
+from mmq.families.sizes import components
 from mmq.prove.verify import verify_checkpoint
 from mmq.recipe import load
+from mmq.serve.outputs import output_tensors
 from mmq.source.formats import FORMATS, format_of
 from mmq.source.synth import STORED, Sizes, write_checkpoint, write_samples
 from mmq.stages.pipeline import run_stages
@@ -71,31 +75,81 @@ def test_what_is_none_of_them_is_refused(settings: Any, words: str) -> None:
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "plain", "stored"),
+    [
+        (FINE, ("model.layers.0.mlp.gate",), ("model.layers.0.mlp.gate_proj", "model.layers.0.self_attn.q_proj")),
+        (
+            changed(FINE, "modules_to_not_convert", to=["mtp.fc", "model.layers.1.self_attn"]),
+            ("mtp.fc", "model.layers.1.self_attn.q_proj"),
+            ("model.layers.11.self_attn.q_proj", "mtp.layers.0.self_attn.q_proj"),
+        ),
+        (CHANNEL, ("model.layers.0.mlp.gate",), ("model.layers.0.mlp.gate_proj",)),
+        (
+            changed(CHANNEL, "ignore", to=["model.layers.1.self_attn.q_proj", "re:.*shared_experts.*"]),
+            ("model.layers.1.self_attn.q_proj", "model.layers.9.mlp.shared_experts.up_proj"),
+            ("model.layers.11.self_attn.q_proj", "model.layers.1.self_attn.q_proj_"),
+        ),
+        (
+            changed(BLOCK, "config_groups", "group_0", "targets", to=[r"re:.*mlp\.experts\.\d+\..*"]),
+            ("model.layers.0.self_attn.q_proj",),
+            # By the name that transformers has for it.
+            ("model.layers.0.block_sparse_moe.experts.3.w1",),
+        ),
+    ],
+)
+def test_what_a_source_leaves_in_bf16(settings: Any, plain: tuple[str, ...], stored: tuple[str, ...]) -> None:
+    config = {"quantization_config": settings}
+    left = format_of(config).plain(config, MINIMAX_M2)
+    assert [left(f"{name}.weight") for name in (*plain, *stored)] == [True] * len(plain) + [False] * len(stored)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [changed(CHANNEL, "ignore", to=["re:("]), changed(CHANNEL, "ignore", to="lm_head"),
+     changed(FINE, "modules_to_not_convert", to=[1]), changed(BLOCK, "config_groups", "group_0", "targets", to=[None])],
+)  # fmt: skip
+def test_modules_that_are_none(settings: Any) -> None:
+    config = {"quantization_config": settings}
+    with pytest.raises(CheckpointError, match="quantization_config does not name modules"):
+        format_of(config).plain(config, MINIMAX_M2)
+
+
 @cpu_only
 def test_fp8_by_rows_and_bf16_attention_side_by_side(tmp_path: Path) -> None:
-    """As where a release leaves attention alone: bf16 stays bf16, and no group speaks of it."""
-    folder = tmp_path / "source"
-    write_checkpoint(folder, Sizes(), family=QWEN3_MOE, stored=STORED["ct-channel"])
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name in [name for name in tensors if ".self_attn." in name and name.endswith("proj.weight")]:
-            scale = load_all(folder)[f"{name}_scale"].float()
-            tensors[name] = (tensors[name].float() * scale).bfloat16()
-        save_file(tensors, path)
-    for path in folder.glob("*.safetensors"):
-        tensors = {name: t for name, t in load_file(path).items() if not ("self_attn" in name and "scale" in name)}
-        save_file(tensors, path)
-    edit_json(
-        folder / "model.safetensors.index.json",
-        lambda index: index.update(
-            weight_map={n: s for n, s in index["weight_map"].items() if not ("self_attn" in n and "scale" in n)}
-        ),
-    )
-    write_samples(tmp_path / "samples.jsonl", SAMPLES)
-    workspace = Workspace.of(load(write_recipe(tmp_path, source="fp8")))
-    run_stages(workspace, ["awq", "restore"])
-    assert not verify_checkpoint(workspace).problems
-    assert load_all(tmp_path / "run/hybrid")["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+    """As where a release leaves attention alone, all of it or some: bf16 stays bf16, no group speaks of it, and the
+    plan counts it so."""
+    for name, left in {"some": "model.layers.1.self_attn.q_proj", "all": "re:.*self_attn.*"}.items():
+        folder = tmp_path / name
+        settings = changed(CHANNEL, "ignore", to=[*CHANNEL["ignore"], left])
+        stored = replace(STORED["ct-channel"], settings=settings)
+        write_checkpoint(folder / "source", Sizes(), family=QWEN3_MOE, stored=stored)
+        write_samples(folder / "samples.jsonl", SAMPLES)
+        workspace = Workspace.of(load(write_recipe(folder, source="fp8")))
+        assert workspace.source.specs.keys() - workspace.source.scales.keys()
+        planned = {form: planned_bytes(workspace, form) for form in ("source", "hybrid")}
+        run_stages(workspace, ["awq", "restore"])
+        assert not verify_checkpoint(workspace).problems
+        found = load_all(folder / "run/hybrid")
+        names = [f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1)]
+        kept = torch.bfloat16 if name == "all" else torch.float8_e4m3fn
+        assert [found[name].dtype for name in names] == [kept, torch.bfloat16]
+        assert planned == {"source": bytes_of(folder / "source"), "hybrid": bytes_of(folder / "run/hybrid")}
+
+
+def planned_bytes(workspace: Workspace, form: Any) -> dict[str, int]:
+    arch = workspace.architecture
+    tensors = output_tensors(workspace.recipe, workspace.source.config, arch, form)
+    return {name: part.nbytes for name, part in components(tensors).items() if part.nbytes}
+
+
+def bytes_of(folder: Path) -> dict[str, int]:
+    """Of each component, by the files."""
+    found: dict[str, int] = {}
+    for name, tensor in load_all(folder).items():
+        component = QWEN3_MOE.component(name)
+        found[component] = found.get(component, 0) + tensor.nbytes
+    return found
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

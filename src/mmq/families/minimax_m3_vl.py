@@ -6,7 +6,7 @@ vLLM holds the router in fp32, and q, k, v and what chooses the blocks in one la
 
 from __future__ import annotations
 
-from mmq.families.table import Architecture, Blocks, Clamped, Mlp, SomeLayers, Weight, grouped_query
+from mmq.families.table import MTP, Architecture, Blocks, Clamped, Mlp, SomeLayers, Weight, grouped_query
 
 _VISION = "vision_config"
 _TOWER = "vision tower"
@@ -77,9 +77,9 @@ MINIMAX_M3_VL = Architecture(
     dense_layers=SomeLayers(typed=("mlp_layer_types", "dense"), flagged=("moe_layer_freq", 0)),
     dense_key="dense_intermediate_size",
     carried=(
-        ("mtp.", "multi-token prediction"),
-        ("language_model.mtp.", "multi-token prediction"),
-        ("language_model.model.mtp.", "multi-token prediction"),
+        ("mtp.", MTP),
+        ("language_model.mtp.", MTP),
+        ("language_model.model.mtp.", MTP),
         ("vision_tower.", _TOWER),
         ("multi_modal_projector.", _TOWER),
         ("patch_merge_mlp.", _TOWER),

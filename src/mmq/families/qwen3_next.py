@@ -7,7 +7,7 @@ decay and learning rate are too narrow for fp8 blocks, and stay bf16 in fp8 rele
 
 from __future__ import annotations
 
-from mmq.families.table import Architecture, Mlp, SomeLayers, Weight
+from mmq.families.table import MTP, Architecture, Mlp, SomeLayers, Weight
 
 FINE = ("BF16", "F32")
 # What linear attention has beside its first projections.
@@ -76,7 +76,7 @@ QWEN3_NEXT = Architecture(
     shared_gate=Weight("mlp.shared_expert_gate.weight", ("one", "hidden"), plain=True, whole=True),
     dense=Mlp("mlp.", "dense"),
     dense_layers=SomeLayers(listed="mlp_only_layers", step="decoder_sparse_step"),
-    carried=(("mtp.", "multi-token prediction"),),
+    carried=(("mtp.", MTP),),
     carried_layers=("mtp.layers.0.",),
     carried_weights=(
         Weight("mtp.fc.weight", ("hidden", "pair")),

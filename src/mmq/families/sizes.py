@@ -6,12 +6,12 @@ The tensors of a checkpoint are written down as names, dtypes, shapes and counts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from mmq.errors import CheckpointError, shown
-from mmq.families.table import SIZES, Architecture, Formula, Size, Weight, value_at
+from mmq.families.table import MTP, SIZES, Architecture, Formula, Size, Weight, value_at
 
 Form = Literal["source", "bf16", "awq", "hybrid"]
 Split = Literal["tensor parallel", "kv heads", "none"]
@@ -26,11 +26,11 @@ LARGEST = 10**9  # a size in a config.json above this is a mistake
 # At most: a tensor's entries in its shard's header and in the index.
 ENTRY_BYTES = 256
 COMPONENTS = (
-    "experts", "shared experts", "attention", "dense layers", "multi-token prediction", "vision tower", "embeddings",
-    "head", "router", "norms and biases", "kv_scales",
+    "experts", "shared experts", "attention", "dense layers", MTP, "vision tower", "embeddings", "head", "router",
+    "norms and biases", "kv_scales",
 )  # fmt: skip
 # Of these, what only some families have.
-RARE_COMPONENTS = ("shared experts", "dense layers", "multi-token prediction", "vision tower")
+RARE_COMPONENTS = ("shared experts", "dense layers", MTP, "vision tower")
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,7 @@ def tensors_of(
     storage: Storage = BLOCK_FP8,
     kept_shared: bool = False,
     fp8_attention: bool = False,
+    plain: Callable[[str], bool] = lambda _name: False,
 ) -> list[Tensors]:
     """All tensors of the source, or of a stage's output.
 
@@ -199,23 +200,20 @@ def tensors_of(
         storage: of the source.
         kept_shared: a shared expert that reads the smoothed norm keeps its fp8 bytes, and the norm is not smoothed.
         fp8_attention: of a source without scales, attention is rounded to block fp8.
+        plain: which weights the source leaves in bf16, whatever its storage.
 
     Raises:
         CheckpointError: the experts' inputs can't be cut into groups.
     """
     result = []
-    for weight, matrix in _parameters(dims, arch):
-        scales = storage.scale_suffix if matrix else None
+    for weight, stored in _parameters(dims, arch, plain):
+        # Of equal matrices of several layers, those that the source stores in its format, and those that it does not.
+        own = replace(weight, count=stored)
+        rest = [replace(weight, count=weight.count - stored)] if stored < weight.count else []
         if weight.component == "router":
             result.append(
                 replace(weight, dtype=arch.router_served if form in ("awq", "hybrid") else arch.router_stored)
             )
-        elif not matrix:
-            result.append(weight)
-        elif form == "source":
-            result.append(replace(weight, dtype=storage.dtype))
-            if scales is not None:
-                result.append(_part(weight, scales, storage.scale_dtype, storage.scale_shape(weight.shape)))
         elif weight.component == "experts" and form in ("awq", "hybrid"):
             rows, columns = weight.shape
             if columns % group_size:
@@ -226,12 +224,14 @@ def tensors_of(
             packed = _part(weight, "_packed", "I32", (rows, columns // PACK), weight.parameters)
             result += [packed, _part(weight, "_scale", "BF16", (rows, columns // group_size))]
             result.append(_part(weight, "_shape", "I64", (2,)))
-        elif form == "hybrid" and scales is not None and (kept_shared or not _is_scaled(arch, weight)):
-            result.append(replace(weight, dtype=storage.dtype))
-            result.append(_part(weight, "_scale", storage.scale_dtype, storage.scale_shape(weight.shape)))
+        elif not stored:
+            result.append(weight)
+        elif form == "source":
+            result += [*_stored(own, storage, storage.scale_suffix), *rest]
+        elif form == "hybrid" and storage.scale_suffix and (kept_shared or not _is_scaled(arch, weight)):
+            result += [*_stored(own, storage, "_scale"), *rest]
         elif form == "hybrid" and fp8_attention and weight.component == "attention":
-            result.append(replace(weight, dtype=FP8))
-            result.append(_part(weight, "_scale", "F32", BLOCK_FP8.scale_shape(weight.shape)))
+            result += _stored(own, BLOCK_FP8, "_scale")
         else:
             result.append(weight)
     if kv_scales and arch.has_kv_cache_scales and form in ("awq", "hybrid"):
@@ -277,48 +277,61 @@ def outside_bytes(tensors: Iterable[Tensors]) -> int:
     return sum(tensor.nbytes for tensor in tensors if not tensor.in_layer)
 
 
-def _parameters(dims: Dimensions, arch: Architecture) -> Iterator[tuple[Tensors, bool]]:
-    """The tensors that hold parameters, dequantized, and whether each is a matrix that the source may store in fp8."""
+def _parameters(dims: Dimensions, arch: Architecture, plain: Callable[[str], bool]) -> Iterator[tuple[Tensors, int]]:
+    """The tensors that hold parameters, dequantized, and how many of each are matrices that the source stores in its
+    format."""
 
     def tensors(name: str, shape: tuple[int, ...], count: int, split: Split = "none", dtype: str = "BF16") -> Tensors:
         component = arch.component(name.format(layer=0, expert=0))
         return Tensors(name, component, dtype, shape, count, math.prod(shape), split)
 
-    def of_layers(weight: Weight, count: int) -> tuple[Tensors, bool]:
+    def stored(weight: Weight, name: str) -> bool:
+        """Whether it is a matrix in the source's format; all experts of a layer are alike."""
+        return weight.is_matrix and not plain(name.format(expert=0))
+
+    def of_layers(weight: Weight, layers: Iterable[int]) -> tuple[Tensors, int]:
         split: Split = "kv heads" if "key" in weight.shape else "tensor parallel"
         whole = len(weight.shape) == 1 or weight.whole
-        return tensors(
-            arch.layer + weight.name, dims.shape(weight), count, "none" if whole else split
-        ), weight.is_matrix
+        each = dims.experts if "{expert}" in weight.name else 1
+        own = [stored(weight, arch.layer_prefix(layer) + weight.name) for layer in layers]
+        name, shape = arch.layer + weight.name, dims.shape(weight)
+        return tensors(name, shape, len(own) * each, "none" if whole else split), sum(own) * each
 
-    yield tensors(arch.embedding, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
+    yield tensors(arch.embedding, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), 0
     if not dims.tied:
-        yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), False
-    yield tensors(arch.final_norm, (dims.hidden,), 1), False
-    kinds = (
-        (arch.attention_weights, dims.cached_layers),
-        (arch.sparse_weights, dims.sparse_layers),
-        (arch.linear_weights, dims.linear_layers),
-    )
-    for weight in dict.fromkeys(weight for own, _ in kinds for weight in own):
-        count = sum(layers for own, layers in kinds if weight in own)
-        if count:
-            yield of_layers(weight, count)
-    yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), False
-    yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), False
+        yield tensors(arch.head, (dims.vocabulary, dims.hidden), 1, "tensor parallel"), 0
+    yield tensors(arch.final_norm, (dims.hidden,), 1), 0
+    attention: dict[Weight, list[int]] = {}
+    for layer in range(dims.layers):
+        for weight in arch.attention_of(layer):
+            attention.setdefault(weight, []).append(layer)
+    for weight, layers in attention.items():
+        yield of_layers(weight, layers)
+    yield tensors(arch.layer + arch.smooth_norm, (dims.hidden,), dims.layers), 0
+    yield tensors(arch.layer + arch.router, (dims.experts, dims.hidden), dims.expert_layers), 0
     if arch.router_bias:
-        yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), False
+        yield tensors(arch.layer + arch.router_bias, (dims.experts,), dims.expert_layers, dtype="F32"), 0
+    with_experts = [layer for layer in range(dims.layers) if arch.has_experts(layer)]
     if arch.shared:
         for weight in (*arch.shared.weights, *([arch.shared_gate] if arch.shared_gate else [])):
-            yield of_layers(weight, dims.expert_layers)
+            yield of_layers(weight, with_experts)
     if arch.dense and dims.dense_layers:
         for weight in arch.dense.weights:
-            yield of_layers(weight, dims.dense_layers)
+            yield of_layers(weight, sorted(arch.dense_at))
     for weight in arch.experts.weights:
-        yield of_layers(weight, dims.expert_layers * dims.experts)
+        yield of_layers(weight, with_experts)
     for weight in arch.extra_tensors():
         count = dims.experts if "{expert}" in weight.name else 1
-        yield tensors(weight.name, dims.shape(weight), count, dtype=weight.dtypes[0]), weight.is_matrix
+        one = tensors(weight.name, dims.shape(weight), count, dtype=weight.dtypes[0])
+        yield one, count * stored(weight, weight.name)
+
+
+def _stored(weight: Tensors, storage: Storage, suffix: str | None) -> list[Tensors]:
+    """A matrix as it is stored, and its scales under that suffix."""
+    matrix = replace(weight, dtype=storage.dtype)
+    if suffix is None:
+        return [matrix]
+    return [matrix, _part(weight, suffix, storage.scale_dtype, storage.scale_shape(weight.shape))]
 
 
 def _part(weight: Tensors, suffix: str, dtype: str, shape: tuple[int, ...], parameters: int = 0) -> Tensors:

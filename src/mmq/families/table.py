@@ -36,6 +36,8 @@ Formula = tuple[tuple[str | int, ...], ...]
 
 # What transformers and vLLM read beside a section or in it.
 BOTH_PLACES = ("tie_word_embeddings", "quantization_config")
+# The component of what predicts further tokens.
+MTP = "multi-token prediction"
 LATENT_SCALES = "vLLM takes no calibrated scales for the latent that this attention caches"
 
 
@@ -563,6 +565,11 @@ class Architecture:
                 return transformers + local[len(checkpoint) :]
         return local
 
+    def transformers_name(self, name: str) -> str:
+        """A module, or a tensor, of the whole model under transformers' name."""
+        layer, local = self.split(name)
+        return name if layer is None else self.layer_prefix(layer) + self.module_name(local)
+
     def component(self, name: str) -> str:
         """The model card's component that a tensor belongs to."""
         for prefix, component in self.carried:
@@ -570,7 +577,7 @@ class Architecture:
                 return component
         layer, local = self.split(name)
         if layer is not None and layer in self.extra_at:
-            return "multi-token prediction"
+            return MTP
         if self.split_expert(local):
             return "experts"
         if any(local.startswith(f"{linear}.weight") for linear in self.attention):

@@ -153,7 +153,6 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
     modules = {name.rpartition(".")[0] for name in result.specs}
     inside = {module for module in modules if layer_of(arch, source, module) is not None}
     kinds = {"experts": {module for module in inside if arch.split_expert(arch.split(module)[1] + ".weight")}}
-    past = {module for module in modules - inside if arch.is_extra(module + ".")}
     ignored = quantization.get("ignore") or []
     layers = range(int(arch.settings(source.config)[arch.layers_key]))
     kept = {
@@ -179,10 +178,10 @@ def check_config(report: Report, original: Original, result: Checkpoint) -> None
             report.problems.append(f"config.json: {name} is neither int4 experts nor block-fp8 attention")
             continue
         covered.add(kind)
-        for rename in (lambda module: module, lambda module: _transformers_name(arch, module)):
+        for rename in (str, arch.transformers_name):
             try:
                 named = {module: rename(module) for module in modules}
-                left = modules - {module for module in past if _matches(named[module], ignored)}
+                left = {module for module in modules if not _matches(named[module], ignored)}
                 matched = {module for module in left if _matches(named[module], group.get("targets") or [])}
             except (re.error, TypeError) as error:
                 report.problems.append(f"config.json: {name} has a target that is no pattern ({error})")
@@ -249,8 +248,3 @@ def _matches(module: str, targets: Iterable[str]) -> bool:
     return any(
         re.match(target[3:], module) is not None if target.startswith("re:") else target == module for target in targets
     )
-
-
-def _transformers_name(arch: Architecture, module: str) -> str:
-    layer, local = arch.split(module)
-    return module if layer is None else arch.layer_prefix(layer) + arch.module_name(local)

@@ -16,14 +16,16 @@ def output_tensors(recipe: Recipe, config: dict[str, Any], arch: Architecture, f
     Raises:
         CheckpointError: config.json describes no model or format that mmq reads.
     """
-    settings, storage = recipe.awq, format_of(arch.settings(config)).storage
+    settings, config = recipe.awq, arch.settings(config)
+    found = format_of(config)
     return tensors_of(
         Dimensions.of(config, arch),
         arch,
         form,
         settings.group_size,
         settings.kv_cache_scheme is not None,
-        storage,
+        found.storage,
         settings.shared_experts == "source",
-        recipe.restore.attention == "fp8_block" and storage.scale_suffix is None,
+        recipe.restore.attention == "fp8_block" and not found.quantized,
+        found.plain(config, arch),
     )

@@ -47,7 +47,11 @@ def output_config(
         format=(CompressionFormat.mixed_precision if hybrid else CompressionFormat.pack_quantized).value,
         quantization_status=QuantizationStatus.COMPRESSED,
         kv_cache_scheme=QuantizationArgs(**scheme.model_dump()) if scheme else None,
-        ignore=[architecture.head.removesuffix(".weight"), *ignored_extras(architecture, carried)],
+        ignore=[
+            architecture.head.removesuffix(".weight"),
+            *ignored_extras(architecture, carried),
+            *left_between(architecture, source, kept),
+        ],
     )
     config = unquantized(architecture, source)
     decoder = config[architecture.section] if architecture.section else config
@@ -93,6 +97,20 @@ def ignored_extras(architecture: Architecture, carried: Sequence[str]) -> list[s
     fp8 = fp8_prefixes(architecture, carried)
     # transformers and vLLM may have it deeper.
     return [rf"re:(.*\.)?{re.escape(prefix)}.*" for prefix in architecture.extra_prefixes if prefix not in fp8]
+
+
+def left_between(architecture: Architecture, source: dict[str, Any], kept: Sequence[str]) -> list[str]:
+    """Modules of some layers that are bf16 where those of others are fp8: their pattern, which names no layer, is of
+    both. Under the hub's names and transformers'."""
+    patterns = [re.compile(target.removeprefix("re:")) for target in kept_targets(architecture, kept)]
+    fp8, found = set(kept), dict[str, None]()
+    for layer in range(int(architecture.settings(source)[architecture.layers_key])):
+        for weight in (*architecture.kept(layer), *architecture.scaled(layer)):
+            module = architecture.layer_prefix(layer) + weight.module
+            names = (module, architecture.transformers_name(module))
+            if module not in fp8 and any(pattern.match(name) for pattern in patterns for name in names):
+                found |= dict.fromkeys(names)
+    return [*found]
 
 
 def _fp8_storage(source: dict[str, Any]) -> Storage:

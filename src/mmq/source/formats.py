@@ -5,15 +5,19 @@ A format is told by config.json's quantization_config alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from mmq.errors import CheckpointError, shown
 from mmq.families.sizes import BLOCK, BLOCK_FP8, Storage
+from mmq.families.table import Architecture
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
+# Whether a quantization_config means a module, by any of the names that the module has.
+Meant = Callable[[set[str]], bool]
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class SourceFormat:
         scale_dtypes: what the scales may be.
         partly: what is no expert may be stored without scales.
         fault: what in the section is not of this format, as a clause; None where all is.
+        left: of a section without fault, which modules it leaves in bf16.
     """
 
     name: str
@@ -35,11 +40,29 @@ class SourceFormat:
     scale_dtypes: tuple[str, ...] = ()
     partly: bool = False
     fault: Callable[[dict[str, Any]], str | None] = lambda _settings: None
+    left: Callable[[dict[str, Any]], Meant] = lambda _settings: lambda _names: False
 
     @property
     def quantized(self) -> bool:
         """Whether weights have scales."""
         return self.storage.scale_suffix is not None
+
+    def plain(self, config: dict[str, Any], arch: Architecture) -> Callable[[str], bool]:
+        """Which weights, by the hub's names, are bf16 though this is the format, as far as config.json tells.
+
+        Raises:
+            CheckpointError: what names them is no list of names and patterns.
+        """
+        try:
+            left = self.left(config.get("quantization_config") or {})
+        except (TypeError, re.error) as error:
+            raise CheckpointError(f"config.json: quantization_config does not name modules: {error}") from None
+
+        def plain(name: str) -> bool:
+            module = name.removesuffix(".weight")
+            return left({module, arch.transformers_name(module)})
+
+        return plain
 
 
 def _fault_of_blocks(settings: dict[str, Any]) -> str | None:
@@ -50,6 +73,35 @@ def _fault_of_blocks(settings: dict[str, Any]) -> str | None:
     if settings.get("fmt", "float8_e4m3fn") not in ("float8_e4m3fn", "e4m3"):
         return f"fmt is {shown(settings['fmt'])}; only float8_e4m3fn is supported"
     return None
+
+
+def _not_converted(settings: dict[str, Any]) -> Meant:
+    """transformers' rule for `modules_to_not_convert`: its entries are patterns from a name's start, or ends of it."""
+    ends = _strings(settings.get("modules_to_not_convert"))
+    starts = [re.compile(entry) for entry in ends]
+    return lambda names: any(name.endswith(ends) or any(s.match(name) for s in starts) for name in names)
+
+
+def _not_targeted(settings: dict[str, Any]) -> Meant:
+    """compressed-tensors' rule: what `targets` mean and `ignore` does not."""
+    groups = settings["config_groups"].values()
+    targeted = _meant_by(target for group in groups for target in _strings(group.get("targets")))
+    ignored = _meant_by(_strings(settings.get("ignore")))
+    return lambda names: ignored(names) or not targeted(names)
+
+
+def _meant_by(entries: Iterable[str]) -> Meant:
+    """Whole names, patterns after `re:`, or classes, of which all that a source may store in fp8 are Linear."""
+    whole = {*entries}
+    patterns = [re.compile(entry.removeprefix("re:")) for entry in whole if entry.startswith("re:")]
+    return lambda names: bool(whole & {*names, "Linear"}) or any(p.match(name) for p in patterns for name in names)
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    """A list of strings, or nothing. Raises TypeError."""
+    if value is not None and not (isinstance(value, list) and all(isinstance(entry, str) for entry in value)):
+        raise TypeError(f"{shown(value)} is no list of strings")
+    return tuple(value or ())
 
 
 def _fault_of_groups(strategy: str) -> Callable[[dict[str, Any]], str | None]:
@@ -82,16 +134,18 @@ def _fault_of_groups(strategy: str) -> Callable[[dict[str, Any]], str | None]:
 
 
 # Scales are fp32 in MiniMax's and DeepSeek's releases, bf16 in Qwen's, fp16 in others' of Qwen.
-FINE_GRAINED_FP8 = SourceFormat("block fp8", "fp8", BLOCK_FP8, ("F32", "BF16", "F16"), fault=_fault_of_blocks)
+FINE_GRAINED_FP8 = SourceFormat(
+    "block fp8", "fp8", BLOCK_FP8, ("F32", "BF16", "F16"), False, _fault_of_blocks, _not_converted
+)
 PLAIN_BF16 = SourceFormat("bf16", None, Storage("BF16", None, "BF16"))
 _CT = "compressed-tensors"
 CT_BLOCK_FP8 = SourceFormat(
     f"{_CT} block fp8", _CT, Storage(scale_suffix="_scale", scale_dtype="BF16"), ("F32", "BF16", "F16"), True,
-    _fault_of_groups("block"),
+    _fault_of_groups("block"), _not_targeted,
 )  # fmt: skip
 CT_CHANNEL_FP8 = SourceFormat(
     f"{_CT} channel fp8", _CT, Storage(scale_suffix="_scale", scale_dtype="BF16", block=(1, 0)), ("F32", "BF16", "F16"),
-    True, _fault_of_groups("channel"),
+    True, _fault_of_groups("channel"), _not_targeted,
 )  # fmt: skip
 FORMATS = (FINE_GRAINED_FP8, CT_BLOCK_FP8, CT_CHANNEL_FP8, PLAIN_BF16)
 

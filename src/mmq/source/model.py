@@ -44,6 +44,7 @@ class SourceModel:
         self.config = architecture.settings(checkpoint.config)
         try:
             self.format = format_of(self.config)
+            self.format.plain(self.config, architecture)  # or it would be met by what counts the result's bytes
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint.folder}: {error}") from None
         self.checkpoint = checkpoint

@@ -218,6 +218,7 @@ def _tensors(
     arch: Architecture, config: dict[str, Any], stored: Stored, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
     dims, suffix = Dimensions.of(config, arch), stored.format.storage.scale_suffix
+    plain = stored.format.plain(config, arch)
     hidden, inner = dims.hidden, dims.intermediate
     tensors: dict[str, torch.Tensor] = {}
 
@@ -230,7 +231,7 @@ def _tensors(
         return torch.where(torch.rand(count, generator=generator) < 0.012, magnitude * outliers, magnitude)
 
     def matrix(name: str, weight: torch.Tensor) -> None:
-        if suffix is None:
+        if suffix is None or plain(name):
             tensors[name] = weight.to(torch.bfloat16)
         else:
             tensors[name], tensors[name + suffix] = quantize_block(weight, stored)
