@@ -8,11 +8,12 @@ import pytest
 
 from families.test_sizes import M2_5
 from mmq.families import sizes
+from mmq.families.deepseek_v3 import DEEPSEEK_V3
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, Dimensions, tensors_of
 from mmq.serve import memory
 from mmq.serve.memory import Gpus
-from mmq.source.synth import Sizes, model_config
+from mmq.source.synth import STORED, Sizes, model_config
 
 A6000S = Gpus(4, 48 * GIB)
 
@@ -83,6 +84,17 @@ def test_tensor_parallelism_that_vllm_refuses(gpus: int, expected: list[str]) ->
         assert re.search(pattern, problem)
 
 
+def test_what_predicts_further_tokens_is_not_served() -> None:
+    """It is on the disk; vLLM loads it for speculative decoding alone."""
+    config = model_config(Sizes(layers=3), DEEPSEEK_V3)
+    arch = DEEPSEEK_V3.resolved(config)
+    dims = Dimensions.of(config, arch)
+    tensors = tensors_of(dims, arch, "hybrid")
+    parts = {name: own.nbytes for name, own in sizes.components(tensors).items()}
+    assert parts["multi-token prediction"] > 0
+    assert memory.weights_per_gpu(tensors, dims, 1) == sum(parts.values()) - parts["multi-token prediction"]
+
+
 def test_rows_that_are_no_whole_blocks() -> None:
     dims = Dimensions.of(model_config(Sizes(hidden=320, intermediate=256, heads=2, kv_heads=2, head_dim=64)), ARCH)
     assert [problem.partition(",")[0] for problem in memory.parallel_problems(dims, 2)] == [
@@ -90,3 +102,15 @@ def test_rows_that_are_no_whole_blocks() -> None:
         "each of 2 GPUs gets 64 rows of q",
         "each of 2 GPUs gets 64 rows of k and v",
     ]
+    assert [problem.partition(",")[0] for problem in memory.parallel_problems(dims, 2, blocks=False)] == [
+        "the hidden size 320 is not a multiple of 128"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stored", "blocks"), [("fp8", True), ("ct-block", True), ("ct-channel", False), ("bf16", False)]
+)
+def test_attention_in_blocks(stored: str, blocks: bool) -> None:
+    """Or by rows, or in bf16: where no rows of a GPU's part have to be whole blocks."""
+    tensors = tensors_of(M2_5, ARCH, "hybrid", storage=STORED[stored].format.storage)
+    assert memory.attention_in_blocks(tensors) == blocks

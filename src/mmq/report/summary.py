@@ -14,6 +14,7 @@ from mmq.serve.memory import (
     DEFAULT_RESERVE,
     DEFAULT_UTILIZATION,
     Gpus,
+    attention_in_blocks,
     parallel_problems,
     serve_command,
     serving,
@@ -87,7 +88,8 @@ def summarize(workspace: Workspace, facts: RunFacts, gpus: Gpus | None = None) -
         tensors = output_tensors(workspace.recipe, source.config, arch, "hybrid")
         item = CACHE_BYTES["fp8" if scales else "bf16"]
         tokens = serving(tensors, dims, gpus, DEFAULT_UTILIZATION, DEFAULT_RESERVE, item).tokens
-        warnings += [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, count)]
+        refused = parallel_problems(dims, count, attention_in_blocks(tensors))
+        warnings += [f"vLLM would refuse: {problem}" for problem in refused]
         longest = source.config.get("max_position_embeddings")
         if not tokens:
             warnings.append(f"it does not fit on {gpus.count} x {gib_text(gpus.memory)}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mmq.families.sizes import Dimensions, Form, Forms
-from mmq.serve.memory import CACHE_BYTES, Gpus, parallel_problems, serving
-from mmq.text import gib_text
+from mmq.families.sizes import Dimensions, Form, Forms, components
+from mmq.families.table import MTP
+from mmq.serve.memory import CACHE_BYTES, Gpus, attention_in_blocks, parallel_problems, serving
+from mmq.text import bytes_text, gib_text
 
 # What is worth serving: the finished checkpoint with either cache, and the awq stage's output to compare with.
 SERVED: tuple[tuple[Form, str], ...] = (("hybrid", "bf16"), ("hybrid", "fp8"), ("awq", "bf16"))
@@ -22,7 +23,8 @@ def fit_on(
 ) -> dict[str, Any]:
     """How the result fits, and why it would not."""
     rows: list[dict[str, Any]] = []
-    problems = [f"vLLM would refuse: {problem}" for problem in parallel_problems(dims, gpus.count)]
+    refused = parallel_problems(dims, gpus.count, attention_in_blocks(forms["hybrid"]))
+    problems = [f"vLLM would refuse: {problem}" for problem in refused]
     for form, cache in SERVED:
         fit = serving(forms[form], dims, gpus, utilization, reserve, CACHE_BYTES[cache])
         rows.append(
@@ -53,13 +55,13 @@ def fit_on(
         "utilization": utilization,
         "reserve": reserve,
         "rows": rows,
-        "assumptions": _assumptions(rows, dims, gpus, utilization, reserve),
+        "assumptions": _assumptions(rows, dims, forms, gpus, utilization, reserve),
         "warnings": problems,
     }
 
 
 def _assumptions(
-    rows: list[dict[str, Any]], dims: Dimensions, gpus: Gpus, utilization: float, reserve: int
+    rows: list[dict[str, Any]], dims: Dimensions, forms: Forms, gpus: Gpus, utilization: float, reserve: int
 ) -> list[str]:
     hybrid, _, awq = rows
     freed = awq["weights_per_gpu"] - hybrid["weights_per_gpu"]
@@ -70,15 +72,24 @@ def _assumptions(
         if dims.latent
         else f"Of {dims.kv_heads} KV heads each GPU holds {heads}."
     )
+    beside = components(forms["hybrid"])
+    rare = []
+    if beside["vision tower"].nbytes:
+        rare.append("The vision tower is counted whole on each GPU.")
+    if extra := beside[MTP].nbytes:
+        rare.append(
+            f"Multi-token prediction, {bytes_text(extra)}, is loaded for speculative decoding alone: not counted."
+        )
+    larger = f" Against awq/, where what is fp8 here is bf16, hybrid/ frees another {gib_text(freed)} on each GPU."
     return [
         f"left for the cache = {gib_text(gpus.memory)} x {utilization} (gpu_memory_utilization) - weights -"
         f" {gib_text(reserve)} (reserve)",
         f"bytes a token and GPU = {dims.cached_layers} layers x {token} x 2 bytes (bf16) or 1 (fp8)",
         "Tensor parallelism splits experts, attention, embeddings and head over the GPUs; norms, router, biases and KV"
         f" scales are on each. {shared}",
+        *rare,
         "The reserve is for activations, CUDA graphs, NCCL and the memory that CUDA does not show. Its default is what"
         " MiniMax-M2.5's model card implies: 370,000 tokens of fp8 cache on 4 x 48 GB (here 366,482).",
-        "For one checkpoint an fp8 cache holds twice the tokens of a bf16 cache. Against awq/, whose attention is bf16,"
-        f" hybrid/ frees another {gib_text(freed)} on each GPU. The card's 160,000 tokens of bf16 cache (here 172,492"
-        " with awq/) come from a deployment that it doesn't describe.",
+        f"For one checkpoint an fp8 cache holds twice the tokens of a bf16 cache.{larger if freed else ''} The card's"
+        " 160,000 tokens of bf16 cache (here 172,492 with awq/) come from a deployment that it doesn't describe.",
     ]

@@ -9,8 +9,10 @@ KV cache under tensor parallelism, per GPU:
 
 `utilization` is vLLM's gpu_memory_utilization. `reserve` is all else that vLLM counts against it: activations at their
 peak, CUDA graphs, NCCL's buffers, and the part of the nominal memory that CUDA doesn't show. Experts, attention,
-embeddings and head are split over the GPUs; norms, router, biases and KV scales are on each. KV heads, and with them
-k_proj and v_proj, are split while there are enough of them; with more GPUs than KV heads each GPU holds one.
+embeddings and head are split over the GPUs; norms, router, biases and KV scales are on each, and so is a vision tower,
+of which vLLM splits most: that much is left over. What predicts further tokens is loaded for speculative decoding alone
+(vLLM 0.32: deepseek_v2.py, glm4_moe.py, qwen3_next.py, qwen3_5.py, minimax_m3/), and not counted. KV heads, and with
+them k_proj and v_proj, are split while there are enough of them; with more GPUs than KV heads each GPU holds one.
 
 Beside MiniMax-M2.5's model card (4 GPUs of 48 GiB, about 160,000 tokens with bf16 and 370,000 with fp8), at the default
 utilization of 0.9:
@@ -33,7 +35,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mmq.errors import RecipeError
-from mmq.families.sizes import BLOCK, GIB, Dimensions, Tensors
+from mmq.families.sizes import BLOCK, FP8, GIB, Dimensions, Tensors
+from mmq.families.table import MTP
 from mmq.recipe import parse_size
 
 CACHE_BYTES = {"bf16": 2, "fp8": 1}
@@ -87,9 +90,11 @@ def kv_bytes_per_token(dims: Dimensions, gpus: int, itemsize: int) -> int:
 
 
 def weights_per_gpu(tensors: Iterable[Tensors], dims: Dimensions, gpus: int) -> int:
-    """Bytes of weights on one of the GPUs under tensor parallelism."""
+    """Bytes of weights on one of the GPUs under tensor parallelism, as far as they are loaded."""
     total = 0
     for tensor in tensors:
+        if tensor.component == MTP:
+            continue
         if tensor.split == "none":
             total += tensor.nbytes
         elif tensor.split == "kv heads":
@@ -127,11 +132,21 @@ def wants_whole_experts(dims: Dimensions, gpus: int) -> bool:
     return not cut and dims.experts % gpus == 0 and dims.intermediate % BLOCK == 0
 
 
-def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
+def attention_in_blocks(tensors: Iterable[Tensors]) -> bool:
+    """Whether any of a checkpoint's attention is fp8 in blocks, and not by rows or bf16."""
+    attention = [tensor for tensor in tensors if tensor.component == "attention"]
+    rows = {f"{tensor.name}_scale": tensor.shape[0] for tensor in attention if tensor.dtype == FP8}
+    return any(tensor.shape[0] < rows.get(tensor.name, 0) for tensor in attention)
+
+
+def parallel_problems(dims: Dimensions, gpus: int, blocks: bool = True) -> list[str]:
     """Why vLLM would not split the hybrid checkpoint over so many GPUs, a sentence each.
 
     vLLM shares out whole heads, and its int4 and block-fp8 kernels take multiples of 128 channels: the hidden size,
     which isn't split, each GPU's part of an expert, and each GPU's rows of q, k and v.
+
+    Args:
+        blocks: attention is fp8 in blocks.
     """
     problems = []
     if dims.hidden % BLOCK:
@@ -150,13 +165,13 @@ def parallel_problems(dims: Dimensions, gpus: int) -> list[str]:
     rows = dims.size("query") // dims.heads
     if dims.heads % gpus:
         problems.append(f"{dims.heads} query heads can't be shared out to {gpus} GPUs")
-    elif dims.heads // gpus * rows % BLOCK:
+    elif blocks and dims.heads // gpus * rows % BLOCK:
         problems.append(f"each of {gpus} GPUs gets {dims.heads // gpus * rows} rows of q, not a multiple of {BLOCK}")
     if dims.latent:
         return problems
     if max(dims.kv_heads, gpus) % min(dims.kv_heads, gpus):
         problems.append(f"{dims.kv_heads} KV heads can't be shared out to {gpus} GPUs")
-    elif dims.kv_heads_per_gpu(gpus) * dims.head_dim % BLOCK:
+    elif blocks and dims.kv_heads_per_gpu(gpus) * dims.head_dim % BLOCK:
         rows = dims.kv_heads_per_gpu(gpus) * dims.head_dim
         problems.append(f"each of {gpus} GPUs gets {rows} rows of k and v, not a multiple of {BLOCK}")
     return problems
