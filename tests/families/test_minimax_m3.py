@@ -18,6 +18,7 @@ from mmq.families.registry import architecture_of
 from mmq.families.sizes import Dimensions
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.serve.memory import kv_bytes_per_token
 from mmq.source.model import SourceModel
 from mmq.source.synth import STORED, Sizes, model_config, write_checkpoint
 from mmq.storage.checkpoint import Checkpoint
@@ -73,6 +74,24 @@ def test_the_releases_keys_and_transformers_say_the_same() -> None:
     arch, other = architecture_of(first), architecture_of(second)
     assert arch == other and (arch.dense_at, arch.sparse_at) == ({0}, {1})
     assert Dimensions.of(first, arch) == Dimensions.of(second, other)
+
+
+def test_a_cache_holds_what_blocks_are_chosen_by() -> None:
+    """As transformers' cache does: one index key a token and sparse layer, for all heads, in bf16 on each GPU."""
+    config = model_config(Sizes(layers=3), MINIMAX_M3_VL, STORED["bf16"])
+    arch = architecture_of(config)
+    assert arch.sparse_at == {1, 2}
+    made = transformers_config(arch, config)
+    made.num_hidden_layers, made.layer_types = 1, ["minimax_m3_sparse"]
+    class_ = arch.transformers_class("MiniMaxM3VLTextModel")
+    cache = class_(made).bfloat16()(torch.tensor([[1, 2, 3, 4, 5]]), use_cache=True).past_key_values.layers[0]
+    index, keys = cache.idx_keys.nbytes // 5, cache.keys.nbytes // 5
+    dims = Dimensions.of(config, arch)
+    assert kv_bytes_per_token(dims, 1, 2) == 3 * 2 * keys + 2 * index
+    # Of two KV heads each GPU has one, of the index keys all.
+    assert kv_bytes_per_token(dims, 2, 1) == 3 * 2 * keys // 4 + 2 * index
+    config["text_config"]["sparse_attention_config"] = None
+    assert kv_bytes_per_token(Dimensions.of(config, architecture_of(config)), 1, 2) == 3 * 2 * keys
 
 
 @pytest.mark.parametrize(("layers", "dense"), [(1, set()), (2, {0}), (5, {0})])

@@ -54,6 +54,7 @@ MINIMAX_M3_VL = Architecture(
     ),
     sparse_module="self_attn.indexer",
     sparse_reach=("index_topk_blocks", "index_block_size"),
+    sparse_key="index head",
     smooth_norm="post_attention_layernorm.weight",
     norm_offset=1.0,
     router="block_sparse_moe.gate.weight",

@@ -68,6 +68,7 @@ class Dimensions:
         latent: numbers of a token that a KV cache holds where it is one latent for all heads; 0 where it isn't.
         words: what the table's own words for sizes amount to.
         sparse_layers: how many choose the tokens that they attend to.
+        sparse_key: numbers of a token that a cache holds there to choose by, beside keys and values.
     """
 
     layers: int
@@ -85,6 +86,7 @@ class Dimensions:
     latent: int = 0
     words: Mapping[Size, int] = field(default_factory=dict)
     sparse_layers: int = 0
+    sparse_key: int = 0
 
     @classmethod
     def of(cls, config: dict[str, Any], arch: Architecture) -> Dimensions:
@@ -108,9 +110,11 @@ class Dimensions:
         used = {word for weight in (*given, *arch.extra_tensors()) for word in weight.shape}
         words = {word: _amount(config, arch.sizes[word]) for word in sorted(used & arch.sizes.keys())}
         latent = _amount(config, arch.sizes[arch.latent]) if arch.latent else 0
+        sparse_key = words[arch.sparse_key] if arch.sparse_key and arch.sparse_at else 0
         return cls(
             layers, experts, hidden, intermediate, vocabulary, heads, kv_heads, head_dim, tied, dense,
             len(arch.dense_at), len(arch.linear_at), latent, words, len(arch.sparse_at),
+            sparse_key,
         )  # fmt: skip
 
     @property

@@ -234,6 +234,8 @@ class Architecture:
         sparse_weights: more of them in the layers that `sparse_layers` names: what chooses the tokens to attend to.
         sparse_module, sparse_reach: transformers' module that chooses them, and keys whose product says of how many
             tokens all are chosen.
+        sparse_key: what a cache holds of a token in these layers beside keys and values: one vector by which it is
+            chosen, for all heads.
         linear_weights: the same of linear attention, which has no KV cache, in the layers that `linear_layers` names.
         latent: what a KV cache holds of a token where it is one vector for all heads, as in multi-head latent
             attention; vLLM takes no calibrated scales for it.
@@ -307,6 +309,7 @@ class Architecture:
     sparse_at: frozenset[int] = frozenset()
     sparse_module: str = ""
     sparse_reach: tuple[str, ...] = ()
+    sparse_key: Size | None = None
     linear_weights: tuple[Weight, ...] = ()
     linear_layers: SomeLayers = SomeLayers()
     linear_at: frozenset[int] = frozenset()

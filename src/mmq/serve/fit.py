@@ -63,7 +63,7 @@ def fit_on(
 def _assumptions(
     rows: list[dict[str, Any]], dims: Dimensions, forms: Forms, gpus: Gpus, utilization: float, reserve: int
 ) -> list[str]:
-    hybrid, _, awq = rows
+    hybrid, fp8, awq = rows
     freed = awq["weights_per_gpu"] - hybrid["weights_per_gpu"]
     heads = dims.kv_heads_per_gpu(gpus.count)
     token = f"one latent of {dims.latent}" if dims.latent else f"2 x {heads} KV heads x {dims.head_dim}"
@@ -80,16 +80,21 @@ def _assumptions(
         rare.append(
             f"Multi-token prediction, {bytes_text(extra)}, is loaded for speculative decoding alone: not counted."
         )
+    chosen_by = (
+        f" + {dims.sparse_layers} layers x one index key of {dims.sparse_key} x 2 bytes" if dims.sparse_layers else ""
+    )
+    times = hybrid["bytes_per_token_per_gpu"] / fp8["bytes_per_token_per_gpu"]
     larger = f" Against awq/, where what is fp8 here is bf16, hybrid/ frees another {gib_text(freed)} on each GPU."
     return [
         f"left for the cache = {gib_text(gpus.memory)} x {utilization} (gpu_memory_utilization) - weights -"
         f" {gib_text(reserve)} (reserve)",
-        f"bytes a token and GPU = {dims.cached_layers} layers x {token} x 2 bytes (bf16) or 1 (fp8)",
+        f"bytes a token and GPU = {dims.cached_layers} layers x {token} x 2 bytes (bf16) or 1 (fp8){chosen_by}",
         "Tensor parallelism splits experts, attention, embeddings and head over the GPUs; norms, router, biases and KV"
         f" scales are on each. {shared}",
         *rare,
         "The reserve is for activations, CUDA graphs, NCCL and the memory that CUDA does not show. Its default is what"
         " MiniMax-M2.5's model card implies: 370,000 tokens of fp8 cache on 4 x 48 GB (here 366,482).",
-        f"For one checkpoint an fp8 cache holds twice the tokens of a bf16 cache.{larger if freed else ''} The card's"
-        " 160,000 tokens of bf16 cache (here 172,492 with awq/) come from a deployment that it doesn't describe.",
+        f"For one checkpoint an fp8 cache holds {times:.3g} times the tokens of a bf16 cache.{larger if freed else ''}"
+        " The card's 160,000 tokens of bf16 cache (here 172,492 with awq/) come from a deployment that it doesn't"
+        " describe.",
     ]

@@ -5,6 +5,7 @@ KV cache under tensor parallelism, per GPU:
     cache  = memory * utilization - weights - reserve
     token  = layers * 2 * KV heads on the GPU * head_dim * bytes of the cache's dtype
              or, where one latent stands for all heads, layers * its width * bytes, on each GPU
+             and, in layers that choose their tokens by keys of their own, layers * their width * 2: bf16 on each GPU
     tokens = cache / token
 
 `utilization` is vLLM's gpu_memory_utilization. `reserve` is all else that vLLM counts against it: activations at their
@@ -84,9 +85,10 @@ class Serving:
 
 
 def kv_bytes_per_token(dims: Dimensions, gpus: int, itemsize: int) -> int:
-    """Keys and values of one token in all layers, on one of the GPUs."""
+    """What the caches of all layers hold of one token, on one of the GPUs."""
     own = dims.latent or 2 * dims.kv_heads_per_gpu(gpus) * dims.head_dim
-    return dims.cached_layers * own * itemsize
+    # vLLM 0.32: `indexer_kv_dtype` is bf16 unless the command line says otherwise.
+    return dims.cached_layers * own * itemsize + dims.sparse_layers * dims.sparse_key * CACHE_BYTES["bf16"]
 
 
 def weights_per_gpu(tensors: Iterable[Tensors], dims: Dimensions, gpus: int) -> int:
