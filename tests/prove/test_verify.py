@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from cli.test_cli import cli, events, load_folder, refused, succeed
-from conftest import edit_json
+from conftest import digests, edit_json
+from mmq.storage.checkpoint import Checkpoint
+from mmq.text import bytes_text
 from storage.test_storage import edit_tensors
 
 LAYER = "model.layers.1."
@@ -291,6 +293,29 @@ def test_a_wrong_config_is_found_and_named(finished_copy: Path, damage: str) -> 
 def test_a_missing_file_is_found_and_named(finished_copy: Path, name: str, message: str) -> None:
     (finished_copy / "run" / "hybrid" / name).unlink()
     assert any(message in problem for problem in found(finished_copy))
+
+
+def test_a_dry_run_says_what_would_be_compared_and_touches_nothing(finished_copy: Path) -> None:
+    recipe, before = finished_copy / "recipe.yaml", digests(finished_copy)
+    (event,) = events(succeed("verify", recipe, "--dry-run", "--json"))
+    looked_at = {check["checked"]: check["found"] for check in event["checks"]}
+    opened = [Checkpoint.open(finished_copy / name) for name in ("source", "run/hybrid")]
+    assert looked_at["source"].startswith(f"{len(opened[0].specs):,} tensors in 4 shards")
+    assert looked_at["result"].startswith(f"{len(opened[1].specs):,} tensors in 3 shards")
+    size = bytes_text(sum(checkpoint.nbytes for checkpoint in opened))
+    assert looked_at["to compare"] == f"2 layers and what lies outside them, {size} to read"
+    assert digests(finished_copy) == before
+    # What verify would find is no refusal: its own report says it.
+    (finished_copy / "run/hybrid/model-00002-of-00003.safetensors").unlink()
+    (event,) = events(succeed("verify", recipe, "--dry-run", "--json"))
+    (problem,) = found(finished_copy)
+    assert {check["found"] for check in event["checks"]} >= {f"verify would find: {problem}"}
+
+
+def test_a_dry_run_refuses_what_verify_does(project: Path) -> None:
+    said = refused("verify", project / "recipe.yaml")
+    assert said.endswith("run/hybrid is not complete; run `mmq restore` first")
+    assert refused("verify", project / "recipe.yaml", "--dry-run") == said
 
 
 def test_verify_without_its_source_is_refused(finished_copy: Path) -> None:

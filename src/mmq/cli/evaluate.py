@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
+from mmq.cli.output import show_checked
 from mmq.cli.session import session
 from mmq.shipped import is_builtin
 
@@ -76,8 +77,7 @@ def evaluate(
         settings = EvalSettings(path, samples, sequence_length)
         if dry_run:
             found = checked(Workspace.of(run.recipe, run.output, offline=True), settings, restart, by_layer)
-            looked_at = [{"stage": one.stage, "checked": one.check, "found": one.found} for one in found]
-            run.output.result({"checks": looked_at}, "Checked (nothing was touched)", looked_at)
+            show_checked(run.output, found)
             return
         team = Team.join(run.recipe.awq.device)
         with run.output.live():

@@ -7,10 +7,10 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -22,6 +22,9 @@ from mmq.cli.streams import Stream
 from mmq.errors import printable
 from mmq.text import bytes_text, duration_text
 from mmq.workdir.progress import Listener, Progress
+
+if TYPE_CHECKING:
+    from mmq.stages.preflight import Passed
 
 Rows = list[dict[str, Any]]
 
@@ -194,6 +197,17 @@ def make_output(mode: Mode, needed: bool = True) -> Output:
         return Output()
     stream = Stream(sys.stdout, needed)
     return HumanOutput(stream) if mode is Mode.HUMAN else JsonOutput(stream)
+
+
+def checks(found: Iterable[Passed]) -> Rows:
+    """What was looked at, for people and machines."""
+    return [{"stage": one.stage or "all", "checked": one.check, "found": one.found} for one in found]
+
+
+def show_checked(output: Output, found: Iterable[Passed]) -> None:
+    """A dry run's result, where there is nothing but checks."""
+    looked_at = checks(found)
+    output.result({"checks": looked_at}, "Checked (nothing was touched)", looked_at)
 
 
 def _start_line(progress: Progress, nbytes: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmq.cli.options import Devices, DryRun, GpusOption, Json, LogFile, Quiet, RecipePath, Restart, Set, mode
-from mmq.cli.output import Mode, Output
+from mmq.cli.output import Mode, Output, checks
 from mmq.cli.session import session
 from mmq.text import bytes_text
 
@@ -111,7 +111,7 @@ def _run(
 def _show_plans(workspace: Workspace, names: list[str], output: Output, restart: bool, shown: Mode) -> None:
     from mmq.stages.pipeline import checked, describe, plans
 
-    checks = checked(workspace, names, restart)
+    looked_at = checks(checked(workspace, names, restart))
     described = [describe(workspace, plan) for plan in plans(workspace, names)]
     rows: list[dict[str, Any]] = [
         {
@@ -126,7 +126,6 @@ def _show_plans(workspace: Workspace, names: list[str], output: Output, restart:
         }
         for plan in described
     ]
-    looked_at = [{"stage": passed.stage or "all", "checked": passed.check, "found": passed.found} for passed in checks]
     if shown is not Mode.JSON:
         output.result({}, "Checked", looked_at)
     output.result({"plan": described, "checks": looked_at}, "Plan (nothing was touched)", rows)

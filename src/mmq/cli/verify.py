@@ -10,7 +10,7 @@ import typer
 
 from mmq.cli.errors import handled
 from mmq.cli.options import Devices, Json, LogFile, Quiet, RecipePath, Set, mode, quiet_libraries, recipe_arguments
-from mmq.cli.output import Output, Rows, make_output
+from mmq.cli.output import Output, Rows, make_output, show_checked
 from mmq.cli.session import session
 from mmq.errors import RecipeError
 from mmq.recipe import load
@@ -23,16 +23,26 @@ if TYPE_CHECKING:
 def verify(
     recipe: RecipePath,
     set_: Set = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check what would be refused, and say what would be compared. Touches nothing."),
+    ] = False,
     devices: Devices = None,
     json: Json = False,
     quiet: Quiet = False,
     log_file: LogFile = None,
 ) -> None:
     """Prove that the finished checkpoint is what it must be; exit code 1 and a list when something is off."""
-    with session("verify", recipe, set_, mode(json, quiet), log_file, devices=devices) as run:
+    # Checks touch nothing, a log file neither.
+    written, ranks = (None, None) if dry_run else (log_file, devices)
+    with session("verify", recipe, set_, mode(json, quiet), written, devices=ranks) as run:
         from mmq.machine.team import Team
+        from mmq.prove.verify import checked
         from mmq.workdir.workspace import Workspace
 
+        if dry_run:
+            show_checked(run.output, checked(Workspace.of(run.recipe, run.output, offline=True)))
+            return
         with run.output.live():
             team = Team.join("cpu")
             verify_and_report(Workspace.of(run.recipe, run.output, team=team), run.output)

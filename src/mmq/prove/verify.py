@@ -14,9 +14,11 @@ from mmq.prove.check_config import Original, check_config, check_names, mapping
 from mmq.prove.check_tensors import check_tensors
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
-from mmq.stages.preflight import check_outputs
+from mmq.stages.preflight import Passed, check_outputs, contents
 from mmq.storage.atomic import FileRecord, file_digest, write_json
 from mmq.storage.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint, read_json
+from mmq.text import bytes_text
+from mmq.workdir.layer_files import LayerFiles
 from mmq.workdir.workspace import HYBRID, Workspace
 
 REPORT_NAME = "verify.json"
@@ -30,12 +32,9 @@ def verify_checkpoint(workspace: Workspace) -> Report:
         RecipeError: verify.json can't be written.
         CheckpointError: the source can't be read.
     """
-    folder = workspace.folder(HYBRID)
-    if not workspace.journal.stage("restore").complete:
-        raise JournalError(f"{folder} is not complete; run `mmq restore` first")
-    check_outputs(workspace, ())
+    _check(workspace)
+    folder, source = workspace.folder(HYBRID), workspace.source.checkpoint
     report = Report(folder, workspace.work_dir / REPORT_NAME, files=finished_files(workspace))
-    source = workspace.source.checkpoint
     try:
         result = Checkpoint.open(folder)
     except CheckpointError as error:
@@ -55,6 +54,34 @@ def verify_checkpoint(workspace: Workspace) -> Report:
     if workspace.team.leads:
         write_json(report.path, report.as_json())
     return report
+
+
+def checked(workspace: Workspace) -> list[Passed]:
+    """What `verify_checkpoint` would refuse, and what it would compare, looked at without a tensor's bytes; nothing is
+    written. Raises as it does."""
+    found, folder = _check(workspace), workspace.folder(HYBRID)
+    source = workspace.source
+    try:
+        result = Checkpoint.open(folder)
+    except CheckpointError as error:
+        found["result"] = f"verify would find: {error}"
+    else:
+        found["result"] = f"{contents(result)} in {folder}"
+        size = bytes_text(source.checkpoint.nbytes + result.nbytes)
+        found["to compare"] = f"{source.layer_count()} layers and what lies outside them, {size} to read"
+    if workspace.recipe.awq.rounding != "nearest":
+        files = LayerFiles.of(workspace, "awq")
+        routed = [layer for layer in range(source.layer_count()) if workspace.architecture.has_experts(layer)]
+        kept = sum(files.evidence(layer).is_file() for layer in routed)
+        found["evidence of rounding"] = f"of {kept} of {len(routed)} layers"
+    return [Passed("verify", what, said) for what, said in found.items()]
+
+
+def _check(workspace: Workspace) -> dict[str, str]:
+    """Refuse what can't be verified, or told of: what was looked at. Raises as `verify_checkpoint`."""
+    if not workspace.journal.stage("restore").complete:
+        raise JournalError(f"{workspace.folder(HYBRID)} is not complete; run `mmq restore` first")
+    return {"outputs": check_outputs(workspace, ()), "source": contents(workspace.source.checkpoint)}
 
 
 def finished_files(workspace: Workspace) -> dict[str, list[Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mmq.errors import CheckpointError, DiskSpaceError, RecipeError
 from mmq.stages.base import Check, Plan, Stage, disk_of, existing_part, free_disk
+from mmq.storage.checkpoint import Checkpoint
 from mmq.text import bytes_text
 from mmq.workdir.journal import JOURNAL_NAME, OUTPUT_OF
 from mmq.workdir.lock import LOCK_NAME
@@ -89,9 +90,12 @@ def check_outputs(workspace: Workspace, stages: Sequence[Stage], files: Sequence
 
 def _source(workspace: Workspace) -> str:
     """All that the headers of the shards and config.json say."""
-    source = workspace.source
-    shards, tensors = len(source.checkpoint.shards), len(source.checkpoint.specs)
-    return f"{tensors:,} tensors in {shards} shards, {bytes_text(source.checkpoint.nbytes)}"
+    return contents(workspace.source.checkpoint)
+
+
+def contents(checkpoint: Checkpoint) -> str:
+    """What a checkpoint holds, in a few words."""
+    return f"{len(checkpoint.specs):,} tensors in {len(checkpoint.shards)} shards, {bytes_text(checkpoint.nbytes)}"
 
 
 def _journal(workspace: Workspace, stages: Sequence[Stage], restart: bool) -> str:
