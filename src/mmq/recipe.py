@@ -178,7 +178,8 @@ class Restore(Section):
 
     attention: Literal["source", "fp8_block"] = Field(
         "source",
-        description="attention has the source's bytes; that of a bf16 source may be rounded to fp8 in 128x128 blocks",
+        description="attention has the source's bytes; that of a bf16 source may be rounded to fp8 in 128x128 blocks,"
+        " and is calibrated with so",
     )
     attention_activations: Literal["dynamic", "none"] = Field(
         "dynamic",

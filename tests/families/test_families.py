@@ -27,8 +27,9 @@ from mmq.prove.evaluate import evaluate_checkpoint
 from mmq.prove.forward import run_layer
 from mmq.prove.streamed import EvalSettings
 from mmq.prove.verify import verify_checkpoint
-from mmq.prove.weights import SourceWeights, read_layer
+from mmq.prove.weights import HybridWeights, SourceWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.quantize.kv_cache import KvObserver
 from mmq.recipe import load
 from mmq.report.card import render
 from mmq.serve.outputs import output_tensors
@@ -37,6 +38,7 @@ from mmq.source.synth import STORED, Sizes, model_config, write_checkpoint, writ
 from mmq.stages.awq_checks import calibration_tokens
 from mmq.stages.pipeline import run_stages
 from mmq.stages.plan import make_plan
+from mmq.storage.checkpoint import Checkpoint
 from mmq.workdir.workspace import Workspace
 
 # Kinds of attention whose KV cache gets no scales.
@@ -440,13 +442,28 @@ def test_kv_scales_cover_keys_after_rotary_and_values(made: Made) -> None:
     tokens = calibration_tokens(made.workspace())
     largest = {"k_scale": 0.0, "v_scale": 0.0}
     for ids in tokens.ids.split(tokens.lengths):
-        x = made.source["model.embed_tokens.weight"][ids]
-        x = normed(x, made.source["model.layers.0.input_layernorm.weight"], made.config)
-        for name, tensor in zip(largest, keys_and_values(x, made.source, "model.layers.0.", made.config), strict=True):
+        x = made.hybrid["model.embed_tokens.weight"][ids]
+        x = normed(x, made.hybrid["model.layers.0.input_layernorm.weight"], made.config)
+        for name, tensor in zip(largest, keys_and_values(x, made.hybrid, "model.layers.0.", made.config), strict=True):
             largest[name] = max(largest[name], float(tensor.abs().max()))
     for name, value in largest.items():
         # The observers see bf16 activations.
         assert float(made.stored[f"model.layers.0.self_attn.{name}"]) == pytest.approx(value / 448, rel=0.02)
+
+
+def test_kv_scales_are_of_attention_as_it_is_served(made: Made) -> None:
+    """Bit for bit what is observed in the result's own first layer, rounded or not."""
+    arch, checkpoint = architecture_of(made.raw), Checkpoint.open(made.folder / "run/hybrid")
+    content = read_layer(HybridWeights(checkpoint, arch), arch, 0, DEVICE)
+    scheme = made.workspace().kv_cache_scheme
+    if not (scales := take_kv_scales(arch, content)):
+        return
+    assert scheme is not None
+    decoder = DecoderLayer(arch, transformers_config(arch, checkpoint.config), 0, content.rest, DEVICE)
+    observer, tokens = KvObserver(decoder, scheme.model_dump()), calibration_tokens(made.workspace())
+    with checkpoint.reader() as reader:
+        decoder.attend(embed(reader[arch.embedding], tokens.ids).to(DEVICE), tokens.lengths)
+    assert observer.scales() == scales
 
 
 def test_transformers_loads_the_hybrid_checkpoint(made: Made) -> None:

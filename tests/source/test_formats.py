@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.conftest import SAMPLES, cpu_only, write_recipe
 
-from mmq.errors import CheckpointError, RecipeError
+from mmq.errors import CheckpointError, JournalError, RecipeError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.qwen3_moe import QWEN3_MOE
 from mmq.families.sizes import components
@@ -172,6 +172,13 @@ def test_verify_sees_attention_that_was_rounded_otherwise(tmp_path: Path) -> Non
     run_stages(Workspace.of(recipe), ["awq", "restore"])
     report = verify_checkpoint(Workspace.of(recipe))
     assert not report.problems and report.checks["attention tensors rounded to the nearest fp8"] == 8
+    # The experts and the cache's scales were calibrated with it.
+    plain = Workspace.of(load(tmp_path / "recipe.yaml"))
+    for stages, restart in ((["restore"], True), (["awq", "restore"], False)):
+        with pytest.raises(
+            JournalError, match=r'awq was begun with restore\.attention = "fp8_block", now it is nothing'
+        ):
+            run_stages(plain, stages, restart)
     name = "model.layers.1.self_attn.o_proj.weight"
     path = next(p for p in (tmp_path / "run/hybrid").glob("*.safetensors") if name in load_file(p))
     good = load_file(path)

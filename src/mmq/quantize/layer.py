@@ -23,7 +23,7 @@ from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unscaled, unsmoothed
 from mmq.recipe import Awq
 from mmq.storage.shards import DTYPES
-from mmq.tensors.fp8 import is_finite
+from mmq.tensors.fp8 import is_finite, round_block
 from mmq.tensors.int4 import fits, quantize_in_place
 from mmq.tensors.smoothing import smooth_norm
 
@@ -116,6 +116,7 @@ class LayerQuantizer:
         excluded: samples that finished layers left out, counted from 1; the hidden states are without them.
         team: the ranks that share the experts and the tokens.
         smooth_norm: the norm before the experts may be smoothed: all that reads it can be scaled.
+        fp8_attention: attention will be served in block fp8, and is calibrated with so; its tensors stay as they are.
         say: told the layer, the part of it that is being done, the share of the layer that is done, and where in the
             part.
 
@@ -136,9 +137,10 @@ class LayerQuantizer:
         excluded: Iterable[int] = (),
         team: Team = ALONE,
         smooth_norm: bool = True,
+        fp8_attention: bool = False,
     ) -> None:
         self.arch, self.settings, self.device, self.say, self.team = arch, settings, device, say, team
-        self.smooth_norm = smooth_norm
+        self.smooth_norm, self.fp8_attention = smooth_norm, fp8_attention
         self._shares: Mapping[str, float] = PARTS[settings.rounding]
         left_out = set(excluded)
         self._ids = dict(enumerate(ids.cpu().split(lengths), 1))
@@ -191,6 +193,13 @@ class LayerQuantizer:
         result.statistics["excluded_samples"] = sorted(excluded)
         return result
 
+    def _decoder(self, layer: int, rest: dict[str, torch.Tensor]) -> DecoderLayer:
+        """A layer without its experts, attention as it will be served."""
+        if self.fp8_attention:
+            rounded = {weight.name for weight in self.arch.attention_of(layer) if weight.is_matrix}
+            rest = {name: round_block(tensor) if name in rounded else tensor for name, tensor in rest.items()}
+        return DecoderLayer(self.arch, self.config, layer, rest, self.device)
+
     def _attend(
         self, decoder: DecoderLayer, layer: int, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -206,7 +215,7 @@ class LayerQuantizer:
         """A layer without experts: nothing is quantized but the KV cache."""
         clock = _Clock(self.device, {"attention": 1.0}, partial(self.say, layer))
         with clock.part("attention"):
-            decoder = DecoderLayer(self.arch, self.config, layer, content.rest, self.device)
+            decoder = self._decoder(layer, content.rest)
             hidden, kv_scales = self._attend(decoder, layer, hidden)
             self._check_finite(hidden, f"the output of layer {layer} is")
         tensors = content.rest | {f"{self.arch.attention_module}.{name}": s for name, s in kv_scales.items()}
@@ -224,7 +233,7 @@ class LayerQuantizer:
             return self._pass(layer, content, hidden)
         clock = _Clock(self.device, self._shares, partial(self.say, layer))
         with clock.part("attention"):
-            decoder = DecoderLayer(arch, self.config, layer, content.rest, self.device)
+            decoder = self._decoder(layer, content.rest)
             attended, kv_scales = self._attend(decoder, layer, hidden)
             x = decoder.block_input(attended)
             residual = decoder.add_shared(attended, x)

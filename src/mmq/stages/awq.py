@@ -138,6 +138,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,
         "seed": workspace.recipe.seed,
+        # Where it is the default nothing depends on it, as above.
+        **({"restore.attention": "fp8_block"} if workspace.rounded else {}),
     }
 
 
@@ -228,6 +230,7 @@ class _Stage:
             self._excluded(),
             self.team,
             workspace.smooths_norm,
+            bool(workspace.rounded),
         )
         self.hidden = self._hidden_states(tokens)
         self.two_layers_fit = self._fit_memory()

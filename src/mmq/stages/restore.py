@@ -109,10 +109,12 @@ def _in_order(workspace: Workspace) -> list[str]:
 
 
 def _awq_output(workspace: Workspace) -> str:
-    """The awq stage's files are whole. Raises JournalError."""
+    """The awq stage's files are whole, and were calibrated with the attention that is restored. Raises JournalError."""
     folder, journal = workspace.folder(AWQ), workspace.journal.stage("awq")
     if not journal.complete:
         raise JournalError(f"{folder} is not complete; run `mmq awq` first")
+    attention = {"restore.attention": "fp8_block" if workspace.rounded else None}
+    journal.check_fingerprint(journal.fingerprint | attention)
     journal.check_files(AWQ)
     return f"{len(journal.units)} units in {folder}"
 

@@ -94,6 +94,12 @@ def quantize_block(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, 
     return whole[:rows, :columns].to(torch.float8_e4m3fn).contiguous()
 
 
+def round_block(weight: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [out, in] rounded to fp8 in blocks, as it is read back: bfloat16 [out, in]."""
+    scale = block_scales(weight)
+    return dequantize_block(quantize_block(weight, scale), scale)
+
+
 def _in_blocks(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
     """[out, in] padded with zeros: [blocks of rows, rows, blocks of columns, columns]."""
     high, wide = (share or size for size, share in zip(weight.shape, block, strict=True))
