@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mmq.tensors.dispatch
-from conftest import DEVICE
+from conftest import DEVICE, NEVER, compile_from
 from mmq.tensors.dispatch import Way, way
 from mmq.tensors.experts import (
     combine,
@@ -45,7 +45,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton was imported without its interpreter")
     _let_numbers_be_indices(monkeypatch)
-    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 2**62)
+    compile_from(monkeypatch, NEVER)
     monkeypatch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: True)
     yield
 
