@@ -32,12 +32,20 @@ import torch  # noqa: E402
 from mmq.recipe import load  # noqa: E402
 from mmq.source.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
 from mmq.stages.pipeline import run_stages  # noqa: E402
+from mmq.tensors import dispatch  # noqa: E402
 from mmq.workdir.workspace import Workspace  # noqa: E402
 
 DEVICE = torch.device(DEVICE_NAME)
 cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="says something of CPUs alone")
 TINY = Sizes()
 SAMPLES = 12
+NEVER = 2**62
+
+
+def compile_from(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+    """Functions compiled for CPUs are taken from so many numbers on, in all and in one matrix of a stack."""
+    for threshold in ("COMPILED_FROM", "COMPILED_MATRIX"):
+        monkeypatch.setattr(dispatch, threshold, numbers)
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,8 @@ from llmcompressor.modifiers.transform.awq.mappings import AWQ_MAPPING_REGISTRY
 from transformers.activations import ACT2FN
 from transformers.models.minimax_m2.configuration_minimax_m2 import MiniMaxM2Config
 
-import mmq.tensors.dispatch
 import stock_awq
-from conftest import DEVICE, cpu_only
+from conftest import DEVICE, NEVER, compile_from, cpu_only
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.decoder_layer import transformers_config
 from mmq.quantize.routed_experts import ExpertBlock, Weights
@@ -207,7 +206,7 @@ def test_bf16_choices_are_good(
     """The stock modifier rounds W s and its losses to bf16, and differs from itself by percents when the scales move by
     an ulp. So the judge is a third: fp32 losses of weights rounded by compressed-tensors. By them, mmq's points are
     within a percent of the best, and of what the stock modifier chose."""
-    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 0 if compiled else 2**62)
+    compile_from(monkeypatch, 0 if compiled else NEVER)
     layer, hidden = make_layer(shape, torch.bfloat16), make_hidden(shape, torch.bfloat16)
     stock = stock_awq.run_stock(stock_awq.build_model(layer, TOP_K), [hidden], duo_scaling, N_GRID, all_experts=False)
     block = make_block(layer, hidden)

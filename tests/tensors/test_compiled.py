@@ -14,18 +14,17 @@ import torch
 from transformers.activations import ACT2FN
 
 import mmq.quantize.routed_experts
-import mmq.tensors.dispatch
 import stock_awq
+from conftest import NEVER, compile_from
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.threads import each, one_thread
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings
-from mmq.tensors.dispatch import worth_compiling
+from mmq.tensors.dispatch import Way, way, way_of_columns, worth_compiling
 from mmq.tensors.experts import combine, squares_by_expert, token_losses
 from mmq.tensors.fp8 import dequantize_block, has_nan, scale_shape
 from mmq.tensors.int4 import fake_quantize_scaled, normalized_mean
 
-NEVER = 2**62
 SHAPES = [(3, 8, 512, 128), (2, 5, 192, 64), (1, 7, 96, 32), (4, 1, 128, 128)]
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
@@ -34,7 +33,7 @@ def both(monkeypatch: pytest.MonkeyPatch, function: Callable[[], torch.Tensor]) 
     """What torch and what the compiled functions make of it."""
     results = []
     for least in (NEVER, 0):
-        monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
+        compile_from(monkeypatch, least)
         results.append(function())
     return results[0], results[1]
 
@@ -81,7 +80,7 @@ def test_every_fp8_code_is_dequantized_as_by_torch(
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_a_nan_among_fp8_codes_is_found(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 0)
+    compile_from(monkeypatch, 0)
     codes = torch.arange(256, dtype=torch.uint8).repeat(3, 5)
     codes[codes & 0x7F == 0x7F] = 0x7E
     assert not has_nan(codes.view(torch.float8_e4m3fn))
@@ -195,6 +194,19 @@ def test_only_large_bf16_tensors_on_a_cpu_are_worth_compiling_for() -> None:
     large = torch.empty(2**20, dtype=torch.bfloat16)
     assert worth_compiling(large) and not worth_compiling(large[:100]) and not worth_compiling(large.float())
     assert not worth_compiling(large.to("meta"))
+    # Of a stack, one of its matrices decides, or how many are given at a time would.
+    matrix = torch.empty(2**15, dtype=torch.bfloat16)
+    assert worth_compiling(matrix.view(1, 128, 256)) and not worth_compiling(matrix.view(4, 64, 128).repeat(9, 1, 1))
+
+
+def test_both_ways_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the tests here would hold torch's results against themselves."""
+    small = torch.zeros(1, 1, 32, dtype=torch.bfloat16)
+    ways = []
+    for least in (NEVER, 0):
+        compile_from(monkeypatch, least)
+        ways.append([(way(small), way(small[0]), way_of_columns(small.float()))])
+    assert ways == [[(Way.TORCH,) * 3], [(Way.NUMBA,) * 3]]
 
 
 def make_block() -> ExpertBlock:
@@ -225,7 +237,7 @@ def torch_threads() -> Iterator[Callable[[int], None]]:
 def test_the_number_of_threads_decides_nothing(
     least: int, monkeypatch: pytest.MonkeyPatch, torch_threads: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
+    compile_from(monkeypatch, least)
     monkeypatch.setattr(mmq.quantize.routed_experts, "CPU_STEP_ELEMENTS", 2**17)
     monkeypatch.setattr(mmq.quantize.routed_experts, "CPU_PART_TOKENS", 64)
     modifier = StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling="both", n_grid=6)

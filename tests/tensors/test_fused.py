@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import mmq.tensors.dispatch
-from conftest import DEVICE
+from conftest import DEVICE, NEVER, compile_from
 from mmq.tensors.dispatch import Way, way
 from mmq.tensors.experts import (
     combine,
@@ -45,7 +45,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU, and Triton was imported without its interpreter")
     _let_numbers_be_indices(monkeypatch)
-    monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", 2**62)
+    compile_from(monkeypatch, NEVER)
     monkeypatch.setattr(mmq.tensors.dispatch, "triton_works", lambda device: True)
     yield
 
@@ -442,7 +442,9 @@ def test_sums_over_an_experts_rows_are_torchs(counts: list[int], width: int, mon
     expected = plain(monkeypatch, lambda: sums(second_moments, width, width))
     moments = sums(second_moments, width, width)
     torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-6 * max(counts) * 9)
-    assert torch.equal(moments, moments.mT)
+    # A tile on the diagonal is one product; numpy's, which the interpreter takes, need not be symmetric to the bit.
+    slack = 1e-6 * max(counts) * 9 if DEVICE.type == "cpu" else 0.0
+    torch.testing.assert_close(moments, moments.mT, rtol=0, atol=slack)
     expected = plain(monkeypatch, lambda: squares_by_expert(rows, ends))
     squares = squares_by_expert(rows, ends)
     assert squares.dtype == torch.float64

@@ -8,7 +8,7 @@ from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-import mmq.tensors.dispatch
+from conftest import NEVER, compile_from
 from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
 from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
@@ -111,8 +111,8 @@ def test_compiled_rounding_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch
     weight[0, 3], weight[1, :, 128:256] = 0.0, 0.0
     weight[2, 5, 7] = 1e-39
     found = []
-    for least in (1, 2**60):
-        monkeypatch.setattr(mmq.tensors.dispatch, "COMPILED_FROM", least)
+    for least in (0, NEVER):
+        compile_from(monkeypatch, least)
         damped = h.clone()
         factor = factorize(damped, 0.1)
         scale = nearest(weight).scale
