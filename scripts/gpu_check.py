@@ -2,30 +2,43 @@
 
     python scripts/gpu_check.py --out results.jsonl
     python scripts/gpu_check.py --device cpu --small
-    python scripts/gpu_check.py --parts kernels,search
+    python scripts/gpu_check.py --parts kernels,rounding
 
-Each part runs under its own time limit and writes one JSON line as soon as it ends; a table of all comes last. A part
-that fails, hangs or kills its process costs the others nothing.
+Each part runs under its own time limit and writes one JSON line as soon as it knows something; a table of all comes
+last. A part that fails, hangs or kills its process costs the others nothing. What was never measured comes first, so
+that it is what has time.
 
-    ceilings   rates of a large product, of a grouped one, and of copies on the card and to and from the host
-    kernels    every operation of mmq.tensors on the device against the CPU, bit for bit or within a tolerance, and on
-               more than 2^31 numbers
-    speed      the same operations at the real shape, Triton's form beside torch's
-    layer      a whole layer of MiniMax-M2.5's shape, 131,072 tokens, seconds by part
-    search     the search of that layer with working memory of 16, 8, 4 and 2 GiB, and in full
-    tiny       the tiny project's stages on the device: twice, killed and resumed, layers not read ahead, under torch's
-               ban on chance: the same bytes, which pass verify; how many codes are others on the CPU
-    profile    where a pass of the search spends its time
-    stage      `mmq awq` on three layers of the real shape from fp8, with random routers
-    stock      llmcompressor's search as shipped and on routed tokens, at two numbers of tokens
+    ceilings      rates of a large product, of a grouped one, and of copies on the card and to and from the host
+    kernels       every operation of mmq.tensors and the parts of compensated rounding on the device against the CPU,
+                  bit for bit or within what stands beside each, and on more than 2^31 numbers
+    rounding      compensated rounding of a layer of MiniMax-M2.5's shape, 131,072 tokens: seconds, rates and memory of
+                  a step of experts part by part, three ways to factorize, whether the number of experts at a time
+                  changes codes, the layer as a whole
+    tiny          the tiny project's stages on the device, compensated and rounded to nearest: twice, killed and
+                  resumed, layers not read ahead, under torch's ban on chance: the same bytes, which pass verify; how
+                  many codes are others on the CPU
+    layer         a whole layer of that shape, seconds by part, in both ways of rounding and both searches
+    stage         `mmq awq` on three such layers from fp8, with random routers, compensated and to nearest
+    growth        `mmq awq` on ten smaller layers: memory reserved after each
+    tests         some of the tests with MMQ_TEST_DEVICE, where pytest is
+    stock         llmcompressor's search as shipped at two numbers of tokens
+    speed         operations of the search at the real shape, Triton's form beside torch's
+    profile       where a pass of the search and a step of compensated rounding spend their time
+    search        the search of that layer with working memory of 16, 8, 4 and 2 GiB, and in full
+    stock_routed  llmcompressor's search on routed tokens
 
 It needs no network. On a machine without one that has PyTorch, Triton and transformers, the other packages come as
-wheels: `scripts/gpu_wheels FOLDER` fills a folder, and there
+wheels. Here, with freeze.txt the list that `python3 -m pip freeze` prints there:
+
+    .venv/bin/python scripts/gpu_wheels FOLDER --have freeze.txt
+
+and there, in a copy of this repository:
 
     python3 -m pip install --no-index --no-deps --target site FOLDER/*.whl
-    PYTHONPATH=site:src python3 scripts/gpu_check.py
+    PYTHONPATH=site:src PYTHONUNBUFFERED=1 python3 scripts/gpu_check.py --out results.jsonl
 
-`--device cpu --small` runs all parts at toy sizes, in under a minute.
+One run ends some seconds after `--seconds`, 420 unless told; what had no time is said to have failed. It writes at most
+20 GB below $TMPDIR. `--device cpu --small` runs all parts at toy sizes, in about a minute on two cores.
 """
 
 from __future__ import annotations
@@ -34,6 +47,7 @@ import argparse
 import contextlib
 import faulthandler
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -49,6 +63,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ["LLM_COMPRESSOR_LOG_DISABLED"] = os.environ["COMPRESSED_TENSORS_LOG_DISABLED"] = "true"
@@ -57,8 +72,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "src")]
 
 GIB = 2**30
-# The fp32 sum of a row's 3072 products in another order, and its rounding to bf16.
-SUMS, ROUNDED = 1e-4, 2**-6
 # Seconds a layer that arithmetic from the datasheets gave before anything had run: with all kernels, and with the race.
 PREDICTED = {"H200": (1.9, 1.2), "H100": (2.0, 1.2), "A6000": (12.5, 6.2), "4090": (6.9, 3.6), "5090": (5.3, 2.8)}
 
@@ -174,196 +187,11 @@ def ceilings(context: Context) -> Iterator[Facts]:
     yield facts
 
 
-@dataclass(frozen=True)
-class Check:
-    """An operation, given its inputs on a device: what must be the same there and on the CPU.
-
-    Attributes:
-        tolerance: of the largest magnitude; 0 for the same bits.
-    """
-
-    name: str
-    inputs: Callable[[Any], list[Any]]
-    operation: Callable[..., Any]
-    tolerance: float = 0.0
-
-
-def checks() -> list[Check]:
-    """One line an operation: further ones come here."""
-    import torch
-
-    from mmq.tensors import experts, fp8, int4, smoothing
-
-    def normal(g: Any, *shape: int) -> Any:
-        return torch.randn(*shape, generator=g)
-
-    def weights(g: Any) -> list[Any]:
-        """Weights with zero groups, ties, denormal and large numbers."""
-        weight = normal(g, 3, 64, 512) * 2.0 ** torch.randint(-20, 20, (3, 64, 1), generator=g)
-        weight[0, 0] = 0
-        weight[0, 1] = torch.arange(512).remainder(15).sub(7).add(0.5)
-        weight[0, 2] *= 1e-38
-        weight[1, 0, 5] = 3e38
-        return [weight.to(torch.bfloat16), normal(g, 512).exp()]
-
-    def codes(g: Any) -> list[Any]:
-        every = torch.arange(256, dtype=torch.uint8)
-        every[[0x7F, 0xFF]] = 0
-        weight = every[torch.randint(0, 256, (3, 300, 384), generator=g)].view(torch.float8_e4m3fn)
-        return [weight, normal(g, 3, 3, 3).mul(3).exp()]
-
-    counts = torch.tensor([0, 700, 1, 33, 1290, 0, 24])
-    ends = counts.cumsum(0).to(torch.int32)
-
-    def routed(g: Any, inner: int, width: int) -> list[Any]:
-        rows = normal(g, int(ends[-1]), inner).to(torch.bfloat16)
-        return [rows, (normal(g, 7, width, inner) * inner**-0.5).to(torch.bfloat16), ends]
-
-    def gathered(g: Any) -> list[Any]:
-        x = normal(g, 300, 1024).to(torch.bfloat16)
-        token = torch.randint(0, 300, (int(ends[-1]),), generator=g)
-        return [x, token, (normal(g, 7, 512, 1024) / 32).to(torch.bfloat16), ends]
-
-    def combined(g: Any) -> list[Any]:
-        outputs = normal(g, 512 * 4, 1000).to(torch.bfloat16)
-        place = torch.randperm(512 * 4, generator=g).view(512, 4).sort(1).values
-        return [outputs, place, torch.rand(512, 4, generator=g), normal(g, 512, 1000)]
-
-    silu = torch.nn.functional.silu
-    return [
-        Check("fake_quantize_scaled", weights, lambda w, s: int4.fake_quantize_scaled(w, s, 128)),
-        Check("fake_quantize_scaled, groups of 32", weights, lambda w, s: int4.fake_quantize_scaled(w, s, 32)),
-        Check(
-            "fake_quantize_scaled, the change",
-            weights,
-            lambda w, s: int4.fake_quantize_scaled(w, s.expand(3, 1, -1), 128, change=True),
-        ),
-        Check("normalized_mean", weights, lambda w, s: int4.normalized_mean(w, 128), 1e-6),
-        Check(
-            "quantize_in_place, codes",
-            weights,
-            lambda w, s: int4.quantize_in_place(w.clone(), s, None, 128)[0],
-        ),
-        Check("quantize_in_place, scales", weights, lambda w, s: int4.quantize_in_place(w.clone(), s, None, 128)[1]),
-        Check("dequantize_blocks", codes, lambda w, s: fp8.dequantize_blocks(w, s)),
-        Check("dequantize_block", codes, lambda w, s: fp8.dequantize_block(w[1], s[1])),
-        Check("broken_matrices", codes, lambda w, s: fp8.broken_matrices(w)),
-        Check("grouped_linear", lambda g: routed(g, 1024, 384), experts.grouped_linear, ROUNDED),
-        Check(
-            "grouped_rows into a part",
-            lambda g: routed(g, 512, 1000),
-            lambda r, w, e: experts.grouped_rows(r, w, e, r.new_zeros(len(r) + 9, 1000)[4:-5]),
-            ROUNDED,
-        ),
-        Check("gated_rows", gathered, lambda x, t, w, e: experts.gated_rows(x, t, w, e, silu), ROUNDED),
-        Check("combine", combined, lambda o, p, w, r: experts.combine(o, p, w, r.clone()), 1e-6),
-        Check("combine, a batch", combined, lambda o, p, w, r: experts.combine(o[500:900], p, w, r.clone(), 500), 1e-6),
-        Check("token_losses", combined, lambda o, p, w, r: experts.token_losses(o, p, w, r), SUMS),
-        Check("token_losses, a batch", combined, lambda o, p, w, r: experts.token_losses(o[:900], p, w, r), SUMS),
-        Check(
-            "squares_by_expert",
-            lambda g: routed(g, 1024, 8),
-            lambda r, w, e: experts.squares_by_expert(r.clone(), e),
-            2**-7,
-        ),
-        Check("magnitude_sums", lambda g: routed(g, 1024, 8), _magnitudes, SUMS),
-        Check("second_moments", lambda g: routed(g, 512, 8), _moments, SUMS),
-        Check(
-            "quadratic_form",
-            lambda g: [normal(g, 3, 96, 256).to(torch.bfloat16), normal(g, 3, 256, 256)],
-            lambda d, m: experts.quadratic_form(d, m @ m.transpose(1, 2)),
-            ROUNDED,
-        ),
-        Check("row_squares", lambda g: [normal(g, 700, 1000)], lambda x: experts.row_squares(x.clone()), 1e-6),
-        Check("gated_rows, rows given", lambda g: routed(g, 512, 256), _gated, ROUNDED),
-        Check(
-            "gated_rows, one row",
-            lambda g: routed(g, 512, 256),
-            lambda r, w, e: _gated(r[:1], w[:1], e[1:2] // 700),
-            ROUNDED,
-        ),
-        Check(
-            "grouped_linear, one row",
-            lambda g: routed(g, 512, 256),
-            lambda r, w, e: experts.grouped_linear(r[:1], w[:1], e[1:2] // 700),
-            ROUNDED,
-        ),
-        Check(
-            "grouped_linear, no rows",
-            lambda g: routed(g, 512, 256),
-            lambda r, w, e: experts.grouped_linear(r[:0], w, e * 0),
-        ),
-        Check("grouped_linear, no tile's width", lambda g: routed(g, 520, 248), experts.grouped_linear, ROUNDED),
-        Check(
-            "Rows.of, order",
-            lambda g: [torch.randint(0, 9, (700, 4), generator=g)],
-            lambda i: experts.Rows.of(i, 9).token,
-        ),
-        Check(
-            "Rows.of, places",
-            lambda g: [torch.randint(0, 9, (700, 4), generator=g)],
-            lambda i: experts.Rows.of(i, 9).place,
-        ),
-        Check(
-            "smooth_norm",
-            lambda g: [normal(g, 512).to(torch.bfloat16), normal(g, 512).exp()],
-            lambda n, s: smoothing.smooth_norm(n, s)[0],
-        ),
-        Check(
-            "smooth_norm, applied",
-            lambda g: [normal(g, 512).to(torch.bfloat16), normal(g, 512).exp()],
-            lambda n, s: smoothing.smooth_norm(n, s)[1],
-        ),
-        Check(
-            "top_up",
-            lambda g: [normal(g, 300, 16), torch.rand(300, 16, generator=g).topk(2).indices.sort(1).values],
-            _topped_up,
-        ),
-        Check(
-            "candidate_scales",
-            lambda g: [normal(g, 512).exp(), normal(g, 512).exp()],
-            lambda x, w: smoothing.candidate_scales(x, w, [(0.0, False), (0.35, True), (1.0, True)]),
-            1e-5,
-        ),
-    ]
-
-
-def _gated(rows: Any, weight: Any, ends: Any) -> Any:
-    import torch
-
-    from mmq.tensors.experts import gated_rows
-
-    return gated_rows(rows, None, weight, ends, torch.nn.functional.silu)
-
-
-def _topped_up(logits: Any, index: Any) -> Any:
-    from mmq.quantize.routed_experts import top_up
-
-    rows = top_up(logits, index, 50)
-    assert rows is not None
-    return rows.token
-
-
-def _magnitudes(rows: Any, weight: Any, ends: Any) -> Any:
-    from mmq.tensors.experts import magnitude_sums
-
-    out = rows.new_ones(len(ends), rows.shape[1]).float()
-    magnitude_sums(rows, ends, out)
-    return out
-
-
-def _moments(rows: Any, weight: Any, ends: Any) -> Any:
-    from mmq.tensors.experts import second_moments
-
-    out = rows.new_ones(len(ends), rows.shape[1], rows.shape[1]).float()
-    second_moments(rows, ends, out)
-    return out
-
-
 def kernels(context: Context) -> Iterator[Facts]:
     """The device against the CPU, under torch's ban on operations whose result chance decides."""
     import torch
 
+    from gpu_operations import checks, compared, integers, tails
     from mmq.tensors import dispatch
 
     device = context.torch_device()
@@ -372,7 +200,7 @@ def kernels(context: Context) -> Iterator[Facts]:
         from mmq.tensors import compiled  # noqa: F401
     except Exception as error:
         # The CPU's side is torch's then.
-        dispatch.COMPILED_FROM = 2**62
+        dispatch.COMPILED_FROM = dispatch.COMPILED_MATRIX = 2**62
         yield {"check": "numba", "ok": False, "error": f"{type(error).__name__}: {str(error)[:200]}"}
     for check in checks():
         facts: Facts = {"check": check.name}
@@ -381,8 +209,8 @@ def kernels(context: Context) -> Iterator[Facts]:
             expected = check.operation(*inputs)
             there = [value.to(device) if isinstance(value, torch.Tensor) else value for value in inputs]
             once, again = (check.operation(*there) for _ in range(2))
-            facts["repeats"] = bool(torch.equal(_integers(once), _integers(again)))
-            facts |= _compared(once.cpu(), expected, check.tolerance)
+            facts["repeats"] = bool(torch.equal(integers(once), integers(again)))
+            facts |= compared(once.cpu(), expected, check.tolerance, check.others)
             facts["ok"] = facts["ok"] and facts["repeats"]
         except Exception as error:
             facts |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
@@ -393,7 +221,7 @@ def kernels(context: Context) -> Iterator[Facts]:
     for name, tolerance, tail in tails():
         facts = {"check": f"{name}, the end of a large one"}
         try:
-            facts |= _compared(*tail(device, 2**22 if context.small else 2**31), tolerance)
+            facts |= compared(*tail(device, 2**22 if context.small else 2**31), tolerance)
         except Exception as error:
             facts |= {"ok": False, "error": f"{type(error).__name__}: {str(error)[:300]}"}
             if "CUDA error" in str(error):
@@ -404,130 +232,6 @@ def kernels(context: Context) -> Iterator[Facts]:
         yield facts
     reduced = context.is_gpu and torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     yield {"check": "no sums in bf16", "ok": not reduced}
-
-
-def _compared(found: Any, expected: Any, tolerance: float) -> Facts:
-    """Bit for bit where the tolerance is 0, otherwise by the largest difference, as a part of the largest number."""
-    import torch
-
-    if tolerance == 0:
-        differing = int((_integers(found) != _integers(expected)).sum())
-        return {"differing": differing, "ok": differing == 0 and found.shape == expected.shape}
-    a, b = found.double(), expected.double()
-    known = torch.isfinite(b)
-    off = float((a - b)[known].abs().max()) / float(b[known].abs().max())
-    return {"off": off, "ok": torch.equal(torch.isfinite(a), known) and off <= tolerance}
-
-
-def tails() -> list[tuple[str, float, Callable[[Any, int], tuple[Any, Any]]]]:
-    """Operations on more numbers than 32 bits count: on a device, the end of the result, and the CPU's of that end
-    alone. Each with its tolerance, as a `Check` has it."""
-    import torch
-
-    from mmq.tensors import experts, fp8, int4
-
-    bf16 = torch.bfloat16
-    hidden, last, top_k = 3072, 100, 8
-
-    def drawn(device: Any, *shape: int) -> Any:
-        return torch.empty(*shape, dtype=bf16, device=device).normal_()
-
-    def weights(device: Any, numbers: int) -> tuple[Any, Any]:
-        weight = drawn(device, numbers // hidden**2 + 2, hidden, hidden)
-        return weight, (torch.rand(hidden, device=device) + 0.5)
-
-    def quantized(device: Any, numbers: int) -> tuple[Any, Any]:
-        weight, scales = weights(device, numbers)
-        found = int4.fake_quantize_scaled(weight, scales, 128)[-1:].cpu()
-        return found, int4.fake_quantize_scaled(weight[-1:].cpu(), scales.cpu(), 128)
-
-    def normalized(device: Any, numbers: int) -> tuple[Any, Any]:
-        weight, _ = weights(device, numbers)
-        return int4.normalized_mean(weight, 128)[-1].cpu(), int4.normalized_mean(weight[-1:].cpu(), 128)[0]
-
-    def dequantized(device: Any, numbers: int) -> tuple[Any, Any]:
-        shape = (numbers // hidden**2 + 2, hidden, hidden)
-        codes = torch.randint(0, 0x7F, shape, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn)
-        scale = torch.rand(shape[0], *fp8.scale_shape(shape[1:]), device=device)
-        found = fp8.dequantize_blocks(codes, scale)[-1:].cpu()
-        return found, fp8.dequantize_blocks(codes[-1:].cpu(), scale[-1:].cpu())
-
-    def summed(device: Any, numbers: int, combine: bool) -> tuple[Any, Any]:
-        tokens = numbers // hidden // top_k + last
-        outputs = drawn(device, tokens * top_k, hidden)
-        place = torch.randperm(tokens * top_k, device=device).view(tokens, top_k).sort(1).values
-        weight, reference = torch.rand(tokens, top_k, device=device), torch.randn(tokens, hidden, device=device)
-        own = outputs[place[-last:].flatten()].cpu()
-        there = torch.arange(last * top_k).view(last, top_k)
-        operation = experts.combine if combine else experts.token_losses
-        # The first is overwritten.
-        expected = operation(own, there, weight[-last:].cpu(), reference[-last:].cpu())
-        return operation(outputs, place, weight, reference)[-last:].cpu(), expected
-
-    def rows(device: Any, numbers: int, width: int) -> tuple[Any, Any]:
-        count = numbers // width + 2 * last
-        each = torch.arange(1, 9, device=device) * ((count - last) // 7)
-        each[-1] = count
-        each[-2] = count - last
-        return drawn(device, count, width), each.to(torch.int32)
-
-    end = torch.tensor([last], dtype=torch.int32)
-
-    def gated(device: Any, numbers: int) -> tuple[Any, Any]:
-        x, ends = rows(device, numbers, hidden)
-        weight = drawn(device, 8, 512, hidden).mul_(hidden**-0.5)
-        return _gated(x, weight, ends)[-last:].cpu(), _gated(x[-last:].cpu(), weight[-1:].cpu(), end)
-
-    def multiplied(device: Any, numbers: int) -> tuple[Any, Any]:
-        x, ends = rows(device, numbers * 256 // hidden, 256)
-        weight = drawn(device, 8, hidden, 256).mul_(1 / 16)
-        out = torch.empty(x.shape[0], hidden, dtype=bf16, device=device)
-        found = experts.grouped_rows(x, weight, ends, out)[-last:].cpu()
-        return found, experts.grouped_linear(x[-last:].cpu(), weight[-1:].cpu(), end)
-
-    def squared(device: Any, numbers: int) -> tuple[Any, Any]:
-        x, ends = rows(device, numbers, hidden)
-        return experts.squares_by_expert(x, ends)[-1:].cpu(), experts.squares_by_expert(x[-last:].cpu(), end)
-
-    def magnitudes(device: Any, numbers: int) -> tuple[Any, Any]:
-        x, ends = rows(device, numbers, hidden)
-        return _magnitudes(x, None, ends)[-1:].cpu(), _magnitudes(x[-last:].cpu(), None, end)
-
-    def moments(device: Any, numbers: int) -> tuple[Any, Any]:
-        x, ends = rows(device, numbers, 1536)
-        return _moments(x, None, ends)[-1:].cpu(), _moments(x[-last:].cpu(), None, end)
-
-    def measured(device: Any, numbers: int) -> tuple[Any, Any]:
-        count = numbers // (hidden * 1536) + 2
-        change, moments = drawn(device, count, hidden, 1536), torch.rand(count, 1536, 1536, device=device)
-        moments += moments.transpose(1, 2).clone()
-        found = experts.quadratic_form(change, moments)[-1:].cpu()
-        return found, experts.quadratic_form(change[-1:].cpu(), moments[-1:].cpu())
-
-    return [
-        ("fake_quantize_scaled", 0.0, quantized),
-        ("normalized_mean", 1e-6, normalized),
-        ("dequantize_blocks", 0.0, dequantized),
-        ("combine", 1e-6, lambda device, numbers: summed(device, numbers, True)),
-        ("token_losses", SUMS, lambda device, numbers: summed(device, numbers, False)),
-        ("gated_rows", ROUNDED, gated),
-        ("grouped_rows", ROUNDED, multiplied),
-        ("squares_by_expert", SUMS, squared),
-        ("magnitude_sums", SUMS, magnitudes),
-        ("second_moments", SUMS, moments),
-        ("quadratic_form", ROUNDED, measured),
-    ]
-
-
-def _integers(tensor: Any) -> Any:
-    """A tensor's bits, with one NaN for all: which of them an operation gives is its own affair."""
-    import torch
-
-    tensor = tensor.contiguous()
-    if tensor.is_floating_point() and tensor.element_size() > 1:
-        tensor = torch.where(tensor.isnan(), torch.nan, tensor)
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor if tensor.dtype == torch.bool else tensor.view(kinds[tensor.element_size()])
 
 
 def speed(context: Context) -> Iterator[Facts]:
@@ -576,11 +280,12 @@ def speed(context: Context) -> Iterator[Facts]:
             lambda: experts.gated_rows(x, rows.token, gate_up, piece.ends, silu),
         ),
         (
-            "down",
+            "down, into a place",
             2.0 * total * inner * hidden,
             "TFLOP",
             lambda: experts.grouped_rows(middle, down, piece.ends, outputs),
         ),
+        ("down", 2.0 * total * inner * hidden, "TFLOP", lambda: experts.grouped_linear(middle, down, piece.ends)),
         (
             "token losses",
             2.0 * outputs.numel() + 4.0 * reference.numel(),
@@ -649,16 +354,17 @@ def _quantizer(context: Context, config: Facts, tokens: int, **settings: Any) ->
 
 
 def layer(context: Context) -> Iterator[Facts]:
-    """Attention, search, rounding and propagation of one layer, in both searches."""
+    """Attention, search, rounding and propagation of one layer, in both ways of rounding and both searches."""
     import torch
 
     from real_layers import layer_in_memory
 
     device = context.torch_device()
     # The second runs warm: the first of anything pays for compiling and choosing kernels.
-    for search in ("paired", "paired", "full"):
+    runs = [("paired", "compensated"), ("paired", "compensated"), ("paired", "nearest"), ("full", "nearest")]
+    for search, rounding in runs:
         content, config, hidden = layer_in_memory(context.shape(), context.tokens, device)
-        quantizer = _quantizer(context, config, context.tokens, search=search)
+        quantizer = _quantizer(context, config, context.tokens, search=search, rounding=rounding)
         if context.is_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -671,6 +377,7 @@ def layer(context: Context) -> Iterator[Facts]:
         points = statistics["norm"]["points"]
         facts: Facts = {
             "search": search,
+            "rounding": rounding,
             "seconds": round(time.perf_counter() - begin, 3),
             "parts": statistics["seconds"],
             "passes": round(sum(point["tokens"] for point in points) / context.tokens, 2),
@@ -727,6 +434,190 @@ def _modifier() -> Any:
     return StackedAWQModifier(mappings=awq_mappings(MINIMAX_M2), duo_scaling=True, n_grid=20)
 
 
+# What of compensated rounding is timed apart, by the names that `quantize.rounding` calls it by.
+STEPS = {
+    "_moments": "moments", "shrink": "shrink", "factorize": "factorize", "searched_scale": "scales",
+    "round_compensated": "columns", "descend": "sweep", "put": "put", "losses": "judging",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
+    """Seconds of each part of compensated rounding within the block, the device waited for before and after each."""
+    from mmq.quantize import rounding
+    from mmq.quantize.routed_experts import ExpertBlock
+
+    seconds = dict.fromkeys(STEPS.values(), 0.0)
+    owners = {"_moments": rounding.Compensation, "put": rounding.Rounded, "losses": ExpertBlock}
+
+    def timed_apart(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            synchronize(context)
+            begin = time.perf_counter()
+            result = function(*arguments, **options)
+            synchronize(context)
+            seconds[STEPS[name]] += time.perf_counter() - begin
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in STEPS:
+            owner = owners.get(name, rounding)
+            stack.enter_context(mock.patch.object(owner, name, timed_apart(name, getattr(owner, name))))
+        yield seconds
+
+
+def rounding(context: Context) -> Iterator[Facts]:
+    """Compensated rounding: a step of experts part by part, ways to factorize, and a layer as a whole."""
+    import torch
+
+    from mmq.quantize.rounding import PROBED, Compensation, Rounded, Smoothing, held_back, judge
+
+    shape = context.shape()
+    hidden, inner = shape.hidden, shape.intermediate
+    block, reference = _block(context, 8 * (2**20 if context.small else GIB), False)
+    device = block.x.device
+    sequence = min(1024, context.tokens // 16)
+    lengths = [sequence] * (context.tokens // sequence)
+    fitted = (~held_back(lengths)).nonzero().flatten().to(device)
+    plain = Smoothing(torch.ones(hidden, device=device), torch.ones(shape.experts, inner, device=device))
+    compensation = Compensation(block, fitted, context.tokens)
+    step = compensation.step
+    chosen = torch.arange(shape.experts) < step
+    first, again, halves = (Rounded(block, plain) for _ in range(3))
+    # Compiles.
+    compensation.fit([first], chosen)
+    if context.is_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with _timed_apart(context) as seconds:
+        compensation.fit([again], chosen)
+    rows = sum(compensation.rows.counts[:step])
+    columns = step * (2 * inner * hidden**2 + hidden * inner**2)
+    operations = {
+        "moments": rows * (2 * (hidden**2 + inner**2) + 4 * hidden * inner),
+        "factorize": step * (hidden**3 + inner**3) / 3,
+        "columns": columns,
+        "sweep": 2 * columns,
+    }
+    weights = step * 3 * hidden * inner
+    share = shape.experts / step * (1 + 1 / PROBED)
+    del seconds["judging"]
+    yield {
+        "of": f"a step of {step} experts, {rows} rows",
+        "layer_seconds": {name: round(took * share, 3) for name, took in seconds.items()},
+        "sum": round(sum(seconds.values()) * share, 2),
+    }
+    rates = {name: round(number / seconds[name] / 1e12, 2) for name, number in operations.items()}
+    facts: Facts = {"of": "its TFLOP/s", **rates, "scales_gweights_per_s": round(weights / seconds["scales"] / 1e9, 2)}
+    if context.is_gpu:
+        facts["mib_an_expert"] = round((torch.cuda.max_memory_allocated() - before) / step / 2**20)
+        facts["planned"] = round(compensation.least(hidden, inner) / 2**20)
+        facts["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+    yield facts
+    # How many are rounded at a time: kernels may be chosen by it, and sums come in another order.
+    compensation.step = -(-step // 2)
+    compensation.fit([halves], chosen)
+    differing = {}
+    for name, other in (("again", again), ("halves", halves)):
+        pairs = zip(first.packed, other.packed, strict=True)
+        differing[name] = sum(_other_codes(one[:step], two[:step]) for one, two in pairs) / weights
+    yield {"of": "other codes", "ok": differing["again"] == 0, **differing}
+
+    inputs, middles, _, _ = compensation._moments(0, step)
+    del first, again, halves
+    for moments in (inputs, middles):
+        moments /= moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-9).view(-1, 1, 1)
+        moments.diagonal(dim1=1, dim2=2).add_(0.1)
+        facts = {"of": f"factorizing {step} of {moments.shape[1]}, ms each"}
+        for name, way in (("together", _together), ("one_by_one", _one_by_one), ("in_blocks", _in_blocks)):
+            try:
+                facts[name] = round(timed(context, partial(way, moments), 1) / step * 1e3, 3)
+                lower = way(moments)[:1].double()
+                facts[f"{name}_off"] = float((lower @ lower.mT - moments[:1]).abs().max() / moments[:1].max())
+            except RuntimeError as error:
+                facts[f"{name}_error"] = str(error)[:200]
+                if "CUDA error" in str(error):
+                    yield facts
+                    raise
+        yield facts
+    del inputs, middles, moments
+    modifier = _modifier()
+    norm, down = modifier.search_norm(block, reference), modifier.search_down(block)
+    found = Smoothing(norm.scales, down.scales)
+    for apart in (False, True):
+        if context.is_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        synchronize(context)
+        begin = time.perf_counter()
+        with _timed_apart(context) if apart else contextlib.nullcontext({}) as seconds:
+            verdict = judge(block, reference, lengths, context.tokens, found)
+        synchronize(context)
+        took = time.perf_counter() - begin
+        if apart:
+            seconds["rest"] = took - sum(seconds.values())
+            begin = time.perf_counter()
+            if verdict.rounded:
+                verdict.rounded.digests()
+            seconds["digests"] = time.perf_counter() - begin
+            yield {"of": "a layer, part by part", **{name: round(part, 3) for name, part in seconds.items()}}
+            continue
+        facts = {
+            "of": "a layer",
+            "seconds": round(took, 3),
+            "chosen": verdict.statistics["rounding"],
+            "smoothed": verdict.smoothed,
+            "loss_of_nearest": verdict.statistics["loss_chosen"] / verdict.statistics["loss_round_to_nearest"],
+        }
+        if context.is_gpu:
+            facts["peak_beyond_inputs_gib"] = round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
+            facts["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
+        yield facts
+
+
+def _together(moments: Any) -> Any:
+    """Cholesky factors of [n, k, k], all by one call."""
+    import torch
+
+    return torch.linalg.cholesky_ex(moments)[0]
+
+
+def _one_by_one(moments: Any) -> Any:
+    import torch
+
+    return torch.stack([torch.linalg.cholesky_ex(one)[0] for one in moments])
+
+
+def _in_blocks(moments: Any, size: int = 512) -> Any:
+    """Diagonal blocks of all matrices by one call, and products for what is below."""
+    import torch
+
+    lower = moments.clone()
+    for start in range(0, moments.shape[1], size):
+        stop = start + size
+        own = torch.linalg.cholesky_ex(lower[:, start:stop, start:stop])[0]
+        lower[:, start:stop, start:stop] = own
+        below = torch.linalg.solve_triangular(own.mT, lower[:, stop:, start:stop], upper=True, left=False)
+        lower[:, stop:, start:stop] = below
+        lower[:, stop:, stop:].baddbmm_(below, below.mT, alpha=-1)
+    return lower.tril_()
+
+
+def _other_codes(one: Any, other: Any) -> int:
+    """How many of the int4 codes in two packed tensors are not the same."""
+    import torch
+
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=one.device)
+    return sum(
+        int((((a ^ b).unsqueeze(-1) >> shifts) & 15).ne(0).sum())
+        for a, b in zip(one.split(64), other.split(64), strict=True)
+    )
+
+
 def search(context: Context) -> Iterator[Facts]:
     """Seconds of the norm's and of down's search, by working memory, and their share of the products' own time."""
     import torch
@@ -775,12 +666,15 @@ def search(context: Context) -> Iterator[Facts]:
 
 
 def profile(context: Context) -> Iterator[Facts]:
-    """Kernels of one pass of the norm's search over all tokens, and of a down search, by their time."""
+    """Kernels by their time: of one pass of the norm's search over all tokens, of a step of compensated rounding, of a
+    down search. And the pass with Triton's kernel for down."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    from mmq.quantize.rounding import Compensation, Rounded, Smoothing
     from mmq.quantize.routed_experts import SmoothedGateUp
+    from mmq.tensors import experts
 
     block, reference = _block(context, 16 * (2**20 if context.small else GIB), False)
     ones = torch.ones(block.x.shape[1], device=block.x.device)
@@ -790,8 +684,18 @@ def profile(context: Context) -> Iterator[Facts]:
         for share, part in zip(block.shares, reference, strict=True):
             block.losses(share, SmoothedGateUp(block, ones), part)
 
+    plain = Smoothing(ones, torch.ones(block.experts, block.down.shape[2], device=ones.device))
+    compensation = Compensation(block, torch.arange(0, len(block.x), 2, device=ones.device), len(block.x))
+    chosen = torch.arange(block.experts) < compensation.step
+    with mock.patch.object(experts, "torch_multiplies_faster", lambda rows: False):
+        seconds = timed(context, one_pass)
+    yield {"of": "pass, down by Triton's kernel", "seconds": round(seconds, 4)}
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if context.is_gpu else [])
-    for name, work in (("pass", one_pass), ("down", lambda: modifier.search_down(block))):
+    for name, work in (
+        ("pass", one_pass),
+        ("rounding", lambda: compensation.fit([Rounded(block, plain)], chosen)),
+        ("down", lambda: modifier.search_down(block)),
+    ):
         work()
         synchronize(context)
         begin = time.perf_counter()
@@ -869,59 +773,76 @@ def tiny(context: Context) -> Iterator[Facts]:
         lines = samples.read_text(encoding="utf-8").splitlines(keepends=True)
         samples.write_text("".join(line for line in lines if "messages" not in json.loads(line)), encoding="utf-8")
 
-        def recipe(run: str, device: str) -> Path:
+        def finished(rounding: str, run: str, device: str, code: str = "", kill: bool = False) -> Facts:
             content = {
                 "model": {"source": "source"},
-                "work_dir": run,
+                "work_dir": f"{rounding}/{run}",
                 "awq": {
                     "calibration": {"files": [{"path": "samples.jsonl", "samples": 24}], "sequence_length": 96},
                     "source": "fp8",
+                    "rounding": rounding,
                     "device": device,
                 },
             }
-            path = folder / f"{run}.yaml"
+            path = folder / f"{rounding}-{run}.yaml"
             path.write_text(yaml.safe_dump(content), encoding="utf-8")
-            return path
-
-        def finished(run: str, device: str, code: str = "", kill: bool = False) -> Facts:
-            path = recipe(run, device)
+            facts: Facts = {"rounding": rounding, "run": run}
             begin = time.perf_counter()
             try:
                 if kill:
                     killed = _mmq("awq", path, "--quiet", code=KILLED)
                     if killed.returncode != -signal.SIGKILL:
                         why = f"not killed: {killed.returncode} {killed.stderr[-300:]}"
-                        return {"run": run, "ok": False, "error": why}
+                        return facts | {"ok": False, "error": why}
                 done = _mmq("run", path, "--quiet", code=code)
             except subprocess.TimeoutExpired as error:
-                return {"run": run, "ok": False, "error": f"no end after {error.timeout:.0f} s"}
-            facts: Facts = {"run": run, "seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
+                return facts | {"ok": False, "error": f"no end after {error.timeout:.0f} s"}
+            facts |= {"seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
             return facts if facts["ok"] else facts | {"error": done.stderr[-500:]}
 
-        runs = [("killed", context.device, "", True)]
+        here = context.device
+        runs = [("killed", here, "", True)]
         if not context.small:
-            here = context.device
             runs += [("again", here, "", False), ("alone", here, ALONE, False), ("strict", here, STRICT, False)]
         if context.is_gpu:
             runs.append(("cpu", "cpu", "", False))
+        roundings = ("compensated",) if context.small else ("compensated", "nearest")
         # Side by side: most of a run's time here is that of its imports.
-        with ThreadPoolExecutor(1 + len(runs)) as pool:
-            first = pool.submit(finished, "first", context.device)
-            others = [pool.submit(finished, *run) for run in runs]
-            yield first.result()
-            wanted = _digests(folder / "first/hybrid")
-            verdict = pool.submit(_mmq, "verify", folder / "first.yaml", "--quiet")
+        with ThreadPoolExecutor(len(roundings) * (1 + len(runs))) as pool:
+            firsts = {rounding: pool.submit(finished, rounding, "first", here) for rounding in roundings}
+            others = [pool.submit(finished, rounding, *run) for run in runs for rounding in roundings]
+            verdicts = {}
+            for rounding, first in firsts.items():
+                facts = first.result()
+                if facts["ok"]:
+                    taken = [entry["rounding"] for entry in _layers(folder / rounding / "first")]
+                    facts["layers"] = {way: taken.count(way) for way in sorted(set(taken))}
+                yield facts
+                verdicts[rounding] = pool.submit(_mmq, "verify", folder / f"{rounding}-first.yaml", "--quiet")
             for future in as_completed(others):
                 facts = future.result()
+                one, other = folder / facts["rounding"] / "first", folder / facts["rounding"] / facts["run"]
                 if facts["ok"] and facts["run"] in ("cpu", "strict"):
                     # With torch's ban, other forms of an operation may be taken.
-                    facts |= _differences(folder / "first/hybrid", folder / facts["run"] / "hybrid")
+                    facts |= _differences(one / "hybrid", other / "hybrid")
+                    losses = ([entry["loss_chosen"] for entry in _layers(run)] for run in (one, other))
+                    facts["losses_off"] = max(abs(b / a - 1) for a, b in zip(*losses, strict=True))
+                    facts["ok"] = facts["losses_off"] < 0.1
                 elif facts["ok"]:
-                    facts["same_bytes"] = _digests(folder / facts["run"] / "hybrid") == wanted
+                    wanted = _digests(one / "hybrid")
+                    facts["same_bytes"] = _digests(other / "hybrid") == wanted
                     facts["ok"] = facts["same_bytes"] and bool(wanted)
                 yield facts
-            done = verdict.result()
-            yield {"run": "verify", "ok": done.returncode == 0} | ({"error": done.stderr[-300:]} if done.stderr else {})
+            for rounding, verdict in verdicts.items():
+                done = verdict.result()
+                facts = {"rounding": rounding, "run": "verify", "ok": done.returncode == 0}
+                yield facts | ({"error": done.stderr[-300:]} if done.stderr else {})
+
+
+def _layers(run: Path) -> list[Facts]:
+    """What the awq stage says of each layer."""
+    found: list[Facts] = json.loads((run / "state/awq/layers.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _differences(one: Path, other: Path) -> Facts:
@@ -929,97 +850,172 @@ def _differences(one: Path, other: Path) -> Facts:
     import torch
     from safetensors.torch import load_file
 
+    from gpu_operations import integers
+
     differing = codes = 0
     others: list[str] = []
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
     for path in sorted(one.glob("*.safetensors")):
         a, b = load_file(path), load_file(other / path.name)
         for name in a:
             if name.endswith("weight_packed"):
                 codes += 8 * a[name].numel()
-                differing += int((((a[name] ^ b[name]).unsqueeze(-1) >> shifts) & 15).ne(0).sum())
-            elif not torch.equal(_integers(a[name]), _integers(b[name])):
+                differing += _other_codes(a[name], b[name])
+            elif not torch.equal(integers(a[name]), integers(b[name])):
                 others.append(name)
     return {"share_of_codes": round(differing / max(1, codes), 6), "others": len(others), "such_as": others[:6]}
 
 
-def stage(context: Context) -> Iterator[Facts]:
-    """The awq stage as a process, with read-ahead, pinned copies and the writing thread."""
+def _write_source(context: Context, folder: Path, layers: int, shape: Any) -> Facts:
+    """An fp8 checkpoint of some layers in `source`."""
     import torch
-    import yaml
 
     from mmq.machine.device import release_memory
     from real_layers import write_layers
 
-    layers = 2 if context.small else 3
+    begin = time.perf_counter()
+    write_layers(folder / "source", layers, context.torch_device(), shape)
+    release_memory()
+    if context.is_gpu:
+        torch.cuda.empty_cache()
+    return {"step": "write the source", "seconds": round(time.perf_counter() - begin, 1)}
+
+
+def _awq_recipe(context: Context, folder: Path, run: str, part: int = 1, **awq: Any) -> Path:
+    """A recipe for the project in a folder, which calibrates on one in `part` of the samples."""
+    import yaml
+
+    samples = {"code": 40, "multilingual": 40, "reasoning": 24, "diverse": 24}
+    files = [
+        {
+            "path": str(ROOT / f"calibration_data/{kind}.jsonl"),
+            "samples": 1 if context.small else count // part,
+        }
+        for kind, count in samples.items()
+    ]
+    calibration = {"files": files, "sequence_length": 64 if context.small else 1024}
+    awq = {"calibration": calibration, "source": "fp8", "device": context.device} | awq
+    path = folder / f"{run}.yaml"
+    path.write_text(yaml.safe_dump({"model": {"source": "source"}, "work_dir": run, "awq": awq}), encoding="utf-8")
+    return path
+
+
+def _awq_run(recipe: Path, what: str) -> Facts:
+    """`mmq awq` as a process."""
+    begin = time.perf_counter()
+    try:
+        done = _mmq("awq", recipe, "--quiet", timeout=120)
+    except subprocess.TimeoutExpired as error:
+        return {"step": what, "ok": False, "error": f"no end after {error.timeout:.0f} s"}
+    facts: Facts = {"step": what, "seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
+    return facts if facts["ok"] else facts | {"error": done.stderr[-600:]}
+
+
+def stage(context: Context) -> Iterator[Facts]:
+    """The awq stage as a process, with read-ahead, pinned copies and the writing thread."""
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(1) as pool:
         folder = Path(name)
-        begin = time.perf_counter()
-        write_layers(folder / "source", layers, context.torch_device(), context.shape())
-        release_memory()
-        if context.is_gpu:
-            torch.cuda.empty_cache()
-        yield {"step": "write the source", "seconds": round(time.perf_counter() - begin, 1)}
-        data = ROOT / "calibration_data"
-        samples = {"code": 40, "multilingual": 40, "reasoning": 24, "diverse": 24}
-        files = [
-            {"path": str(data / f"{kind}.jsonl"), "samples": 1 if context.small else count}
-            for kind, count in samples.items()
-        ]
-        awq = {
-            "calibration": {"files": files, "sequence_length": 64 if context.small else 1024},
-            "source": "fp8",
-            "device": context.device,
-        }
-        for budget in (None,) if context.small else (None, "8GiB"):
-            own = awq | ({"memory_budget": budget} if budget else {})
-            run = f"run-{budget or 'default'}"
-            path = folder / f"{run}.yaml"
-            path.write_text(
-                yaml.safe_dump({"model": {"source": "source"}, "work_dir": run, "awq": own}), encoding="utf-8"
-            )
-            begin, started = time.perf_counter(), time.time()
-            planning = pool.submit(_mmq, "awq", path, "--dry-run", "--json")
-            done = _mmq("awq", path, "--quiet", timeout=120)
-            facts: Facts = {
-                "step": f"mmq awq, memory_budget {budget or 'of its own'}",
-                "seconds": round(time.perf_counter() - begin, 1),
-                "ok": done.returncode == 0,
-            }
+        yield _write_source(context, folder, 2 if context.small else 3, context.shape())
+        for rounding in ("compensated",) if context.small else ("compensated", "nearest"):
+            recipe, run = _awq_recipe(context, folder, rounding, rounding=rounding), folder / rounding
+            started = time.time()
+            planning = pool.submit(_mmq, "awq", recipe, "--dry-run", "--json")
+            facts = _awq_run(recipe, f"mmq awq, rounding {rounding}")
             if not facts["ok"]:
-                yield facts | {"error": done.stderr[-600:]}
+                yield facts
                 continue
             # When what was on the disk: the rest is the process's start and end.
-            files = [
-                path for kind in ("state/calibration/*", "awq/*.safetensors") for path in (folder / run).glob(kind)
-            ]
+            files = [path for kind in ("state/calibration/*", "awq/*.safetensors") for path in run.glob(kind)]
             moments = sorted(path.stat().st_mtime - started for path in files)
             yield facts | {"files_after": [round(moment, 1) for moment in moments]}
-            statistics = json.loads((folder / run / "state/awq/layers.json").read_text(encoding="utf-8"))
-            for entry in statistics:
+            for entry in _layers(run):
                 yield {
+                    "rounding": rounding,
                     "layer": entry["layer"],
                     "parts": entry["seconds"],
-                    "budget_gib": round(entry["memory_budget"] / GIB, 2),
                     "peak_gib": round(entry["peak_device_bytes"] / GIB, 2),
                     "reserved_gib": round(entry["peak_device_reserved_bytes"] / GIB, 2),
                     "loss_of_nearest": round(entry["loss_chosen"] / entry["loss_round_to_nearest"], 4),
                 }
             planned = planning.result()
-            facts = {"step": "the plan"}
+            facts = {"step": f"the plan, rounding {rounding}"}
             if planned.returncode == 0:
                 (plan,) = json.loads(planned.stdout.splitlines()[-1])["plan"]
                 facts |= {f"planned_{kind}_gib": round(plan[f"{kind}_memory"] / GIB, 2) for kind in ("device", "host")}
             else:
                 facts |= {"ok": False, "error": planned.stderr[-300:]}
             yield facts
-            shutil.rmtree(folder / run)
+            shutil.rmtree(run)
             if moments[-1] > 60:
                 break
 
 
+def growth(context: Context) -> Iterator[Facts]:
+    """Memory of a GPU that one process holds after each of many layers: the most in use, and the most reserved."""
+    from real_layers import Shape
+
+    layers = 3 if context.small else 10
+    shape = context.shape() if context.small else Shape(64, 2048, 1024, 8, 16, 4, 128)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield _write_source(context, folder, layers, shape)
+        yield _awq_run(_awq_recipe(context, folder, "run", part=4, rounding="compensated"), f"mmq awq, {layers} layers")
+        entries = _layers(folder / "run")
+        peaks, reserved = (
+            [round(entry[kind] / 2**20) for entry in entries]
+            for kind in ("peak_device_bytes", "peak_device_reserved_bytes")
+        )
+        # The first layer has no other one's files to be written beside it.
+        grows = reserved[-1] > 1.05 * reserved[2]
+        seconds = [round(sum(entry["seconds"].values()), 1) for entry in entries]
+        yield {"ok": not grows, "peak_mib": peaks, "reserved_mib": reserved, "seconds": seconds}
+
+
+# What of the tests says most of a card: kernels, rounding, the search beside the libraries' own, a model's layers.
+TESTS = (
+    "tensors/test_fused.py",
+    "tensors/test_rounding.py",
+    "quantize/test_awq_stock.py",
+    "quantize/test_race.py",
+    "quantize/test_rounding.py",
+    "quantize/test_model.py",
+)
+
+
+def tests(context: Context) -> Iterator[Facts]:
+    """Some of the tests on the device, each file a process."""
+    if importlib.util.find_spec("pytest") is None:
+        yield {"ok": False, "error": "pytest is not here: scripts/gpu_wheels ... --also pytest pluggy iniconfig"}
+        return
+    places = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "MMQ_TEST_DEVICE": context.device}
+
+    def run(name: str) -> Facts:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{name}"]
+        begin = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+        lines = done.stdout.splitlines() or [done.stderr[-300:]]
+        facts: Facts = {"file": name, "ok": done.returncode == 0, "said": lines[-1].strip("= ")}
+        failed = [line[:150] for line in lines if line.startswith(("FAILED", "ERROR"))]
+        return facts | {"seconds": round(time.perf_counter() - begin, 1)} | ({"failed": failed} if failed else {})
+
+    chosen = ["tensors/test_rounding.py::test_packing_is_undone"] if context.small else TESTS
+    with ThreadPoolExecutor(len(chosen)) as pool:
+        for future in as_completed([pool.submit(run, name) for name in chosen]):
+            yield future.result()
+
+
 def stock(context: Context) -> Iterator[Facts]:
-    """llmcompressor's own search on the same layer, and mmq's, at two numbers of tokens; a line through them."""
+    """llmcompressor's own search as shipped: every expert sees all tokens."""
+    yield from _stock(context, "stock, as shipped", True)
+
+
+def stock_routed(context: Context) -> Iterator[Facts]:
+    """The same on an expert's own tokens."""
+    yield from _stock(context, "stock, routed", False)
+
+
+def _stock(context: Context, name: str, everywhere: bool) -> Iterator[Facts]:
+    """llmcompressor's search of a layer at two numbers of tokens, a line through them, and mmq's."""
     import torch
 
     import stock_awq
@@ -1045,30 +1041,29 @@ def stock(context: Context) -> Iterator[Facts]:
 
     mine = timed(context, lambda: ours(hidden.shape[0]), 2)
     yield {"contender": "mmq", "tokens": hidden.shape[0], "seconds": round(mine, 3)}
-    for name, everywhere in (("stock, routed", False), ("stock, as shipped", True)):
-        seconds = []
-        for tokens in sizes:
-            batches = hidden[:tokens].split(4096)
-            if tokens == sizes[0]:
-                stock_awq.run_stock(stock_awq.build_model(own, shape.top_k), batches[:1], False, 3, everywhere)
-            runs: list[float] = []
-            while len(runs) < (1 if context.small else 2) and sum(runs) < 10:
-                model = stock_awq.build_model(own, shape.top_k)
-                synchronize(context)
-                begin = time.perf_counter()
-                stock_awq.run_stock(model, batches, True, 20, everywhere)
-                synchronize(context)
-                runs.append(time.perf_counter() - begin)
-            seconds.append(min(runs))
-            yield {"contender": name, "tokens": tokens, "seconds": [round(run, 2) for run in runs]}
-        growth = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
-        whole = seconds[1] + growth * (hidden.shape[0] - sizes[1])
-        yield {
-            "contender": name,
-            "tokens": hidden.shape[0],
-            "extrapolated": round(whole, 1),
-            "times_mmq": round(whole / mine, 1),
-        }
+    seconds = []
+    for tokens in sizes:
+        batches = hidden[:tokens].split(4096)
+        if tokens == sizes[0]:
+            stock_awq.run_stock(stock_awq.build_model(own, shape.top_k), batches[:1], False, 3, everywhere)
+        runs: list[float] = []
+        while len(runs) < (1 if context.small else 2) and sum(runs) < 10:
+            model = stock_awq.build_model(own, shape.top_k)
+            synchronize(context)
+            begin = time.perf_counter()
+            stock_awq.run_stock(model, batches, True, 20, everywhere)
+            synchronize(context)
+            runs.append(time.perf_counter() - begin)
+        seconds.append(min(runs))
+        yield {"contender": name, "tokens": tokens, "seconds": [round(run, 2) for run in runs]}
+    growth = (seconds[1] - seconds[0]) / (sizes[1] - sizes[0])
+    whole = seconds[1] + growth * (hidden.shape[0] - sizes[1])
+    yield {
+        "contender": name,
+        "tokens": hidden.shape[0],
+        "extrapolated": round(whole, 1),
+        "times_mmq": round(whole / mine, 1),
+    }
 
 
 @dataclass(frozen=True)
@@ -1077,18 +1072,23 @@ class Part:
     seconds: float
 
 
+# What was never measured, and what a fault would cost most, first.
 PARTS = {
     part.run.__name__: part
     for part in (
         Part(ceilings, 30),
-        Part(kernels, 90),
-        Part(speed, 90),
-        Part(layer, 90),
-        Part(search, 90),
+        Part(kernels, 100),
+        Part(rounding, 90),
         Part(tiny, 120),
-        Part(profile, 60),
-        Part(stage, 170),
+        Part(layer, 90),
+        Part(stage, 150),
+        Part(growth, 60),
+        Part(tests, 90),
         Part(stock, 150),
+        Part(speed, 60),
+        Part(profile, 60),
+        Part(search, 60),
+        Part(stock_routed, 150),
     )
 }
 
@@ -1198,13 +1198,25 @@ def table(results: list[Facts], most: int = 60, width: int = 190) -> list[str]:
     if passed:
         same = sum(facts.get("differing") == 0 for facts in passed)
         lines.append(f"kernels: {len(passed)} checks passed, {same} of them bit for bit")
+    words: dict[str, list[str]] = {}
     for facts in good:
-        if facts in passed:
-            continue
-        lines.append(f"{facts['part']}: {_words(facts)}"[:width])
-        top = [f"{entry['share']:.0%} {entry['calls']}x {entry['kernel'][:44]}" for entry in facts.get("top", [])]
-        lines += ["  " + "; ".join(top[start : start + 3])[:width] for start in range(0, len(top[:12]), 3)]
+        if facts not in passed:
+            top = [f"{entry['share']:.0%} {entry['calls']}x {entry['kernel'][:44]}" for entry in facts.get("top", [])]
+            words.setdefault(facts["part"], []).append("; ".join([_words(facts), *top[:6]]))
+    for part, found in words.items():
+        lines += _filled(part, found, width)
     return lines[:most]
+
+
+def _filled(part: str, words: list[str], width: int) -> list[str]:
+    """As many of a part's findings to a line as it holds; one that is longer than a line is cut."""
+    lines: list[str] = []
+    for found in words:
+        if lines and len(lines[-1]) + len(found) + 3 <= width:
+            lines[-1] += f" | {found}"
+        else:
+            lines.append(f"{part}: {found}"[:width])
+    return lines
 
 
 def _words(facts: Facts) -> str:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, cpu_only
-from gpu_check import PARTS, _compared, table
+from gpu_check import PARTS, table
+from gpu_operations import compared
 
 SCRIPT = ROOT / "scripts/gpu_check.py"
 
@@ -54,19 +55,30 @@ def test_a_difference_is_seen() -> None:
     torch = pytest.importorskip("torch")
     numbers = torch.tensor([1.0, -2.0, float("nan"), float("inf")])
     other = numbers.clone()
-    assert _compared(other, numbers, 0.0) == {"differing": 0, "ok": True}
+    assert compared(other, numbers, 0.0) == {"differing": 0, "ok": True}
     other[1] = torch.nextafter(other[1], torch.tensor(0.0))
-    assert _compared(other, numbers, 0.0) == {"differing": 1, "ok": False}
-    assert _compared(other, numbers, 1e-6)["ok"] and not _compared(other, numbers, 1e-9)["ok"]
+    assert compared(other, numbers, 0.0) == {"differing": 1, "ok": False}
+    assert compared(other, numbers, 1e-6)["ok"] and not compared(other, numbers, 1e-9)["ok"]
     other[3] = 5.0
-    assert not _compared(other, numbers, 1e-6)["ok"]
+    assert not compared(other, numbers, 1e-6)["ok"]
+    # A share may be others.
+    many = torch.arange(100.0)
+    other = many.clone()
+    other[7] += 1
+    assert compared(other, many, 0.0, 0.01)["ok"] and not compared(other, many, 0.0, 0.009)["ok"]
 
 
 def test_the_table_has_failures_first_and_an_end() -> None:
-    facts = [{"part": "speed", "operation": str(number), "ms": 1.0} for number in range(100)]
+    facts = [{"part": "speed", "operation": f"{number:0100}", "ms": 1.0} for number in range(100)]
     lines = table([*facts, {"part": "tiny", "ok": False, "error": "x" * 1000}])
     assert lines[0] == "1 of 101 lines failed" and lines[1].startswith("FAILED tiny")
     assert len(lines) == 60 and max(map(len, lines)) < 400
+    # Short ones share lines, and none is lost.
+    facts = [{"part": part, "operation": number} for part in ("speed", "search") for number in range(40)]
+    lines = table(facts)
+    assert len(lines) < 20 and max(map(len, lines)) <= 190
+    assert sum(line.count("operation=") for line in lines) == 80
+    assert sum(line.startswith("search: operation=0 |") for line in lines) == 1
 
 
 def wheels(*options: object) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from cli.test_cli import cli, refused, succeed
-from conftest import digests
+from conftest import DEVICE_NAME, digests
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
 from mmq.quantize.rounding import Compensation, Rounded, Smoothing, damping, held_back
@@ -38,7 +38,7 @@ def write_recipe(folder: Path, **awq: Any) -> Path:
                 "files": [{"path": "source/calibration.jsonl", "samples": 48}], "sequence_length": 256,
             },
             "rounding": "compensated",
-            "device": "cpu",
+            "device": DEVICE_NAME,
         }
         | awq,
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""Error-compensated rounding against llmcompressor's GPTQ and a plain float64 form, and on odd matrices."""
+"""Error-compensated rounding against llmcompressor's GPTQ and a plain float64 form, and on odd matrices.
+
+On a GPU with MMQ_TEST_DEVICE=cuda.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-from conftest import NEVER, compile_from
+from conftest import DEVICE, NEVER, compile_from, cpu_only
 from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
 from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
@@ -22,11 +25,11 @@ def moments(count: int, columns: int, rows: int, seed: int = 0) -> torch.Tensor:
     mix = torch.randn(count, columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
     size = (torch.randn(count, 1, columns, generator=generator) * 0.7).exp()
     x = (torch.randn(count, rows, columns, generator=generator) @ mix) * size
-    return x.transpose(1, 2) @ x / rows
+    return (x.transpose(1, 2) @ x / rows).to(DEVICE)
 
 
 def weights(count: int, rows: int, columns: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def nearest(weight: torch.Tensor) -> QuantizedStack:
@@ -47,7 +50,7 @@ def rounded(weight: torch.Tensor, h: torch.Tensor, damping: float = 0.01) -> Qua
 
 def plain(weight: torch.Tensor, h: torch.Tensor, scale: torch.Tensor, damping: float) -> torch.Tensor:
     """GPTQ's codes as its paper has it, one matrix in float64: the inverse's Cholesky factor, a column at a time."""
-    h = h.double() + damping * h.double().diagonal().mean() * torch.eye(len(h))
+    h = h.double() + damping * h.double().diagonal().mean() * torch.eye(len(h), device=h.device)
     order = h.diagonal().float().argsort(stable=True).flip(0)
     h, w = h[order][:, order], weight.double()[:, order].clone()
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
@@ -92,7 +95,7 @@ def test_it_changes_the_output_less_than_nearest(rows: int) -> None:
 
 
 def test_without_correlations_the_codes_are_the_nearest() -> None:
-    h = torch.diag_embed(torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) + 0.1)
+    h = torch.diag_embed(torch.rand(2, 256, generator=torch.Generator().manual_seed(2)) + 0.1).to(DEVICE)
     weight = weights(2, 32, 256)
     stack = rounded(weight, h)
     steps = stack.scale.float().repeat_interleave(GROUP, -1)
@@ -106,6 +109,7 @@ def test_blocks_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (rounded(weight, h).values != one).double().mean() < 1e-3
 
 
+@cpu_only
 def test_compiled_rounding_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     h, weight = moments(3, 384, 500), weights(3, 40, 384)
     weight[0, 3], weight[1, :, 128:256] = 0.0, 0.0
@@ -142,14 +146,14 @@ def test_searched_scales_are_the_best_of_their_shares() -> None:
 
 
 def test_shrinkage_is_a_mean_of_rows_and_prior_rows() -> None:
-    sums, counts = moments(3, 128, 50) * 50, torch.tensor([50.0, 0.0, 10**6])
+    sums, counts = moments(3, 128, 50) * 50, torch.tensor([50.0, 0.0, 10**6], device=DEVICE)
     sums[1], sums[2] = 0.0, sums[2] * 10**6 / 50
     pooled = moments(1, 128, 400, seed=5)[0]
     found = shrink(sums.clone(), counts, pooled, 0.5)
     assert torch.allclose(found[0], (sums[0] + 64 * pooled) / 114, rtol=1e-5)
     assert torch.allclose(found[1], pooled)
     assert torch.allclose(found[2], sums[2] / 10**6, atol=1e-3 * float(pooled.abs().max()))
-    diagonal = torch.rand(3, 128)
+    diagonal = torch.rand(3, 128, device=DEVICE)
     found = shrink(sums.clone(), counts, diagonal, 2.0)
     assert torch.allclose(found[0], (sums[0] + 256 * torch.diag(diagonal[0])) / 306, rtol=1e-5)
     assert torch.allclose(found[1], torch.diag(diagonal[1]))
@@ -161,12 +165,12 @@ def odd_matrices() -> dict[str, torch.Tensor]:
     dead[5], dead[:, 5] = 0.0, 0.0
     broken = good.clone()
     broken[3, 4] = torch.nan
-    indefinite = good - 3 * good.diagonal().mean() * torch.eye(256)
-    single = torch.zeros(256, 256)
+    indefinite = good - 3 * good.diagonal().mean() * torch.eye(256, device=DEVICE)
+    single = torch.zeros(256, 256, device=DEVICE)
     single[9, 9] = 2.0
-    ones = torch.ones(256, 256)
+    ones = torch.ones(256, 256, device=DEVICE)
     return {
-        "good": good, "zero": torch.zeros(256, 256), "dead channel": dead, "NaN": broken, "infinite": good * 1e38 * 1e3,
+        "good": good, "zero": good * 0, "dead channel": dead, "NaN": broken, "infinite": good * 1e38 * 1e3,
         "indefinite": indefinite, "one channel": single, "rank one": ones, "tiny": good * 1e-36,
         "denormal": good * 1e-42, "huge": good * 1e30,
     }  # fmt: skip
@@ -180,8 +184,9 @@ def test_matrices_of_every_odd_kind_leave_the_others_alone(kind: str) -> None:
     factor = factorize(torch.stack([good, odd]), 0.1)
     scale = searched_scale(weight, factor.diagonal, GROUP)
     stack = round_compensated(weight.clone(), factor, scale, GROUP)
-    assert factor.compensates[0] and torch.equal(stack.values[0], alone.values[0])
-    assert torch.equal(stack.scale[0], alone.scale[0])
+    assert factor.compensates[0] and torch.equal(stack.scale[0], alone.scale[0])
+    # A GPU's libraries take other kernels for one matrix than for several.
+    assert float((stack.values[0] != alone.values[0]).double().mean()) <= (0 if DEVICE.type == "cpu" else 1e-3)
     assert torch.isfinite(stack.scale).all() and (stack.scale > 0).all()
     if kind in ("zero", "NaN", "infinite", "indefinite", "denormal"):
         assert not factor.compensates[1]
@@ -231,7 +236,9 @@ def test_a_sweep_is_a_plain_one() -> None:
     """In float64, a scale and a code at a time, against the whole loss."""
     h, weight = moments(1, 256, 400), weights(1, 8, 256)
     before, after = swept(weight, h)
-    h64, different = h[0].double(), 0
+    values, scales = after.values.cpu(), after.scale.cpu()
+    before = QuantizedStack(before.values.cpu(), before.scale.cpu(), GROUP)
+    h64, weight, different = h[0].double().cpu(), weight.cpu(), 0
     for row in range(8):
         w, codes = weight[0, row].double(), before.values[0, row].double()
         steps = before.scale[0, row].double().repeat_interleave(GROUP)
@@ -260,8 +267,8 @@ def test_a_sweep_is_a_plain_one() -> None:
                     other[column] = code
                     losses.append(squares(other, steps))
                 codes[column] = min(range(16), key=losses.__getitem__) - 8
-        different += int((after.values[0, row] != codes).sum())
-        assert torch.equal(after.scale[0, row].double(), steps[::GROUP])
+        different += int((values[0, row] != codes).sum())
+        assert torch.equal(scales[0, row].double(), steps[::GROUP])
     # fp32: single codes on an edge may differ.
     assert different <= 2
 
