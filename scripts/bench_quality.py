@@ -33,7 +33,12 @@ from mmq.stages.pipeline import run_stages
 from mmq.tensors.fp8 import dequantize_block
 from mmq.workdir.workspace import Workspace
 
-WAYS = ("nearest", "compensated")
+# Settings of the awq section by the name of what they do.
+WAYS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "nearest"},
+    "compensated": {"rounding": "compensated", "fisher_tokens": 0},
+    "two-sided": {"rounding": "compensated", "fisher_tokens": 2**53 - 1},
+}
 WORDS = [
     "the",
     "a",
@@ -111,16 +116,16 @@ def measure(model: Path, samples: list[str], length: int, awq: dict[str, Any]) -
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "samples.jsonl").write_text("\n".join(samples) + "\n", encoding="utf-8")
-        for way in WAYS:
+        for way, settings in WAYS.items():
             recipe = {
                 "model": {"source": str(model.resolve())},
                 "work_dir": way,
                 "awq": {
                     "calibration": {"files": [{"path": "samples.jsonl"}], "sequence_length": length},
                     "source": "fp8",
-                    "rounding": way,
                     "device": "cpu",
                 }
+                | settings
                 | awq,
             }
             path = folder / f"{way}.yaml"
@@ -168,9 +173,10 @@ def main() -> None:
                 runs.append(measure(model, lines, options.sequence_length, awq))
             for key in runs[0]:
                 print(f"{count} samples, {key}: {told([run[key] for run in runs], 1 if key.endswith(', s') else 5)}")
-            for key in ("round-to-nearest", "nearest"):
-                shares = [run["compensated"] / run[key] for run in runs]
-                print(f"{count} samples, compensated of {key}: {told(shares, 3)}", flush=True)
+            for way in list(WAYS)[1:]:
+                for key in ("round-to-nearest", "nearest"):
+                    shares = [run[way] / run[key] for run in runs]
+                    print(f"{count} samples, {way} of {key}: {told(shares, 3)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,11 @@ class Awq(Section):
         "nearest",
         description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
+    fisher_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**53)] = Field(
+        0,
+        description="of rounding: compensated: calibration tokens whose loss's gradient says which errors of a block's"
+        " output matter together; 0 weighs all outputs alike",
+    )
     shared_experts: Literal["scaled", "source"] = Field(
         "scaled",
         description="an fp8 shared expert, which reads the smoothed norm too, becomes bf16 and is scaled with it, or"

@@ -287,15 +287,18 @@ READERS["qwen3_5_moe"] = READERS["qwen3_5_moe_text"] = READERS["qwen3_next"]
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: Config) -> list[torch.Tensor]:
     """The residual stream before each layer and after the last, [T, H] each."""
-    block = BLOCKS[config["model_type"]]
     states = [weights["model.embed_tokens.weight"][ids]]
     for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        x = states[-1]
-        x = x + attention(normed(x, weights[prefix + "input_layernorm.weight"], config), weights, prefix, config)
-        inner = normed(x, weights[prefix + "post_attention_layernorm.weight"], config)
-        states.append(x + block(inner, weights, prefix, config))
+        states.append(through_layer(states[-1], weights, layer, config))
     return states
+
+
+def through_layer(x: torch.Tensor, weights: Weights, layer: int, config: Config) -> torch.Tensor:
+    """The residual stream [T, H] after a layer, given that before it."""
+    prefix = f"model.layers.{layer}."
+    x = x + attention(normed(x, weights[prefix + "input_layernorm.weight"], config), weights, prefix, config)
+    inner = normed(x, weights[prefix + "post_attention_layernorm.weight"], config)
+    return x + BLOCKS[config["model_type"]](inner, weights, prefix, config)
 
 
 def logits(ids: torch.Tensor, weights: Weights, config: Config) -> torch.Tensor:

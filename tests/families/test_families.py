@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tests.conftest import DEVICE, SAMPLES, edit_json, write_recipe
-from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed
+from tests.families.forwards import READERS, hidden_states, keys_and_values, logits, normed, through_layer
 from tests.reference import Weights, dequantized, divergence, read_folder, round_to_nearest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 from typer.testing import CliRunner
@@ -23,12 +23,15 @@ from mmq.cli.app import app
 from mmq.errors import CheckpointError
 from mmq.families.registry import ARCHITECTURES, architecture_of
 from mmq.families.sizes import Dimensions
+from mmq.machine.team import ALONE
 from mmq.prove.evaluate import evaluate_checkpoint
 from mmq.prove.forward import run_layer
 from mmq.prove.streamed import EvalSettings
 from mmq.prove.verify import verify_checkpoint
 from mmq.prove.weights import HybridWeights, SourceWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.quantize.fisher import SourceLayer, following
+from mmq.quantize.head import Head
 from mmq.quantize.kv_cache import KvObserver
 from mmq.recipe import load
 from mmq.report.card import render
@@ -291,6 +294,40 @@ def test_the_streamed_layers_are_the_plain_ones(made: Made) -> None:
         off = (change - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert float(off.median()) < 0.02, layer
     assert hidden.shape == truth[0].shape
+
+
+def test_the_gradient_through_a_layer_is_autograds(made: Made) -> None:
+    source = made.workspace().source
+    arch, weights = source.architecture, SourceWeights(source)
+    config = transformers_config(arch, source.config)
+    truth = hidden_states(HELD_OUT, made.source, made.config)
+    generator = torch.Generator().manual_seed(0)
+    for layer, _, _ in made.layers():
+        leaf = truth[layer].bfloat16().float().requires_grad_()
+        given = torch.randn(leaf.shape, generator=generator).bfloat16()
+        (wanted,) = torch.autograd.grad(through_layer(leaf, made.source, layer, made.config), leaf, given.float())
+        content = read_layer(weights, arch, layer, DEVICE)
+        decoder = DecoderLayer(arch, config, layer, content.rest, DEVICE)
+        whole = SourceLayer(decoder, content, [len(HELD_OUT)], ALONE)
+        found = whole.back(leaf.detach().bfloat16().to(DEVICE), given.to(DEVICE)).float().cpu()
+        # What the layer adds to the gradient that goes past it; its output is that of `run_layer`.
+        off = (found - wanted).norm(dim=1) / (wanted - given.float()).norm(dim=1)
+        assert float(off.median()) < 0.05, layer
+        forward = whole.forward(truth[layer].bfloat16().to(DEVICE))
+        assert torch.equal(
+            forward, run_layer(decoder, content, truth[layer].bfloat16().to(DEVICE), [len(HELD_OUT)], 128)
+        )
+    norm, head = (made.source[name] for name in ("model.norm.weight", "lm_head.weight"))
+    leaf = truth[-1].bfloat16().float().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(
+        normed(leaf, norm, made.config)[:-1] @ head.T, HELD_OUT[1:], reduction="sum"
+    )
+    (wanted,) = torch.autograd.grad(loss, leaf)
+    found = Head(arch, config, norm.bfloat16().to(DEVICE), head.bfloat16().to(DEVICE)).gradient(
+        truth[-1].bfloat16().to(DEVICE), following(HELD_OUT, [len(HELD_OUT)]).to(DEVICE)
+    )
+    assert float((found.float().cpu() - wanted).norm() / wanted.norm()) < 0.02
+    assert not found[-1].any()
 
 
 def test_verify_passes_and_what_is_no_expert_has_the_sources_bytes(made: Made) -> None:

@@ -20,8 +20,9 @@ from conftest import edit_json
 from mmq.errors import CheckpointError
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.families.rotary import largest_position, rope_parameters
-from mmq.prove.forward import Head, run_layer
+from mmq.prove.forward import run_layer
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.quantize.head import Head
 from mmq.quantize.layer import LayerContent
 from reference import dequantized, divergence, frequencies, keys_and_values, logits, read_folder, rms_norm
 

@@ -31,11 +31,12 @@ from mmq.prove.evaluate import (
     rows,
     worst,
 )
-from mmq.prove.forward import Head, run_layer
+from mmq.prove.forward import run_layer
 from mmq.prove.measures import measure, relative_error
 from mmq.prove.streamed import EvalSettings, eval_recipe
 from mmq.prove.weights import HybridWeights, SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.quantize.head import Head
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.quantize.layer import LayerContent
 from mmq.recipe import load

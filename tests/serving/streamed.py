@@ -12,9 +12,10 @@ import torch
 from compressed_tensors.modeling.kvcache import initialize_hooked_kv_cache, register_key_hook, register_value_hook
 
 from mmq.families.registry import architecture_of
-from mmq.prove.forward import Head, run_layer
+from mmq.prove.forward import run_layer
 from mmq.prove.weights import HybridWeights, read_layer, take_kv_scales
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.quantize.head import Head
 from mmq.quantize.kv_cache import quantize_kv_cache
 from mmq.storage.checkpoint import Checkpoint
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmq.machine.team import ALONE, Team
-from mmq.prove.forward import Head
+from mmq.quantize.head import Head
 from mmq.source.tokens import Tokens
 
 # Logits computed at one time; a few tensors of this many float32 are alive together.

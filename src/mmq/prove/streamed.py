@@ -17,10 +17,10 @@ import torch
 from mmq.errors import CalibrationError, JournalError
 from mmq.families.rotary import check_length
 from mmq.machine.device import present_device
-from mmq.prove.forward import Head
 from mmq.prove.measures import predictions
 from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights
 from mmq.quantize.decoder_layer import embed, transformers_config
+from mmq.quantize.head import Head
 from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.model import SourceModel

@@ -7,7 +7,7 @@ layer's own forward gives the residual stream, and the block itself is computed 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -134,7 +134,8 @@ class DecoderLayer:
             self._chooser = module.get_submodule(architecture.sparse_module) if sparse else None
         except (RuntimeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"layer {layer} does not fit {architecture.layer_class}: {one_line(error)}") from None
-        self.module = module.eval()
+        # Nothing here is trained: without a gradient to follow from the inputs, none is recorded.
+        self.module = module.eval().requires_grad_(False)
 
     def _rotary(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
         """cos and sin [1, T, rotated dimensions] in the dtype of x for the positions int64 [1, T] of text.
@@ -180,38 +181,24 @@ class DecoderLayer:
         name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
         self.module.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
 
-    @torch.no_grad()
     def attend(self, hidden: torch.Tensor, lengths: list[int], team: Team = ALONE) -> torch.Tensor:
         """Everything before the experts: [T, H] of concatenated sequences -> the residual stream after attention; of a
         layer that has none, its output. Each rank computes its part of the batches, and is given the others'.
         """
-        result = torch.empty_like(hidden)
-        whole = list(batches(lengths))
-        for starts, length in (whole[number] for number in team.part(len(whole))):
-            batch = torch.stack([hidden[start : start + length] for start in starts]).to(self.device)
-            positions = torch.arange(length, device=self.device).unsqueeze(0)
-            self._choose_of(length)
-            output = self.module(
-                batch,
-                position_embeddings=self._rotary(batch, positions),
-                attention_mask=None,
-                position_ids=positions,
-            )
-            for start, sequence in zip(starts, output, strict=True):
-                result[start : start + length] = sequence
-        if team.size == 1:
-            return result
-        spans = [
-            [(start, length) for at in part for (starts, length) in [whole[at]] for start in starts]
-            for part in team.parts(len(whole))
-        ]
-        own = [result[start : start + length] for start, length in spans[team.rank]]
-        gathered = team.gather(torch.cat([result[:0], *own]), [sum(length for _, length in span) for span in spans])
-        done = 0
-        for start, length in (one for span in spans for one in span):
-            result[start : start + length] = gathered[done : done + length]
-            done += length
-        return result
+        return in_batches(self.attend_batch, lengths, team, hidden)
+
+    def attend_batch(self, batch: torch.Tensor) -> torch.Tensor:
+        """`attend` for sequences of equal length, [B, T, H] -> [B, T, H]; autograd can follow it."""
+        batch, length = batch.to(self.device), batch.shape[1]
+        positions = torch.arange(length, device=self.device).unsqueeze(0)
+        self._choose_of(length)
+        output: torch.Tensor = self.module(
+            batch,
+            position_embeddings=self._rotary(batch, positions),
+            attention_mask=None,
+            position_ids=positions,
+        )
+        return output
 
     def _choose_of(self, length: int) -> None:
         """Have sparse attention choose its tokens only where a sequence has more than it chooses: its mask takes a
@@ -222,14 +209,12 @@ class DecoderLayer:
         reach = math.prod(getattr(self.config, key) for key in self.architecture.sparse_reach)
         setattr(self.module.get_submodule(parent), name, self._chooser if length > reach else None)
 
-    @torch.no_grad()
     def block_input(self, residual: torch.Tensor, step: int = 2**14) -> torch.Tensor:
         """The norm before the block, applied to the residual stream [T, H]."""
         name = self.architecture.module_name(self.architecture.smooth_norm).removesuffix(".weight")
         norm = self.module.get_submodule(name)
         return torch.cat([norm(part) for part in residual.split(step)])
 
-    @torch.no_grad()
     def add_shared(self, residual: torch.Tensor, x: torch.Tensor, step: int = 2**14) -> torch.Tensor:
         """The residual stream [T, H] with what the shared expert makes of the block's input [T, H]."""
         if self._shared is None:
@@ -240,7 +225,6 @@ class DecoderLayer:
             outputs.append(output if self._shared_gate is None else self._shared_gate(part).sigmoid() * output)
         return residual + torch.cat(outputs)
 
-    @torch.no_grad()
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """transformers' router on [T, H]: logits float32 [T, E], weights float32 [T, k], indices int64 [T, k].
 
@@ -276,14 +260,50 @@ def _fused(named: dict[str, torch.Tensor], arch: Architecture) -> dict[str, torc
     return result
 
 
-def batches(lengths: list[int]) -> Iterator[tuple[list[int], int]]:
-    """Sequences of equal length, as many as BATCH_TOKENS allows at a time: (first tokens, length)."""
+def batches(lengths: list[int], tokens: int = BATCH_TOKENS) -> Iterator[tuple[list[int], int]]:
+    """Sequences of equal length, as many as so many tokens allow at a time: (first tokens, length)."""
     starts: dict[int, list[int]] = {}
     position = 0
     for length in lengths:
         starts.setdefault(length, []).append(position)
         position += length
     for length, group in starts.items():
-        size = max(1, BATCH_TOKENS // length)
+        size = max(1, tokens // length)
         for first in range(0, len(group), size):
             yield group[first : first + size], length
+
+
+def in_batches(
+    compute: Callable[..., torch.Tensor],
+    lengths: list[int],
+    team: Team,
+    *given: torch.Tensor,
+    tokens: int = BATCH_TOKENS,
+) -> torch.Tensor:
+    """A function of sequences of equal length, for concatenated sequences of any. Each rank computes its part of the
+    batches, which are the same for any number of ranks, and is given the others'.
+
+    Args:
+        compute: [B, T, ...] of each of the given -> [B, T, ...], shaped as the first.
+        given: [sum of the lengths, ...].
+        tokens: in a batch, where a sequence has not more.
+    """
+    result = torch.empty_like(given[0])
+    whole = list(batches(lengths, tokens))
+    for starts, length in (whole[number] for number in team.part(len(whole))):
+        stacked = [torch.stack([tensor[start : start + length] for start in starts]) for tensor in given]
+        for start, sequence in zip(starts, compute(*stacked), strict=True):
+            result[start : start + length] = sequence
+    if team.size == 1:
+        return result
+    spans = [
+        [(start, length) for at in part for (starts, length) in [whole[at]] for start in starts]
+        for part in team.parts(len(whole))
+    ]
+    own = [result[start : start + length] for start, length in spans[team.rank]]
+    gathered = team.gather(torch.cat([result[:0], *own]), [sum(length for _, length in span) for span in spans])
+    done = 0
+    for start, length in (one for span in spans for one in span):
+        result[start : start + length] = gathered[done : done + length]
+        done += length
+    return result

@@ -165,8 +165,13 @@ class LayerQuantizer:
         return torch.cat([self._ids[number] for number in self.samples]).unique().numel()
 
     @torch.no_grad()
-    def quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+    def quantize(
+        self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: torch.Tensor | None = None
+    ) -> LayerResult:
         """Quantize a layer. `content`'s experts are overwritten.
+
+        Args:
+            fisher: float32 [H, H], of the loss's gradients at the layer's output; of compensated rounding.
 
         With `nonfinite: exclude` a sample for which NaN or infinity appears leaves `samples`, and the layer is begun
         anew without it: the result is that of a run whose hidden states never held it from this layer on.
@@ -178,7 +183,7 @@ class LayerQuantizer:
         excluded: list[int] = []
         while True:
             try:
-                result = self._quantize(layer, content, hidden)
+                result = self._quantize(layer, content, hidden, fisher)
                 break
             except NotFiniteError as error:
                 if fatal:
@@ -227,7 +232,9 @@ class LayerQuantizer:
         reason = self.arch.without_kv_scales(layer) if self.settings.kv_cache_scheme else None
         return found | ({"no_kv_scales": reason} if reason else {})
 
-    def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+    def _quantize(
+        self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: torch.Tensor | None
+    ) -> LayerResult:
         arch, settings = self.arch, self.settings
         if not arch.has_experts(layer):
             return self._pass(layer, content, hidden)
@@ -268,7 +275,9 @@ class LayerQuantizer:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                verdict = judge(block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step)
+                verdict = judge(
+                    block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step, fisher
+                )
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
                 evidence = verdict.evidence

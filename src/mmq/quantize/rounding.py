@@ -7,7 +7,7 @@ sample takes no part in the moments: on those, smoothing and none, compensated a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,9 +17,9 @@ import xxhash
 
 from mmq.machine.threads import each
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
-from mmq.tensors.experts import Piece, Rows, gated_rows, second_moments
+from mmq.tensors.experts import Piece, Rows, gated_rows, row_squares, second_moments
 from mmq.tensors.int4 import QuantizedStack
-from mmq.tensors.rounding import descend, factorize, round_compensated, searched_scale, shrink
+from mmq.tensors.rounding import Factor, descend, factorize, round_compensated, round_rows, searched_scale, shrink
 
 # Prior rows for each column that a moment is drawn towards its target by, the least share of the mean diagonal that is
 # added to it, and that share where the text has as many different tokens as there are columns. docs/quality.md has what
@@ -128,11 +128,14 @@ class Compensation:
     Args:
         fitted: int64 [F], the tokens whose rows the moments are of.
         distinct: how many different tokens the calibration has.
+        outputs: of the loss's gradients at the block's outputs, by which the rows of down make up for each other; None
+            weighs all outputs alike.
     """
 
     block: ExpertBlock
     fitted: torch.Tensor
     distinct: int
+    outputs: Factor | None = None
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
     step: int = field(init=False)
@@ -220,12 +223,17 @@ class Compensation:
             del weight, moments
             moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
             shrink(moments, counts, seen / own.square(), SHRINKAGE)
-            result.put(1, first, self._round(block.down[first:last].float().mul_(own.unsqueeze(1)), moments))
+            weight = block.down[first:last].float().mul_(own.unsqueeze(1))
+            result.put(1, first, self._round(weight, moments, self.outputs))
 
-    def _round(self, weight: torch.Tensor, moments: torch.Tensor) -> QuantizedStack:
-        factor = factorize(moments, damping(weight.shape[2], self.distinct))
-        scale = searched_scale(weight, factor.diagonal, self.block.group_size)
-        return descend(weight, moments, factor, round_compensated(weight, factor, scale, self.block.group_size))
+    def _round(self, weight: torch.Tensor, moments: torch.Tensor, outputs: Factor | None = None) -> QuantizedStack:
+        factor, size = factorize(moments, damping(weight.shape[2], self.distinct)), self.block.group_size
+        scale = searched_scale(weight, factor.diagonal, size)
+
+        def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
+            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size))
+
+        return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
 
     def _moments(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sums over the rows of experts first..last.
@@ -294,17 +302,24 @@ class _Jury:
     Attributes:
         block: the layer's experts with these tokens alone.
         wanted: float32 [t, H], the unquantized block's outputs for this rank's share of them.
+        metric: float32 [H, H], what errors of the outputs cost together, its mean diagonal about 1; None where all cost
+            alike, and each by itself.
         losses: float32 [n] of each way, squared errors of these tokens' outputs.
         values: their mean per element; infinity where it is not a number.
+        costs: the same of the errors as the metric has them.
     """
 
     block: ExpertBlock
     wanted: torch.Tensor
+    metric: torch.Tensor | None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor) -> _Jury:
+    def of(
+        cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor, metric: torch.Tensor | None
+    ) -> _Jury:
         heard = ExpertBlock(
             block.x[tokens], block.index[tokens], block.weight[tokens], block.gate_up, block.down, block.activation,
             block.group_size, None, block.working_memory // 2, team=block.team,
@@ -312,11 +327,26 @@ class _Jury:
         chosen = torch.zeros(block.x.shape[0], dtype=torch.bool, device=block.x.device)
         chosen[tokens] = True
         (share,) = heard.shares
-        return cls(heard, block.in_order(reference, chosen)[share.mine])
+        return cls(heard, block.in_order(reference, chosen)[share.mine], metric)
 
     def hear(self, way: str, weights: Weights) -> None:
-        self.losses[way] = self.block.losses(self.block.shares[0], weights, self.wanted)
-        self.values[way] = _mean(self.losses[way], self.wanted.shape[1])
+        (share,), width = self.block.shares, self.wanted.shape[1]
+        if self.metric is None:
+            self.losses[way] = self.block.losses(share, weights, self.wanted)
+            self.costs[way] = self.values[way] = _mean(self.losses[way], width)
+            return
+        (outputs,) = self.block.outputs(weights)
+        # Of all tokens at once: what a product of rows rounds to may depend on how many there are.
+        error = self.block.team.gather_parts(outputs.sub_(self.wanted), share.tokens.numel())
+        self.costs[way] = _mean((error @ self.metric).mul_(error).sum(1), width)
+        self.losses[way] = row_squares(error)
+        self.values[way] = _mean(self.losses[way], width)
+
+    def best(self, ways: Iterable[str]) -> str:
+        """The first of those that cost least, of all whose squared errors are not above those of rounding to nearest
+        without smoothing."""
+        most = self.values["nearest"]
+        return min((way for way in ways if self.values[way] <= most or way == "nearest"), key=self.costs.__getitem__)
 
 
 def judge(
@@ -326,6 +356,7 @@ def judge(
     distinct: int,
     found: Smoothing,
     say: Callable[[float, str], None] = lambda *_: None,
+    fisher: torch.Tensor | None = None,
 ) -> Verdict:
     """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
 
@@ -334,12 +365,18 @@ def judge(
         lengths: tokens of each sample.
         distinct: how many different tokens there are.
         found: the smoothing that a search for rounding to nearest chose.
+        fisher: float32 [H, H], of the loss's gradients at the block's outputs; without, all outputs count alike.
     """
     mask = held_back(lengths).to(block.x.device)
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
-    jury = _Jury.of(block, reference, judging)
+    outputs, metric = None, None
+    if fisher is not None:
+        # Becomes what is factorized: damped, in units of its mean diagonal.
+        metric = fisher.clone()
+        outputs = factorize(metric.unsqueeze(0), damping(metric.shape[0], distinct))
+    jury = _Jury.of(block, reference, judging, metric)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
     changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])
@@ -349,7 +386,7 @@ def judge(
     nearest = {f"{name}nearest": smoothing for name, smoothing in smoothings.items()}
     for way, smoothing in nearest.items():
         jury.hear(way, Smoothed(jury.block, smoothing.norm, smoothing.inner))
-    compensation = Compensation(block, fitted, distinct)
+    compensation = Compensation(block, fitted, distinct, outputs)
     results = {name: Rounded(block, smoothing) for name, smoothing in smoothings.items()}
 
     def progress(share: float, at: str) -> None:
@@ -361,13 +398,13 @@ def judge(
         for name, result in results.items():
             jury.hear(f"{name}probe", result)
     # Where the probed experts had no token, as it is for nearest.
-    name = min(results, key=lambda name: (jury.values.get(f"{name}probe", 0.0), jury.values[f"{name}nearest"]))
+    name = min(results, key=lambda name: (jury.costs.get(f"{name}probe", 0.0), jury.costs[f"{name}nearest"]))
     way, result = f"{name}compensated", results[name]
     del results
     compensation.fit([result], torch.ones_like(result.done), progress)
     say(ROUNDED, "judging by samples held back")
     jury.hear(way, result)
-    best = min((*nearest, way), key=jury.values.__getitem__)
+    best = jury.best((*nearest, way))
     rounded = result if best == way else None
     smoothing = result.smoothing if rounded else nearest[best]
     kept = torch.arange(0, len(judging), -(-len(judging) // EVIDENCE), device=block.x.device)
@@ -379,6 +416,7 @@ def judge(
         "loss_round_to_nearest": _finite(jury.values["nearest"]),
         "loss_chosen": _finite(jury.values[best]),
         "losses": {way: _finite(value) for way, value in jury.values.items()},
+        **({} if fisher is None else {"costs": {way: _finite(value) for way, value in jury.costs.items()}}),
         "identity_kept": smoothing is plain,
         "evidence": {
             "tokens": len(kept),

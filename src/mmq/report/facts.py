@@ -23,6 +23,7 @@ from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
 from mmq.storage.shards import TensorSpec
 from mmq.workdir.layer_files import LayerFiles
+from mmq.workdir.output_shards import LAYER
 from mmq.workdir.versions import versions
 from mmq.workdir.workspace import HYBRID, Workspace
 
@@ -205,7 +206,7 @@ def _layers(workspace: Workspace) -> list[dict[str, Any]]:
     files, journal = LayerFiles.of(workspace, awq.name), workspace.journal.stage(awq.name)
     if journal.complete:
         return _read_list(files.folder / awq.STATISTICS)
-    done = sorted(unit for unit in journal.units if unit != awq.OUTSIDE)
+    done = sorted(unit for unit in journal.units if unit.startswith(LAYER))
     return [read_json(files.folder / f"{unit}.json") for unit in done]
 
 

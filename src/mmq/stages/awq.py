@@ -10,12 +10,10 @@ and find the same; the leading one writes down what is not of the experts.
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -35,7 +33,6 @@ from mmq.machine.device import (
 )
 from mmq.machine.threads import one_thread
 from mmq.machine.transfer import Lane
-from mmq.quantize.decoder_layer import embed
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory
 from mmq.quantize.rounding import EVIDENCE
@@ -44,11 +41,14 @@ from mmq.serve.quantization_config import output_config
 from mmq.source.model import SourceModel
 from mmq.source.samples import most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
-from mmq.stages.awq_checks import calibration_tokens, check_groups, dequant_output, widest_layer
+from mmq.stages import awq_fisher
+from mmq.stages.awq_checks import calibration_tokens, check_groups, widest_layer
 from mmq.stages.awq_checks import checks as checks
+from mmq.stages.awq_fisher import FisherFiles, FisherPass
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
+from mmq.stages.layer_reader import LayerReader
 from mmq.storage.atomic import FileRecord, make_folder, write_json
-from mmq.storage.checkpoint import Checkpoint, TensorReader, finish_folder, read_json
+from mmq.storage.checkpoint import finish_folder, read_json
 from mmq.storage.shards import (
     begin_shard,
     file_order,
@@ -82,11 +82,12 @@ def plan(workspace: Workspace) -> Plan:
     fp8 = recipe.awq.source == "fp8"
     tokens = most_tokens(recipe)
     arithmetic = tokens * operations_per_token(source, recipe.awq.n_grid) // OPERATIONS_PER_BYTE
-    units = []
+    units, reads = [], []
     tensors: list[str] = []
     for layer in layers_and_rest(workspace):
         names = source.outside_names() if layer is None else source.layer_names(layer)
         read = sum((source.checkpoint.specs if fp8 else source.specs)[tensor].nbytes for tensor in names)
+        reads.append(read)
         specs = quantized_specs(workspace, layer)
         tensors += (spec.name for spec in specs)
         written = shard_size(specs)
@@ -108,6 +109,11 @@ def plan(workspace: Workspace) -> Plan:
     states = 2 * hidden_states * torch.bfloat16.itemsize
     if compensated:
         states += sum(map(source.architecture.has_experts, range(source.layer_count()))) * _evidence_bytes(source)
+    if awq_fisher.wanted(recipe.awq):
+        taken = min(tokens, recipe.awq.fisher_tokens + recipe.awq.calibration.sequence_length)
+        once = arithmetic * taken // max(1, tokens) // recipe.awq.n_grid
+        units = awq_fisher.units(source, reads[:-1], once) + units
+        states += awq_fisher.state_bytes(source, taken)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
@@ -133,6 +139,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,
+        # Where it decides nothing, runs that were begun before there was the key go on.
+        **({"awq.fisher_tokens": awq.fisher_tokens} if awq_fisher.wanted(awq) else {}),
         # Of families that have none it decides nothing, and runs that were begun before there was the key go on.
         **({"awq.shared_experts": awq.shared_experts} if workspace.architecture.shared else {}),
         "awq.propagate_quantized": awq.propagate_quantized,
@@ -157,6 +165,8 @@ def _calibration(workspace: Workspace) -> str:
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     with _Stage(workspace, plan, journal) as stage:
+        if awq_fisher.wanted(workspace.recipe.awq):
+            stage.weigh_outputs()
         for layer in range(workspace.source.layer_count()):
             if layer_unit(layer) not in journal.units:
                 stage.quantize_layer(layer)
@@ -174,32 +184,8 @@ def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     files, layers = LayerFiles.of(workspace, name), range(workspace.source.layer_count())
     write_json(files.folder / STATISTICS, [read_json(files.record(layer)) for layer in layers])
     journal.forget_files(layer_unit(layers[-1]), [files.in_journal(files.hidden(layers[-1]))])
-    journal.save()
+    FisherFiles(files).remove_fisher(layers, journal)
     files.remove_hidden()
-
-
-class _Weights(Protocol):
-    """Where a layer's dequantized tensors come from."""
-
-    checkpoint: Checkpoint
-
-    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor: ...
-
-    def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None: ...
-
-
-@dataclass
-class _Bf16Folder:
-    """The dequant stage's output."""
-
-    checkpoint: Checkpoint
-
-    def read(self, reader: TensorReader, name: str, device: torch.device | None = None) -> torch.Tensor:
-        return reader[name]
-
-    def read_stack(self, reader: TensorReader, names: list[str], lane: Lane, target: torch.Tensor) -> None:
-        for name, own in zip(names, target, strict=True):
-            lane.to_device(reader[name], own)
 
 
 class _Stage:
@@ -211,9 +197,8 @@ class _Stage:
         self.team = workspace.team
         self.experts = self.team.part(self.source.expert_count())
         self.layers = range(self.source.layer_count())
-        self.weights = _weights(workspace)
         self.device = present_device(workspace.recipe.awq.device)
-        self.stopping = threading.Event()
+        self.layer_reader = LayerReader(workspace, self.device)
         self.files = LayerFiles.of(workspace, name)
         tokens = calibration_tokens(workspace)
         if self.team.leads:
@@ -234,7 +219,7 @@ class _Stage:
         )
         self.hidden = self._hidden_states(tokens)
         self.two_layers_fit = self._fit_memory()
-        self.up, self.down = Lane(self.device), Lane(self.device)
+        self.down = Lane(self.device)
         self.writer, self.writers = one_thread("mmq-writer"), self.team.apart("writers")
         self.reader = one_thread("mmq-reader")
         self.pending: Future[None] | None = None
@@ -259,9 +244,15 @@ class _Stage:
 
     def __exit__(self, *_: object) -> None:
         # What is being written is a layer's work and is waited for; what is being read is nothing lost.
-        self.stopping.set()
+        self.layer_reader.stopping.set()
         self.reader.shutdown(wait=True, cancel_futures=True)
         self.writer.shutdown(wait=True)
+
+    def weigh_outputs(self) -> None:
+        """Find out what errors of the layers' outputs cost, as far as it is not known yet."""
+        tokens = calibration_tokens(self.workspace)
+        FisherPass(self.workspace, self.journal, tokens, self.layer_reader, self.reader).run()
+        release_memory()
 
     def quantize_layer(self, layer: int) -> None:
         """All of one layer; its files are written while the next one computes."""
@@ -310,7 +301,7 @@ class _Stage:
         """
         while True:
             try:
-                return self.quantizer.quantize(layer, content, self.hidden)
+                return self.quantizer.quantize(layer, content, self.hidden, self._fisher(layer))
             except torch.OutOfMemoryError as error:
                 reason = one_line(error)
                 if self.team.size > 1:
@@ -341,8 +332,16 @@ class _Stage:
                 layer=layer,
                 memory_budget=self.quantizer.budget,
             )
-            content = self._read_layer(layer)
-            self.up.lead(content.tensors)
+            content = self.layer_reader.read_now(layer, self.experts)
+
+    def _fisher(self, layer: int) -> torch.Tensor | None:
+        """float32 [H, H], what errors of a layer's output cost, where that was found out."""
+        if not (awq_fisher.wanted(self.workspace.recipe.awq) and self.workspace.architecture.has_experts(layer)):
+            return None
+        path = FisherFiles(self.files).fisher(layer)
+        if self.team.leads:
+            self.journal.check_content(self.files.in_journal(path))
+        return load_file(path, device=str(self.device))["fisher"]
 
     def finish_writing(self) -> None:
         """Wait for the layer whose files are being written."""
@@ -354,13 +353,12 @@ class _Stage:
         """Embeddings, final norm, head: as the dequantized checkpoint has them."""
         path = self.plan.folder / shard_name(self.workspace, None)
         self.workspace.reporter.step(OUTSIDE, "copying", 0, 1)
-        self._bring_near(self.source.outside_names())
         with (
-            self.weights.checkpoint.reader() as reader,
+            self.layer_reader.outside() as read,
             write_shard(path, quantized_specs(self.workspace, None)) as shard,
         ):
             for spec in shard.specs:
-                shard.add(spec.name, self.weights.read(reader, spec.name))
+                shard.add(spec.name, read(spec.name))
         self.journal.finish_unit(OUTSIDE, {f"{AWQ}/{path.name}": shard.record})
         self.workspace.reporter.unit(OUTSIDE)
 
@@ -399,19 +397,18 @@ class _Stage:
         if path is not None:
             self.journal.check_content(self.files.in_journal(path))
             return load_file(path, device=str(self.device))["hidden_states"]
-        self._bring_near([self.workspace.architecture.embedding])
-        with self.weights.checkpoint.reader() as reader:
-            return embed(reader[self.workspace.architecture.embedding], tokens.ids).to(self.device)
+        return self.layer_reader.embedded(tokens.ids)
 
     def _take_layer(self, layer: int) -> LayerContent:
         """The layer that was read ahead, or read now."""
         content = None
         if self.ahead is None:
-            self._bring_near(self._own_names(layer))
+            self.layer_reader.bring_near(layer, self.experts)
         else:
             content, self.ahead = self.ahead.result(), None
-        content = content or self._read_layer(layer)
-        self.up.lead(content.tensors)
+        if content is None:
+            return self.layer_reader.read_now(layer, self.experts)
+        self.layer_reader.lead(content)
         return content
 
     def _read_ahead(self, layer: int) -> None:
@@ -421,73 +418,18 @@ class _Stage:
         if self.two_layers_fit:
             self.ahead = self.reader.submit(self._read_apart, layer)
         else:
-            self.ahead = self.reader.submit(self._bring_near, self._own_names(layer))
-
-    def _own_names(self, layer: int) -> list[str]:
-        """The layer's tensors that this rank reads: all but the other ranks' experts."""
-        names = []
-        for name in self.source.layer_names(layer):
-            parts = self.workspace.architecture.split_expert(self.workspace.architecture.split(name)[1])
-            if parts is None or parts[0] in self.experts:
-                names.append(name)
-        return names
-
-    def _bring_near(self, names: list[str]) -> None:
-        """Tensors' bytes into the system's page cache, which costs this process no memory: from the disk in large
-        pieces, where mapped files would come page by page.
-
-        Raises:
-            JournalError: a shard is not what the dequant stage wrote.
-        """
-        checkpoint = self.weights.checkpoint
-        whole = set()
-        if not isinstance(self.weights, SourceModel):
-            dequant = self.workspace.journal.stage("dequant")
-            # Of several ranks each looks at its part of the shards, whose other tensors the others read.
-            for shard in sorted({*map(checkpoint.shard_of, names)})[self.team.rank :: self.team.size]:
-                if self.stopping.is_set():
-                    return
-                if dequant.check_content(f"{BF16}/{shard}"):
-                    whole.add(shard)
-        checkpoint.read_ahead((name for name in names if checkpoint.shard_of(name) not in whole), self.stopping)
+            self.ahead = self.reader.submit(self.layer_reader.bring_near, layer, self.experts)
 
     def _read_apart(self, layer: int) -> LayerContent | None:
         """Read a layer beside the computations; None once stopping, or where it has no room there."""
-        self._bring_near(self._own_names(layer))
-        if self.stopping.is_set():
+        self.layer_reader.bring_near(layer, self.experts)
+        if self.layer_reader.stopping.is_set():
             return None
         try:
-            return self._read_layer(layer)
+            return self.layer_reader.read(layer, self.experts)
         except torch.OutOfMemoryError:
             self.two_layers_fit = False
             return None
-
-    def _read_layer(self, layer: int) -> LayerContent:
-        """Map the layer's tensors and stack its experts on the device: gate_up [E, 2I, H] and down [E, H, I]."""
-        arch, source = self.workspace.architecture, self.source
-        names = [(name, arch.split(name)[1]) for name in source.layer_names(layer)]
-        hidden, inner = (int(source.config[key]) for key in (arch.hidden_key, arch.intermediate_key))
-        experts = self.experts if arch.has_experts(layer) else range(0)
-        with self.weights.checkpoint.reader() as reader, self.up.running():
-            content = LayerContent(
-                torch.empty(len(experts), 2 * inner, hidden, dtype=torch.bfloat16, device=self.device),
-                torch.empty(len(experts), hidden, inner, dtype=torch.bfloat16, device=self.device),
-                # Copies: views would keep the shards mapped.
-                {
-                    local: self.weights.read(reader, name, self.device).clone()
-                    for name, local in names
-                    if arch.split_expert(local) is None
-                },
-            )
-            for linear, target in (
-                (arch.gate, content.gate_up[:, :inner]),
-                (arch.up, content.gate_up[:, inner:]),
-                (arch.down, content.down),
-            ):
-                weights = [f"{arch.expert_weight(layer, expert, linear)}.weight" for expert in experts]
-                if weights:
-                    self.weights.read_stack(reader, weights, self.up, target)
-        return content
 
     def _write(self, layer: int, result: LayerResult) -> None:
         """Shard, statistics and hidden states, then the journal, then the last layer's hidden states may go."""
@@ -533,14 +475,6 @@ class _Stage:
                     put(spec.name, self.down.to_host(result.tensors[local]))
         self.writers.together()
         return finish_shard(path) if self.team.leads else None
-
-
-def _weights(workspace: Workspace) -> _Weights:
-    """The dequantized folder, or the fp8 source itself. Raises JournalError where the former is not complete."""
-    if workspace.recipe.awq.source == "fp8":
-        return workspace.source
-    dequant_output(workspace)
-    return _Bf16Folder(Checkpoint.open(workspace.folder(BF16)))
 
 
 def operations_per_token(source: SourceModel, n_grid: int) -> int:

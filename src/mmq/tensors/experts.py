@@ -154,7 +154,8 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     if isinstance(activation, ClampedGate):
         gate, up = gate.clamp(max=activation.limit), up.clamp(-activation.limit, activation.limit)
-        return torch.sigmoid(gate * activation.alpha).mul_(gate).mul_(up.add_(1))
+        # Autograd needs the sigmoid as it is.
+        return (torch.sigmoid(gate * activation.alpha) * gate).mul_(up.add_(1))
     return activation(gate).mul_(up)
 
 

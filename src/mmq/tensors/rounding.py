@@ -9,6 +9,11 @@ which is what GPTQ (arXiv 2210.17323) does with the factor of the inverse, and L
 matrix is inverted. Columns come in ascending order of H's diagonal, so that the one that matters most is rounded first.
 Group scales are found before and stay with their columns (llmcompressor's `actorder: static`), so that the format needs
 no g_idx. `descend` then goes over scales and codes once more, each the best there is for all others.
+
+Where a second moment G of the loss's gradients at the outputs says which of them matter together, the loss changes by
+trace(G (Q - W) H (Q - W)^T) (YAQA, arXiv 2505.22988). The Cholesky factor of both is the Kronecker product of theirs,
+so that with G = M M^T and U = M / diag(M) rows make up for each other as columns do: row r, the last one first, is
+rounded by H alone, but from w_r + sum over s > r of U_sr (w_s - q_s). `round_rows` does.
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
 COLUMNS = 64
+# Rows that are rounded at one time, where the errors of rows make up for each other.
+ROWS = 32
 # Shares of max|w| / 7.5 that a group's scale is chosen from.
 SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
 
@@ -257,3 +264,31 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, factor: Factor, stack: 
     return QuantizedStack(
         torch.where(compensates, values, stack.values), torch.where(compensates, scales, stack.scale), size
     )
+
+
+def round_rows(
+    weight: torch.Tensor,
+    factor: Factor,
+    scale: torch.Tensor,
+    group_size: int,
+    round_some: Callable[[torch.Tensor, torch.Tensor], QuantizedStack],
+) -> QuantizedStack:
+    """Round stacked weights some rows at a time, each from what the rows before it left over.
+
+    Args:
+        weight: float32 [n, out, in].
+        factor: of one second moment [1, out, out] of the gradients at the outputs, for all n.
+        scale: bfloat16 [n, out, in/group].
+        round_some: rounds rows float32 [n, r, in], which it may overwrite, by group scales like these.
+    """
+    order, lower = factor.order[0], factor.unit_lower[0]
+    # In the factor's order. What is left of a row becomes its error once it is rounded.
+    left, scales = weight[:, order], scale[:, order]
+    values, found = torch.empty_like(left, dtype=torch.int8), torch.empty_like(scales)
+    for stop in range(left.shape[1], 0, -ROWS):
+        part = slice(max(0, stop - ROWS), stop)
+        aim = left[:, part] + lower[stop:, part].T @ left[:, stop:]
+        stack = round_some(aim, scales[:, part])
+        left[:, part] -= stack.dequantize(torch.float32)
+        values[:, order[part]], found[:, order[part]] = stack.values, stack.scale
+    return QuantizedStack(values, found, group_size)

@@ -7,6 +7,7 @@ from mmq.storage.shards import TensorSpec
 from mmq.workdir.workspace import Workspace
 
 SCALE_NAME = "weight_scale"
+LAYER = "layer-"  # how the names of decoder layers in the journal begin
 PACK = 8  # int4 codes in an int32
 
 
@@ -17,7 +18,7 @@ def layers_and_rest(workspace: Workspace) -> list[int | None]:
 
 def layer_unit(layer: int) -> str:
     """A decoder layer's name in the journal."""
-    return f"layer-{layer:05d}"
+    return f"{LAYER}{layer:05d}"
 
 
 def shard_name(workspace: Workspace, layer: int | None) -> str:

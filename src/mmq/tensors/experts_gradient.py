@@ -1,0 +1,97 @@
+"""The gradient of a mixture-of-experts block by its inputs and by the router's weights; its own weights are constants.
+
+Shapes as in `experts`: T tokens, k experts a token, R = T*k rows, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmq.tensors.dispatch import grouped_mm_works
+from mmq.tensors.experts import Activation, Rows, combine, gated, grouped_linear
+
+
+def block_output(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    index: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: Activation,
+) -> torch.Tensor:
+    """The block's output, float32 [T, H], which autograd can follow.
+
+    Args:
+        x: bfloat16 [T, H].
+        weight: float32 [T, k], the router's.
+        index: int64 [T, k], its choices.
+        gate_up, down: bfloat16 [E, 2I, H] and [E, H, I].
+    """
+    output: torch.Tensor = _RoutedExperts.apply(x, weight, Rows.of(index, gate_up.shape[0]), gate_up, down, activation)
+    return output
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Keeps the inputs alone; what lies between them and the output is computed again on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        rows: Rows,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        activation: Activation,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rows, ctx.experts, ctx.activation = rows, (gate_up, down), activation
+        ends = _ends(rows)
+        middle = gated(grouped_linear(x[rows.token], gate_up, ends), activation)
+        outputs = grouped_linear(middle, down, ends)
+        return combine(outputs, rows.place, weight, x.new_zeros(x.shape, dtype=torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Args: gradient: float32 [T, H]."""
+        (x, weight), rows, (gate_up, down) = ctx.saved_tensors, ctx.rows, ctx.experts
+        ends, flat = _ends(rows), rows.place.reshape(-1)
+        share = torch.empty_like(weight.reshape(-1))
+        share[flat] = weight.reshape(-1)
+        with torch.enable_grad():
+            both = grouped_linear(x[rows.token], gate_up, ends).requires_grad_()
+            middle = gated(both, ctx.activation)
+        # By what an expert puts out, were it taken whole; its share of the output is worth <output, gradient>.
+        back = grouped_back(gradient.to(x.dtype)[rows.token], down, ends).float()
+        by_weight = (back * middle.detach()).sum(1)[flat].view_as(weight)
+        (by_both,) = torch.autograd.grad(middle, both, (back * share.unsqueeze(1)).to(x.dtype))
+        del back
+        by_rows = grouped_back(by_both, gate_up, ends)
+        by_x = combine(by_rows, rows.place, torch.ones_like(weight), torch.zeros_like(gradient))
+        return by_x.to(x.dtype), by_weight, None, None, None, None
+
+
+def grouped_back(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """y W_e for the rows of each expert: what `grouped_linear`'s inputs get of the gradient y of its outputs.
+
+    Args:
+        rows: [R, out], sorted by expert.
+        weight: [E, out, in].
+        ends: int32 [E], where each expert's rows end; the last is R.
+
+    Returns:
+        [R, in] in the rows' dtype.
+    """
+    if rows.shape[0] and grouped_mm_works(rows.device, rows.dtype):
+        return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+    result, start = rows.new_empty(rows.shape[0], weight.shape[2]), 0
+    for matrix, end in zip(weight, ends.tolist(), strict=True):
+        torch.mm(rows[start:end], matrix, out=result[start:end])
+        start = end
+    return result
+
+
+def _ends(rows: Rows) -> torch.Tensor:
+    return torch.tensor(rows.ends, dtype=torch.int32, device=rows.token.device)
