@@ -172,6 +172,11 @@ class Awq(Section):
         " than one expert takes; default: fits",
     )
 
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether a gradient says which errors of a block's output matter."""
+        return self.rounding == "compensated" and self.fisher_tokens > 0
+
     @field_validator("memory_budget", mode="before")
     @classmethod
     def _parse_memory(cls, value: object) -> object:

@@ -11,13 +11,10 @@ import torch
 
 from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, in_batches
-from mmq.quantize.head import LOGITS
 from mmq.quantize.layer import LayerContent
+from mmq.quantize.memory import FISHER_BATCH
 from mmq.tensors.experts import second_moments
 from mmq.tensors.experts_gradient import block_output
-
-# Tokens of a batch, where a sequence has not more: a gradient takes several times what attention alone does.
-BATCH_TOKENS = 4096
 
 
 def spread_samples(lengths: list[int], tokens: int) -> list[int]:
@@ -51,12 +48,12 @@ class SourceLayer:
     @torch.no_grad()
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """The layer's output [T, H]."""
-        return in_batches(self._output, self.lengths, self.team, hidden, tokens=BATCH_TOKENS)
+        return in_batches(self._output, self.lengths, self.team, hidden, tokens=FISHER_BATCH)
 
     @torch.no_grad()
     def back(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient by the layer's input [T, H], given that by its output."""
-        return in_batches(self._back, self.lengths, self.team, hidden, gradient, tokens=BATCH_TOKENS)
+        return in_batches(self._back, self.lengths, self.team, hidden, gradient, tokens=FISHER_BATCH)
 
     def _output(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, T, H] -> [B, T, H]."""
@@ -81,25 +78,6 @@ def fisher(gradient: torch.Tensor) -> torch.Tensor:
     """Mean of g g^T over the rows of [T, H] that are numbers: float32 [H, H]."""
     finite = gradient[torch.isfinite(gradient).all(1)]
     result = torch.zeros(1, gradient.shape[1], gradient.shape[1], dtype=torch.float32, device=gradient.device)
-    for rows in finite.split(BATCH_TOKENS):
+    for rows in finite.split(FISHER_BATCH):
         second_moments(rows, torch.tensor([len(rows)], dtype=torch.int32, device=gradient.device), result)
     return result[0] / max(1, len(finite))
-
-
-def fisher_memory(
-    layer: int, tokens: int, longest: int, hidden: int, inner: int, top_k: int, vocabulary: int, gpu: bool
-) -> int:
-    """Bytes that the pass takes at its peak, on each rank, where it computes.
-
-    Args:
-        layer: of the widest decoder layer in bf16, with all experts.
-        tokens: in all.
-        longest: tokens of the longest sample.
-        hidden, inner: widths of the model and of an expert.
-    """
-    # Hidden states, gradient, and what is made of them; the matrix, and what is added to it.
-    states = 8 * tokens * hidden + 8 * hidden**2
-    # Of each row gate and up, their product, its gradient and theirs in bf16 and fp32; inputs and gradients in bf16.
-    batch = max(BATCH_TOKENS, longest) * (top_k * (4 * hidden + 20 * inner) + 64 * hidden)
-    head = vocabulary * hidden * (2 if gpu else 4) + 3 * 4 * max(LOGITS, vocabulary)
-    return states + max(layer + batch, head)

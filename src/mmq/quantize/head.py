@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from mmq.families.table import Architecture
-
-# Logits at one time where a gradient is taken, in numbers.
-LOGITS = 2**26
+from mmq.quantize.memory import LOGITS
 
 
 class Head:

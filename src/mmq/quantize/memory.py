@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Tokens of a batch that a gradient goes through, where a sequence has not more, and logits at one time.
+FISHER_BATCH, LOGITS = 4096, 2**26
+
 
 @dataclass(frozen=True)
 class AwqMemory:
@@ -11,6 +14,10 @@ class AwqMemory:
 
     host: int
     device: int
+
+    def at_least(self, needed: int, gpu: bool) -> AwqMemory:
+        """The same where something before it needs so much, on a GPU or on the host."""
+        return AwqMemory(self.host if gpu else max(self.host, needed), max(self.device, needed) if gpu else self.device)
 
 
 def awq_memory(
@@ -51,3 +58,27 @@ def awq_memory(
     after = layer + 2 * shard + 18 * hidden_states + searching // 8
     share = 5 if compensated else 3
     return AwqMemory(working + kept, max(working + searching * share // 10, after))
+
+
+def fisher_memory(
+    layer: int, tokens: int, longest: int, hidden: int, inner: int, top_k: int, vocabulary: int, gpu: bool
+) -> int:
+    """Bytes that weighing errors of the outputs takes at its peak, on each rank, where it computes.
+
+    Args:
+        layer: of the widest decoder layer in bf16, with all experts.
+        tokens: in all.
+        longest: tokens of the longest sample.
+        hidden, inner: widths of the model and of an expert.
+    """
+    # Hidden states, gradient, and what is made of them; the matrix, and what is added to it.
+    states = 8 * tokens * hidden + 8 * hidden**2
+    # Of each row gate and up, their product, its gradient and theirs in bf16 and fp32; inputs and gradients in bf16.
+    batch = max(FISHER_BATCH, longest) * (top_k * (4 * hidden + 20 * inner) + 64 * hidden)
+    head = vocabulary * hidden * (2 if gpu else 4) + 3 * 4 * max(LOGITS, vocabulary)
+    return states + max(layer + batch, head)
+
+
+def fisher_state(layers: int, tokens: int, hidden: int) -> int:
+    """Bytes that the pass keeps on the disk, at most: every layer's output, two gradients, every layer's matrix."""
+    return 2 * (layers + 2) * tokens * hidden + 4 * layers * hidden**2

@@ -28,6 +28,13 @@ def most_tokens(recipe: Recipe) -> int:
     return samples * settings.sequence_length
 
 
+def most_fisher_tokens(recipe: Recipe) -> int:
+    """At most so many tokens does a gradient go through: whole samples, of which the last may go beyond."""
+    if not recipe.awq.weighs_outputs:
+        return 0
+    return min(most_tokens(recipe), recipe.awq.fisher_tokens + recipe.awq.calibration.sequence_length)
+
+
 def _count(path: Path) -> int:
     """At most so many samples: lines, or the entries of an array."""
     with open(path, "rb") as file:

@@ -34,15 +34,15 @@ from mmq.machine.device import (
 from mmq.machine.threads import one_thread
 from mmq.machine.transfer import Lane
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
-from mmq.quantize.memory import awq_memory
+from mmq.quantize.memory import awq_memory, fisher_state
 from mmq.quantize.rounding import EVIDENCE
 from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.model import SourceModel
-from mmq.source.samples import most_tokens
+from mmq.source.samples import most_fisher_tokens, most_tokens
 from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages import awq_fisher
-from mmq.stages.awq_checks import calibration_tokens, check_groups, widest_layer
+from mmq.stages.awq_checks import calibration_tokens, check_groups, gradient_memory, widest_layer
 from mmq.stages.awq_checks import checks as checks
 from mmq.stages.awq_fisher import FisherFiles, FisherPass
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
@@ -109,11 +109,12 @@ def plan(workspace: Workspace) -> Plan:
     states = 2 * hidden_states * torch.bfloat16.itemsize
     if compensated:
         states += sum(map(source.architecture.has_experts, range(source.layer_count()))) * _evidence_bytes(source)
-    if awq_fisher.wanted(recipe.awq):
-        taken = min(tokens, recipe.awq.fisher_tokens + recipe.awq.calibration.sequence_length)
+    if recipe.awq.weighs_outputs:
+        taken = most_fisher_tokens(recipe)
         once = arithmetic * taken // max(1, tokens) // recipe.awq.n_grid
         units = awq_fisher.units(source, reads[:-1], once) + units
-        states += awq_fisher.state_bytes(source, taken)
+        states += fisher_state(source.layer_count(), taken, int(source.config[source.architecture.hidden_key]))
+        memory = memory.at_least(gradient_memory(source, taken, recipe.awq.calibration.sequence_length, gpu), gpu)
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
@@ -140,7 +141,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,
         # Where it decides nothing, runs that were begun before there was the key go on.
-        **({"awq.fisher_tokens": awq.fisher_tokens} if awq_fisher.wanted(awq) else {}),
+        **({"awq.fisher_tokens": awq.fisher_tokens} if awq.weighs_outputs else {}),
         # Of families that have none it decides nothing, and runs that were begun before there was the key go on.
         **({"awq.shared_experts": awq.shared_experts} if workspace.architecture.shared else {}),
         "awq.propagate_quantized": awq.propagate_quantized,
@@ -165,7 +166,7 @@ def _calibration(workspace: Workspace) -> str:
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     with _Stage(workspace, plan, journal) as stage:
-        if awq_fisher.wanted(workspace.recipe.awq):
+        if workspace.recipe.awq.weighs_outputs:
             stage.weigh_outputs()
         for layer in range(workspace.source.layer_count()):
             if layer_unit(layer) not in journal.units:
@@ -336,7 +337,7 @@ class _Stage:
 
     def _fisher(self, layer: int) -> torch.Tensor | None:
         """float32 [H, H], what errors of a layer's output cost, where that was found out."""
-        if not (awq_fisher.wanted(self.workspace.recipe.awq) and self.workspace.architecture.has_experts(layer)):
+        if not (self.workspace.recipe.awq.weighs_outputs and self.workspace.architecture.has_experts(layer)):
             return None
         path = FisherFiles(self.files).fisher(layer)
         if self.team.leads:

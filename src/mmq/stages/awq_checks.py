@@ -12,13 +12,14 @@ from mmq.families.rotary import check_length
 from mmq.machine.device import present_device, total_device, total_host
 from mmq.quantize.decoder_layer import DecoderLayer, check_tokens, transformers_config
 from mmq.quantize.kv_cache import ORDERLESS
-from mmq.quantize.memory import awq_memory
+from mmq.quantize.memory import awq_memory, fisher_memory
 from mmq.quantize.routed_experts import LEAST_BUDGET
 from mmq.recipe import FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.hub import source_config
 from mmq.source.model import SourceModel
 from mmq.source.outside import check_tokenizer
+from mmq.source.samples import most_fisher_tokens
 from mmq.source.tokenizer import load_tokenizer
 from mmq.source.tokens import CACHE_NAME, Tokens
 from mmq.stages.base import BASE_MEMORY, Check
@@ -151,6 +152,14 @@ def _vocabulary(workspace: Workspace) -> str:
     return f"the tokenizer's largest is {check_tokenizer(tokenizer, rows):,} of {rows:,}"
 
 
+def gradient_memory(source: SourceModel, tokens: int, longest: int, gpu: bool) -> int:
+    """Bytes that the gradient of so many tokens takes where it is computed; the longest sample has `longest`."""
+    arch, config = source.architecture, source.config
+    hidden, inner, top_k = (int(config[key]) for key in (arch.hidden_key, arch.intermediate_key, arch.top_k_key))
+    rows = source.specs[arch.embedding].shape[0]
+    return fisher_memory(widest_layer(source), tokens, longest, hidden, inner, top_k, rows, gpu)
+
+
 def _memory(workspace: Workspace) -> str:
     """The device, and the host, could hold what the stage can't do without, were nothing else there."""
     source, recipe = workspace.source, workspace.recipe
@@ -160,7 +169,11 @@ def _memory(workspace: Workspace) -> str:
     )
     states = calibration_tokens(workspace).ids.numel() * int(source.config[source.architecture.hidden_key])
     gpu = device.type != "cpu"
-    least = awq_memory(widest_layer(source), largest, states, LEAST_BUDGET if gpu else 0, gpu)
+    widest, tokens = widest_layer(source), calibration_tokens(workspace)
+    least = awq_memory(widest, largest, states, LEAST_BUDGET if gpu else 0, gpu)
+    if recipe.awq.weighs_outputs:
+        taken = min(tokens.ids.numel(), most_fisher_tokens(recipe))
+        least = least.at_least(gradient_memory(source, taken, max(tokens.lengths), gpu), gpu)
     found = []
     for where, needed, there in (
         ("this machine", BASE_MEMORY + least.host, total_host()),

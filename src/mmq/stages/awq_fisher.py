@@ -19,7 +19,6 @@ from mmq.machine.device import release_memory
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.fisher import SourceLayer, fisher, following, spread_samples
 from mmq.quantize.head import Head
-from mmq.recipe import Awq
 from mmq.source.model import SourceModel
 from mmq.source.tokens import Tokens
 from mmq.stages.base import Unit
@@ -30,11 +29,6 @@ from mmq.workdir.layer_files import LayerFiles
 from mmq.workdir.workspace import Workspace
 
 HEAD = "gradient-head"
-
-
-def wanted(settings: Awq) -> bool:
-    """Whether the recipe asks for it."""
-    return settings.rounding == "compensated" and settings.fisher_tokens > 0
 
 
 def forward_unit(layer: int) -> str:
@@ -59,13 +53,6 @@ def units(source: SourceModel, layer_bytes: list[int], arithmetic: int) -> list[
     # Forward once more, and two products for each of its.
     back = [Unit(gradient_unit(layer), layer_bytes[layer], 0, 3 * cost[layer]) for layer in reversed(layers[1:])]
     return [*found, Unit(HEAD, 0, 0), *back]
-
-
-def state_bytes(source: SourceModel, tokens: int) -> int:
-    """What it keeps on the disk at one time, at most: every layer's output, two gradients, every layer's matrix."""
-    layers, width = source.layer_count(), int(source.config[source.architecture.hidden_key])
-    states = (layers + 2) * tokens * width * torch.bfloat16.itemsize
-    return states + layers * width**2 * torch.float32.itemsize
 
 
 @dataclass(frozen=True)

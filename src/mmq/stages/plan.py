@@ -20,7 +20,7 @@ from mmq.families.sizes import (
     outside_bytes,
 )
 from mmq.families.table import Architecture
-from mmq.quantize.memory import awq_memory
+from mmq.quantize.memory import AwqMemory, awq_memory, fisher_memory, fisher_state
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.quantize.scaling import rank_costs
 from mmq.recipe import Recipe
@@ -28,7 +28,7 @@ from mmq.serve.fit import fit_on
 from mmq.serve.memory import DEFAULT_RESERVE, DEFAULT_UTILIZATION, Gpus
 from mmq.serve.outputs import output_tensors
 from mmq.source.hub import source_config
-from mmq.source.samples import most_tokens
+from mmq.source.samples import most_fisher_tokens, most_tokens
 from mmq.stages.base import BASE_MEMORY, free_disk
 
 FORMS: tuple[Form, ...] = ("source", "bf16", "awq", "hybrid")
@@ -56,7 +56,7 @@ def make_plan(
         "components": _components(forms),
         "kv_cache": _kv_cache(recipe, arch, dims),
         "disk": _disk(recipe, dims, forms),
-        "awq_memory": _awq_memory(recipe, dims, forms),
+        "awq_memory": _awq_memory(recipe, arch, dims, forms, config),
     }
     if gpus is not None:
         value["ranks"] = _ranks(recipe, arch, dims, forms, gpus, config)
@@ -68,15 +68,14 @@ def _ranks(
     recipe: Recipe, arch: Architecture, dims: Dimensions, forms: Forms, gpus: Gpus, config: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """What the awq stage takes of each of these GPUs, and how much faster it is than on one, by a model."""
-    layer, shard = layer_bytes(forms["bf16"], dims), max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"]))
     tokens, top_k, inner = most_tokens(recipe), int(config[arch.top_k_key]), int(config[arch.intermediate_key])
-    compensated, budget = recipe.awq.rounding == "compensated", recipe.awq.memory_budget or DEFAULT_BUDGET["cuda"]
+    budget = recipe.awq.memory_budget or DEFAULT_BUDGET["cuda"]
     rows = []
     alone = rank_costs(tokens, dims.hidden, inner, top_k, 1)
     for ranks in sorted({1, *(2**power for power in range(1, gpus.count.bit_length())), gpus.count}):
         if ranks > int(config[arch.experts_key]):
             continue
-        memory = awq_memory(layer, shard, tokens * dims.hidden, budget, True, compensated, ranks, top_k)
+        memory = _peaks(recipe, dims, forms, budget, True, (top_k, inner), ranks)
         costs = rank_costs(tokens, dims.hidden, inner, top_k, ranks)
         rows.append(
             {
@@ -120,6 +119,8 @@ def _disk(recipe: Recipe, dims: Dimensions, forms: Forms) -> dict[str, Any]:
     """What the stages write, and what is free where they do."""
     # The states after a layer and, until its journal entry is written, those after the layer before it.
     states = 2 * most_tokens(recipe) * dims.hidden * 2
+    if tokens := most_fisher_tokens(recipe):
+        states += fisher_state(dims.layers, tokens, dims.hidden)
     written = [] if recipe.awq.source == "fp8" else [("dequant", "bf16", disk_bytes(forms["bf16"]))]
     written += [
         ("awq", "awq", disk_bytes(forms["awq"])),
@@ -135,16 +136,36 @@ def _disk(recipe: Recipe, dims: Dimensions, forms: Forms) -> dict[str, Any]:
     }
 
 
-def _awq_memory(recipe: Recipe, dims: Dimensions, forms: Forms) -> list[dict[str, Any]]:
+def _awq_memory(
+    recipe: Recipe, arch: Architecture, dims: Dimensions, forms: Forms, config: dict[str, Any]
+) -> list[dict[str, Any]]:
     """The awq stage's peaks, for each kind of device that the recipe may mean."""
     device = recipe.awq.device
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise RecipeError(f"awq.device is {device!r}; it must be auto, cpu, cuda or cuda:N")
-    shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
-    compensated, result = recipe.awq.rounding == "compensated", []
+    result, of_tokens = [], (int(config[arch.top_k_key]), int(config[arch.intermediate_key]))
     for kind in ("cpu", "cuda") if device == "auto" else (device.partition(":")[0],):
         budget = recipe.awq.memory_budget or DEFAULT_BUDGET[kind]
-        hidden_states = most_tokens(recipe) * dims.hidden
-        memory = awq_memory(layer, shard, hidden_states, budget, kind == "cuda", compensated)
+        memory = _peaks(recipe, dims, forms, budget, kind == "cuda", of_tokens)
         result.append({"device": kind, "host_memory": BASE_MEMORY + memory.host, "device_memory": memory.device})
     return result
+
+
+def _peaks(
+    recipe: Recipe,
+    dims: Dimensions,
+    forms: Forms,
+    budget: int,
+    gpu: bool,
+    of_tokens: tuple[int, int],
+    ranks: int = 1,
+) -> AwqMemory:
+    """The awq stage's peaks on each rank; `of_tokens` are the experts of a token, and an expert's width."""
+    (top_k, inner), length = of_tokens, recipe.awq.calibration.sequence_length
+    shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
+    compensated, states = recipe.awq.rounding == "compensated", most_tokens(recipe) * dims.hidden
+    memory = awq_memory(layer, shard, states, budget, gpu, compensated, ranks, top_k)
+    if tokens := most_fisher_tokens(recipe):
+        needed = fisher_memory(layer, tokens, length, dims.hidden, inner, top_k, dims.vocabulary, gpu)
+        memory = memory.at_least(needed, gpu)
+    return memory
