@@ -40,7 +40,7 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("odd")
     write_checkpoint(folder / "source", ODD, shards=3, shuffle=True)
     write_samples(folder / "samples.jsonl", SAMPLES)
-    write_recipe(folder)
+    write_recipe(folder, rounding="compensated", fisher_tokens=300)
     run(MMQ, folder, "wanted")
     return folder
 

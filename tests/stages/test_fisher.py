@@ -1,0 +1,126 @@
+"""What errors of a block's output cost: against autograd through a plain model, killed on the way, other settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mmq.stages.awq_fisher
+from cli.test_cli import refused, succeed
+from conftest import SAMPLES, digests, write_recipe
+from mmq.prove.verify import verify_checkpoint
+from mmq.quantize.fisher import following, spread_samples
+from mmq.recipe import load
+from mmq.source.synth import Sizes, write_checkpoint, write_samples
+from mmq.stages.awq_checks import calibration_tokens
+from mmq.stages.pipeline import run_stages
+from mmq.workdir.workspace import Workspace
+from reference import dequantized, hidden_states, read_folder, rms_norm
+from stages.test_resume import stopped
+
+TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def weighed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project after its stages, and the matrices as they were on the way in `fisher`."""
+    folder = tmp_path_factory.mktemp("weighed")
+    write_checkpoint(folder / "source", Sizes(layers=3), shards=3, shuffle=True)
+    write_samples(folder / "samples.jsonl", SAMPLES)
+    recipe = write_recipe(folder, source="fp8", rounding="compensated", fisher_tokens=TOKENS, n_grid=4)
+    remove = mmq.stages.awq_fisher.FisherFiles.remove_fisher
+
+    def keep(files: mmq.stages.awq_fisher.FisherFiles, *arguments: object) -> None:
+        shutil.copytree(files.files.folder, folder / "fisher")
+        remove(files, *arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmq.stages.awq_fisher.FisherFiles, "remove_fisher", keep)
+        run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
+    return folder
+
+
+@pytest.fixture
+def again(weighed: Path, tmp_path: Path) -> Path:
+    """The same project before its stages."""
+    return shutil.copytree(weighed, tmp_path / "again", ignore=shutil.ignore_patterns("run", "fisher"))
+
+
+def test_the_matrices_are_those_of_a_plain_models_gradients(weighed: Path) -> None:
+    config, stored = read_folder(weighed / "source")
+    weights, tokens = dequantized(stored), calibration_tokens(Workspace.of(load(weighed / "recipe.yaml")))
+    chosen = spread_samples(tokens.lengths, TOKENS)
+    assert len(chosen) < SAMPLES
+    found: list[list[torch.Tensor]] = [[] for _ in range(3)]
+    for sample in chosen:
+        ids = tokens.ids.split(tokens.lengths)[sample]
+        weights["model.embed_tokens.weight"].requires_grad_()
+        states = hidden_states(ids, weights, config)[1:]
+        last = rms_norm(states[-1], weights["model.norm.weight"], config["rms_norm_eps"])
+        predicted = (last @ weights["lm_head.weight"].T)[:-1]
+        loss = torch.nn.functional.cross_entropy(predicted, ids[1:], reduction="sum")
+        for layer, gradient in enumerate(torch.autograd.grad(loss, states)):
+            found[layer].append(gradient)
+    for layer, gradients in enumerate(found):
+        rows = torch.cat(gradients)
+        wanted = rows.T @ rows / len(rows)
+        matrix = load_file(weighed / f"fisher/fisher-{layer:05d}.safetensors")["fisher"]
+        # bf16 turns over a few choices of experts.
+        assert float((matrix - wanted).norm() / wanted.norm()) < 0.05, layer
+
+
+def test_nothing_is_left_over_and_verify_passes(weighed: Path) -> None:
+    assert not verify_checkpoint(Workspace.of(load(weighed / "recipe.yaml"))).problems
+    state = weighed / "run/state/awq"
+    for left in ("forward-*", "gradient-*", "fisher-*"):
+        assert not list(state.glob(left))
+    for layer in json.loads((state / "layers.json").read_text()):
+        assert layer["costs"].keys() == layer["losses"].keys()
+        assert layer["loss_chosen"] < layer["loss_round_to_nearest"]
+
+
+def test_killed_again_and_again_it_gives_the_same_bytes(weighed: Path, again: Path) -> None:
+    units = []
+    for number in (6, 12, 5, 17, 9, 8, 14, 20):
+        assert stopped(again, "awq", "fsync", number)[0] == -signal.SIGKILL
+        units.append(len(json.loads((again / "run/journal.json").read_text())["stages"]["awq"]["units"]))
+    # In the forward, at the head, on the way back and among the layers.
+    assert units == sorted(units) and units[0] < 3 < units[-1]
+    succeed("awq", again / "recipe.yaml", "--quiet")
+    assert digests(again / "run/awq") == digests(weighed / "run/awq")
+    assert not list((again / "run/state/awq").glob("fisher-*"))
+
+
+def test_other_tokens_would_mix_two_runs(again: Path) -> None:
+    stopped(again, "awq", "fsync", 30)
+    message = refused("awq", again / "recipe.yaml", "--set", "awq.fisher_tokens=200")
+    assert f"was begun with awq.fisher_tokens = {TOKENS}, now it is 200" in message
+    states = next((again / "run/state/awq").glob("f*.safetensors"))
+    content = bytearray(states.read_bytes())
+    content[-1] ^= 1
+    states.write_bytes(content)
+    assert f"{states} is not what awq wrote" in refused("awq", again / "recipe.yaml")
+
+
+def test_without_a_gradient_it_is_another_rounding(weighed: Path, again: Path) -> None:
+    succeed("awq", again / "recipe.yaml", "--quiet", "--set", "awq.fisher_tokens=0")
+    found, weighted = digests(again / "run/awq"), digests(weighed / "run/awq")
+    assert found.keys() == weighted.keys() and found != weighted
+    assert "costs" not in json.loads((again / "run/state/awq/layers.json").read_text())[0]
+
+
+def test_samples_are_far_apart() -> None:
+    lengths = [10, 20, 30, 40, 50, 60]
+    assert spread_samples(lengths, 1) == [0]
+    assert spread_samples(lengths, 50) == [0, 3]
+    assert spread_samples(lengths, 10**9) == list(range(6))
+
+
+def test_each_token_has_the_one_after_it_in_its_sample() -> None:
+    assert following(torch.arange(10, 16), [3, 1, 2]).tolist() == [11, 12, -1, -1, 15, -1]
