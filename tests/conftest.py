@@ -92,6 +92,7 @@ def write_recipe(folder: Path, **awq: Any) -> Path:
         "awq": {
             "calibration": {"files": [{"path": "samples.jsonl", "samples": SAMPLES}], "sequence_length": 96},
             "source": "bf16",
+            "rounding": "nearest",
             "min_tokens": 64,
             "device": DEVICE_NAME,
         }

@@ -148,11 +148,11 @@ class Awq(Section):
         description="an expert that fewer tokens reach is topped up with those its router score ranks highest",
     )
     rounding: Literal["nearest", "compensated"] = Field(
-        "nearest",
+        "compensated",
         description="after the smoothing: each weight by itself, or each column making up for the errors of others",
     )
     fisher_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**53)] = Field(
-        0,
+        32768,
         description="of rounding: compensated: calibration tokens whose loss's gradient says which errors of a block's"
         " output matter together; 0 weighs all outputs alike",
     )

@@ -80,6 +80,7 @@ class Tiny:
             "awq": {
                 "calibration": {"files": [{"path": "samples.jsonl", "samples": 2}], "sequence_length": 16},
                 "source": "bf16",
+                "rounding": "nearest",
                 "min_tokens": 0,
                 "n_grid": 3,
                 "group_size": 32,
