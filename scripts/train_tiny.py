@@ -3,6 +3,7 @@
 
     python scripts/train_tiny.py FOLDER                        # the model that `mmq synth --trained` gives
     python scripts/train_tiny.py FOLDER --seed 1 --text DIR    # another one, of other text
+    python scripts/train_tiny.py FOLDER --experts 12 --intermediate 256    # of twice the width
 
 The text is the running Python's standard library (sources and pydoc's topics) and the repository's calibration data,
 never eval.jsonl; one file in forty is held out. The same seed, text, Python and torch give the same bytes. The folder
@@ -15,6 +16,7 @@ The router is balanced as the family's is: no auxiliary loss, but a bias that mo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -245,8 +247,9 @@ def evaluate(model: Model, ids: torch.Tensor) -> float:
     return float(torch.cat(losses).mean())
 
 
-def card(settings: argparse.Namespace, text: str, corpus: str, size: int, tokens: int, loss: float, load: float) -> str:
-    s = SIZES
+def card(
+    settings: argparse.Namespace, s: Sizes, text: str, corpus: str, size: int, tokens: int, loss: float, load: float
+) -> str:
     return f"""# A small trained MiniMax-M2
 
 {WHAT}
@@ -278,7 +281,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2600, help=f"of {BATCH * WINDOW} tokens")
     parser.add_argument("--text", type=Path, help="a folder of text and sources, instead of the standard library")
+    parser.add_argument("--experts", type=int, default=SIZES.experts)
+    parser.add_argument("--intermediate", type=int, default=SIZES.intermediate, help="width of an expert")
     settings = parser.parse_args()
+    sizes = dataclasses.replace(SIZES, experts=settings.experts, intermediate=settings.intermediate)
     torch.set_num_threads(1)
     source = settings.text or Path(sysconfig.get_paths()["stdlib"])
     texts = dict(documents(source, None if settings.text else ROOT / "calibration_data"))
@@ -289,7 +295,7 @@ def main() -> None:
     print(f"{len(texts)} documents, {size} bytes, sha256 {digest}", flush=True)
     settings.folder.mkdir(parents=True)
     chooser = random.Random(settings.seed)
-    write_tokenizer(settings.folder, SIZES.vocabulary, training)
+    write_tokenizer(settings.folder, sizes.vocabulary, training)
     tokenizer = Tokenizer.from_file(str(settings.folder / "tokenizer.json"))
     stream = [token for part in tokenizer.encode_batch(chooser.sample(training, len(training))) for token in part.ids]
     ids = torch.tensor(stream[: len(stream) // WINDOW * WINDOW]).view(-1, WINDOW)
@@ -302,18 +308,18 @@ def main() -> None:
         lines = (json.dumps({"text": piece}, ensure_ascii=False) + "\n" for piece in pieces)
         (settings.folder / name).write_text("".join(lines), encoding="utf-8")
     check = torch.tensor([tokenizer.encode(text).ids[:WINDOW] for text in samples["heldout.jsonl"]])
-    model = Model(SIZES, settings.seed)
+    model = Model(sizes, settings.seed)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     train(model, ids, check, settings.steps, settings.seed)
     loss = evaluate(model, check)
     load = max(float(load.max() / load.mean()) for load in model.loads)
     print(f"held out: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
-    save_checkpoint(settings.folder, model.tensors(), model_config(SIZES), shards=2)
+    save_checkpoint(settings.folder, model.tensors(), model_config(sizes), shards=2)
     what = (
         f"{settings.text.name}" if settings.text else "Python's standard library and this repository's calibration data"
     )
     tokens = settings.steps * BATCH * WINDOW
-    text = card(settings, what, digest, size, tokens, loss, load)
+    text = card(settings, sizes, what, digest, size, tokens, loss, load)
     (settings.folder / "README.md").write_text(text, encoding="utf-8")
 
 
