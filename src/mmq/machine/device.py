@@ -8,7 +8,8 @@ import gc
 import os
 import re
 import resource
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -43,6 +44,22 @@ def present_device(name: str) -> torch.device:
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def same_bits(device: torch.device) -> Iterator[None]:
+    """On a GPU, torch's deterministic algorithms: gradients of attention are summed in one order then.
+
+    What has none raises RuntimeError.
+    """
+    if device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def free_device(device: torch.device) -> int:

@@ -107,6 +107,7 @@ class DecoderLayer:
     ) -> None:
         self.architecture = architecture
         self.has_experts = architecture.has_experts(layer)
+        self.is_linear = layer in architecture.linear_at
         self.device = device
         self.config = config
         try:

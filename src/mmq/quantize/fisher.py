@@ -7,8 +7,11 @@ place of drawn ones). One matrix a layer tells which errors of its experts matte
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
+from mmq.machine.device import same_bits
 from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, in_batches
 from mmq.quantize.layer import LayerContent
@@ -53,7 +56,9 @@ class SourceLayer:
     @torch.no_grad()
     def back(self, hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient by the layer's input [T, H], given that by its output."""
-        return in_batches(self._back, self.lengths, self.team, hidden, gradient, tokens=FISHER_BATCH)
+        # transformers' linear attention takes running sums, of which torch has no deterministic form on a GPU.
+        with nullcontext() if self.decoder.is_linear else same_bits(hidden.device):
+            return in_batches(self._back, self.lengths, self.team, hidden, gradient, tokens=FISHER_BATCH)
 
     def _output(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, T, H] -> [B, T, H]."""

@@ -50,8 +50,8 @@ def units(source: SourceModel, layer_bytes: list[int], arithmetic: int) -> list[
     layers = range(source.layer_count())
     cost = [arithmetic if source.architecture.has_experts(layer) else 0 for layer in layers]
     found = [Unit(forward_unit(layer), layer_bytes[layer], 0, cost[layer]) for layer in layers]
-    # Forward once more, and two products for each of its.
-    back = [Unit(gradient_unit(layer), layer_bytes[layer], 0, 3 * cost[layer]) for layer in reversed(layers[1:])]
+    # Forward once more, and back: the weights get no gradient.
+    back = [Unit(gradient_unit(layer), layer_bytes[layer], 0, 2 * cost[layer]) for layer in reversed(layers[1:])]
     return [*found, Unit(HEAD, 0, 0), *back]
 
 

@@ -287,7 +287,8 @@ def round_rows(
     values, found = torch.empty_like(left, dtype=torch.int8), torch.empty_like(scales)
     for stop in range(left.shape[1], 0, -ROWS):
         part = slice(max(0, stop - ROWS), stop)
-        aim = left[:, part] + lower[stop:, part].T @ left[:, stop:]
+        passed_on = lower[stop:, part].T.expand(left.shape[0], -1, -1)
+        aim = torch.baddbmm(left[:, part], passed_on, left[:, stop:])
         stack = round_some(aim, scales[:, part])
         left[:, part] -= stack.dequantize(torch.float32)
         values[:, order[part]], found[:, order[part]] = stack.values, stack.scale
