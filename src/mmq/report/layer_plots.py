@@ -133,7 +133,7 @@ def block_loss(layers: Layers) -> Figure:
     # A loss that was too large for a number leaves a gap.
     known = shares[0][np.isfinite(shares[0])]
     found = range_text(f"{known.min():.0f}%", f"{known.max():.0f}%") if known.size else "an unknown share"
-    figure = empty_figure(f"AWQ leaves {found} of plain rounding's block loss", (WIDTH, TALL))
+    figure = empty_figure(f"{found[:1].upper()}{found[1:]} of plain rounding's block loss is left", (WIDTH, TALL))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     x = layer_axis(lower, layers)
     handles: list[tuple[Any, str]] = []

@@ -84,11 +84,11 @@ def _time_tile(facts: RunFacts) -> Tile:
 def _loss_tile(layers: list[dict[str, Any]]) -> Tile:
     shares = loss_shares(layers)
     if not shares:
-        return Tile("AWQ against plain rounding", "no figure", "no layer's loss before and after is known")
+        return Tile("Against plain rounding", "no figure", "no layer's loss before and after is known")
     worst = max(shares, key=lambda layer: shares[layer])
     kept = sum(layer["identity_kept"] for layer in layers)
     return Tile(
-        "AWQ against plain rounding",
+        "Against plain rounding",
         f"{median(shares.values()):.0%} of the loss",
         f"median of {count_text(len(layers), 'layer')}; at worst {shares[worst]:.0%}, layer {worst};"
         f" {kept} kept as they were",
