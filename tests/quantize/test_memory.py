@@ -129,14 +129,20 @@ def test_compensated_rounding_stays_within_its_budget(shape: Shape, budget: int)
     most, *_ = peak(lambda: fit.fit(results, torch.ones(shape.experts, dtype=torch.bool)))
     assert most <= max(budget * 2**20, least) + SLACK
     assert fit.step == shape.experts // 8 or fit.step * least <= budget * 2**19 or fit.step == 1
-    most, _, verdict = peak(lambda: judge(block, reference, [shape.tokens // 10] * 10, shape.tokens, smoothing))
+    lengths, gradients = [shape.tokens // 10] * 10, torch.randn(shape.tokens, shape.hidden)
     # Two ways, four bits a weight and two bytes a group.
     packed = 2 * (block.gate_up.numel() + block.down.numel()) * (64 + 2) // 128
-    judging = shape.tokens // 10 * shape.hidden * (2 + 4 + 4)
-    assert most <= packed + judging + max(budget * 2**20, least) + SLACK
-    ways = {f"{name}{way}" for name in ("", "smoothed_") for way in ("nearest", "probe")}
-    (rest,) = verdict.statistics["losses"].keys() - ways
-    assert rest in ("compensated", "smoothed_compensated")
+    for fisher in (None, gradients.T @ gradients):
+        most, _, verdict = peak(
+            lambda fisher=fisher: judge(block, reference, lengths, shape.tokens, smoothing, fisher=fisher)
+        )
+        # With a gradient's moments, errors and what they cost as well, and the moments, factorized.
+        judging = shape.tokens // 10 * shape.hidden * (2 + 4 + 4 if fisher is None else 2 + 4 + 12)
+        matrices = 0 if fisher is None else 16 * shape.hidden**2
+        assert most <= packed + judging + matrices + max(budget * 2**20, least) + SLACK
+        ways = {f"{name}{way}" for name in ("", "smoothed_") for way in ("nearest", "probe")}
+        (rest,) = verdict.statistics["losses"].keys() - ways
+        assert rest in ("compensated", "smoothed_compensated")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.experts}x{shape.hidden}x{shape.intermediate}")

@@ -61,18 +61,27 @@ def awq_memory(
 
 
 def fisher_memory(
-    layer: int, tokens: int, longest: int, hidden: int, inner: int, top_k: int, vocabulary: int, gpu: bool
+    layer: int,
+    calibration: int,
+    tokens: int,
+    longest: int,
+    hidden: int,
+    inner: int,
+    top_k: int,
+    vocabulary: int,
+    gpu: bool,
 ) -> int:
     """Bytes that weighing errors of the outputs takes at its peak, on each rank, where it computes.
 
     Args:
         layer: of the widest decoder layer in bf16, with all experts.
-        tokens: in all.
+        calibration: tokens in all, whose hidden states wait.
+        tokens: those that the gradient is of.
         longest: tokens of the longest sample.
         hidden, inner: widths of the model and of an expert.
     """
     # Hidden states, gradient, and what is made of them; the matrix, and what is added to it.
-    states = 8 * tokens * hidden + 8 * hidden**2
+    states = 2 * calibration * hidden + 8 * tokens * hidden + 8 * hidden**2
     # Of each row gate and up, their product, its gradient and theirs in bf16 and fp32; inputs and gradients in bf16.
     batch = max(FISHER_BATCH, longest) * (top_k * (4 * hidden + 20 * inner) + 64 * hidden)
     head = vocabulary * hidden * (2 if gpu else 4) + 3 * 4 * max(LOGITS, vocabulary)

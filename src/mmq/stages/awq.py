@@ -114,7 +114,9 @@ def plan(workspace: Workspace) -> Plan:
         once = arithmetic * taken // max(1, tokens) // recipe.awq.n_grid
         units = awq_fisher.units(source, reads[:-1], once) + units
         states += fisher_state(source.layer_count(), taken, int(source.config[source.architecture.hidden_key]))
-        memory = memory.at_least(gradient_memory(source, taken, recipe.awq.calibration.sequence_length, gpu), gpu)
+        memory = memory.at_least(
+            gradient_memory(source, tokens, taken, recipe.awq.calibration.sequence_length, gpu), gpu
+        )
     folder = source.checkpoint.folder if fp8 else workspace.folder(BF16)
     return Plan(name, folder, workspace.folder(AWQ), units, BASE_MEMORY + memory.host, memory.device, states, tensors)
 
@@ -140,9 +142,8 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "awq.group_size": awq.group_size,
         "awq.min_tokens": awq.min_tokens,
         "awq.rounding": awq.rounding,
-        # Where it decides nothing, runs that were begun before there was the key go on.
+        # Where these decide nothing, runs that were begun before there were the keys go on.
         **({"awq.fisher_tokens": awq.fisher_tokens} if awq.weighs_outputs else {}),
-        # Of families that have none it decides nothing, and runs that were begun before there was the key go on.
         **({"awq.shared_experts": awq.shared_experts} if workspace.architecture.shared else {}),
         "awq.propagate_quantized": awq.propagate_quantized,
         "awq.kv_cache_scheme": awq.kv_cache_scheme.model_dump() if awq.kv_cache_scheme else None,

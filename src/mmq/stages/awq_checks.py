@@ -152,12 +152,13 @@ def _vocabulary(workspace: Workspace) -> str:
     return f"the tokenizer's largest is {check_tokenizer(tokenizer, rows):,} of {rows:,}"
 
 
-def gradient_memory(source: SourceModel, tokens: int, longest: int, gpu: bool) -> int:
-    """Bytes that the gradient of so many tokens takes where it is computed; the longest sample has `longest`."""
+def gradient_memory(source: SourceModel, calibration: int, tokens: int, longest: int, gpu: bool) -> int:
+    """Bytes that the gradient of so many of the calibration's tokens takes where it is computed; the longest sample has
+    `longest`."""
     arch, config = source.architecture, source.config
     hidden, inner, top_k = (int(config[key]) for key in (arch.hidden_key, arch.intermediate_key, arch.top_k_key))
     rows = source.specs[arch.embedding].shape[0]
-    return fisher_memory(widest_layer(source), tokens, longest, hidden, inner, top_k, rows, gpu)
+    return fisher_memory(widest_layer(source), calibration, tokens, longest, hidden, inner, top_k, rows, gpu)
 
 
 def _memory(workspace: Workspace) -> str:
@@ -173,7 +174,7 @@ def _memory(workspace: Workspace) -> str:
     least = awq_memory(widest, largest, states, LEAST_BUDGET if gpu else 0, gpu)
     if recipe.awq.weighs_outputs:
         taken = min(tokens.ids.numel(), most_fisher_tokens(recipe))
-        least = least.at_least(gradient_memory(source, taken, max(tokens.lengths), gpu), gpu)
+        least = least.at_least(gradient_memory(source, tokens.ids.numel(), taken, max(tokens.lengths), gpu), gpu)
     found = []
     for where, needed, there in (
         ("this machine", BASE_MEMORY + least.host, total_host()),

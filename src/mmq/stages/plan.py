@@ -163,9 +163,9 @@ def _peaks(
     """The awq stage's peaks on each rank; `of_tokens` are the experts of a token, and an expert's width."""
     (top_k, inner), length = of_tokens, recipe.awq.calibration.sequence_length
     shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
-    compensated, states = recipe.awq.rounding == "compensated", most_tokens(recipe) * dims.hidden
-    memory = awq_memory(layer, shard, states, budget, gpu, compensated, ranks, top_k)
+    compensated, calibration = recipe.awq.rounding == "compensated", most_tokens(recipe)
+    memory = awq_memory(layer, shard, calibration * dims.hidden, budget, gpu, compensated, ranks, top_k)
     if tokens := most_fisher_tokens(recipe):
-        needed = fisher_memory(layer, tokens, length, dims.hidden, inner, top_k, dims.vocabulary, gpu)
+        needed = fisher_memory(layer, calibration, tokens, length, dims.hidden, inner, top_k, dims.vocabulary, gpu)
         memory = memory.at_least(needed, gpu)
     return memory
