@@ -84,6 +84,9 @@ def test_the_messages_of_the_page_are_those_that_are_said(
     templates = re.findall(r"^\| `(.*?)` \|", MY_MODEL, re.MULTILINE)
     patterns = {text: re.compile(".*".join(map(re.escape, text.split("...")))) for text in templates}
     found = list(messages(project, finished_copy))
+    with monkeypatch.context() as small:
+        small.setattr("mmq.stages.base.total_host", lambda: 2**29)
+        found.append(said("awq", project / "recipe.yaml", "--set", "awq.source=fp8"))
     monkeypatch.setattr("mmq.stages.base.free_disk", lambda _: 10)
     monkeypatch.setattr("mmq.stages.preflight.free_disk", lambda _: 10)
     found += [said(command, project / "recipe.yaml") for command in ("dequant", "run")]

@@ -19,7 +19,7 @@ from mmq.cli.plan import plan
 from mmq.families import sizes
 from mmq.families.minimax_m2 import MINIMAX_M2 as ARCH
 from mmq.families.sizes import GIB, tensors_of
-from mmq.quantize.memory import AwqMemory, awq_memory
+from mmq.quantize.memory import Peaks, awq_memory
 from mmq.recipe import load
 from mmq.serve.memory import Gpus, weights_per_gpu
 from mmq.source.samples import most_tokens
@@ -84,13 +84,13 @@ def test_the_awq_stage_plans_the_same_memory(device: str, project: Path) -> None
 
 
 def test_awq_memory_by_hand() -> None:
-    assert awq_memory(100, 10, 5, 10**9, True) == AwqMemory(100 + 10 + 70, 100 + 10 + 70 + 126)
-    assert awq_memory(100, 10, 500, 100, True) == AwqMemory(7110, 100 + 20 + 9000 + 12)
-    assert awq_memory(100, 10, 5, 7, False) == AwqMemory(100 + 10 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 10**9, True) == Peaks(100 + 10 + 70, 100 + 10 + 70 + 126)
+    assert awq_memory(100, 10, 500, 100, True) == Peaks(7110, 100 + 20 + 9000 + 12)
+    assert awq_memory(100, 10, 5, 7, False) == Peaks(100 + 10 + 70 + 7, 0)
     # A half of the layer, its shard and the fp32 sums; rows of half of the tokens, sent and arriving.
-    assert awq_memory(100, 10, 6, 7, False, ranks=2, top_k=3) == AwqMemory(50 + 5 + 36 + 24 + 18 + 7, 0)
-    assert awq_memory(100, 10, 5, 7, False, compensated=True) == AwqMemory(100 + 30 + 70 + 7, 0)
-    assert awq_memory(100, 10, 5, 10**9, True, compensated=True) == AwqMemory(200, 100 + 10 + 70 + 210)
+    assert awq_memory(100, 10, 6, 7, False, ranks=2, top_k=3) == Peaks(50 + 5 + 36 + 24 + 18 + 7, 0)
+    assert awq_memory(100, 10, 5, 7, False, compensated=True) == Peaks(100 + 30 + 70 + 7, 0)
+    assert awq_memory(100, 10, 5, 10**9, True, compensated=True) == Peaks(200, 100 + 10 + 70 + 210)
 
 
 def test_calibration_tokens_are_counted_where_no_number_is_given(project: Path) -> None:

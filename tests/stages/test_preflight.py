@@ -145,7 +145,7 @@ def test_a_file_in_the_place_of_an_output_is_refused(project: Path) -> None:
 
 
 def test_too_little_memory_is_refused(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(awq_checks, "total_host", lambda: 2**29)
+    monkeypatch.setattr("mmq.stages.base.total_host", lambda: 2**29)
     message = refused("run", project / "recipe.yaml")
     assert "of memory at least, this machine has 536.9 MB" in message
     assert not (project / "run" / "bf16").exists()
@@ -190,7 +190,7 @@ def test_a_finished_stage_is_not_checked_again(finished_copy: Path, monkeypatch:
     edit_json(finished_copy / "run/journal.json", lambda journal: journal["stages"].pop("restore"))
     shutil.rmtree(finished_copy / "run/hybrid")
     monkeypatch.setattr(awq_checks, "present_device", lambda name: pytest.fail("looked for a device"))
-    monkeypatch.setattr(awq_checks, "total_host", lambda: 1)
+    monkeypatch.setattr("mmq.stages.base.total_host", lambda: 1)
     succeed("restore", recipe, "--quiet")
     workspace = Workspace.of(load(recipe))
     assert preflight.preflight(workspace, list(STAGES.values())) == []

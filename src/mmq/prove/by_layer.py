@@ -56,6 +56,7 @@ class ByLayer(Streamed):
         super().__init__(workspace, settings)
         self.routed = [layer for layer in self.layers if self.arch.has_experts(layer)]
         self.streams = len(self.routed) + 1
+        self.at_once = AT_ONCE + 1
 
     def work(self) -> dict[str, int]:
         return work_of(self.source)
@@ -119,10 +120,8 @@ class ByLayer(Streamed):
         return DecoderLayer(self.arch, self.configs[key], layer, content.rest, self.device), content
 
     def _forward(self, decoder: DecoderLayer, content: LayerContent, hidden: torch.Tensor) -> torch.Tensor:
-        awq = self.workspace.recipe.awq
-        return run_layer(
-            decoder, content, hidden, self.tokens.lengths, awq.group_size, budget=awq.memory_budget, team=self.team
-        )
+        group_size = self.workspace.recipe.awq.group_size
+        return run_layer(decoder, content, hidden, self.tokens.lengths, group_size, budget=self.budget, team=self.team)
 
     def _read(self, path: Path, stream: str) -> torch.Tensor:
         """bfloat16 [T, H] on the device."""

@@ -204,7 +204,7 @@ class _Evaluation(Streamed):
             NEAREST,
             *([SMOOTHED_NEAREST] if self.rounding != "nearest" else []),
         ]
-        self.streams = len(self.variants)
+        self.streams = self.at_once = len(self.variants)
 
     def check_layers(self, pending: Sequence[int]) -> dict[str, str]:
         found = super().check_layers(pending)
@@ -261,7 +261,7 @@ class _Evaluation(Streamed):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,
-                variant is NEAREST, settings.memory_budget, self.team,
+                variant is NEAREST, self.budget, self.team,
             )  # fmt: skip
             if not is_finite(states):
                 raise CheckpointError(f"{variant.name}: the output of layer {layer} is NaN or infinite")

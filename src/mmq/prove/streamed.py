@@ -14,18 +14,22 @@ from typing import Any, ClassVar
 
 import torch
 
-from mmq.errors import CalibrationError, JournalError
+from mmq.errors import CalibrationError, DeviceMemoryError, JournalError, one_line
 from mmq.families.rotary import check_length
-from mmq.machine.device import present_device
+from mmq.machine.device import free_device, present_device
 from mmq.prove.measures import predictions
+from mmq.prove.memory import eval_memory
 from mmq.prove.weights import HybridWeights, LayerWeights, SourceWeights
 from mmq.quantize.decoder_layer import embed, transformers_config
 from mmq.quantize.head import Head
+from mmq.quantize.memory import Peaks
+from mmq.quantize.routed_experts import LEAST_BUDGET, SPARE_MEMORY, default_budget
 from mmq.recipe import Calibration, FileSamples, Recipe
 from mmq.source.calibration import load_tokens
 from mmq.source.model import SourceModel
 from mmq.source.samples import read_files, read_samples
-from mmq.stages.base import begin_run, check_disk, free_disk, share_journal
+from mmq.stages.awq_checks import widest_layer
+from mmq.stages.base import begin_run, check_disk, check_memory, free_disk, share_journal
 from mmq.stages.preflight import Passed, check_outputs
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries, write_json
 from mmq.storage.checkpoint import Checkpoint, read_json
@@ -70,12 +74,16 @@ class Streamed:
         state: the folder of its files below the work_dir's state/.
         report_name: of its file in the work_dir.
         streams: at most so many hidden states are kept after a layer.
+        at_once: so many are in memory.
+        budget: bytes of working memory, where it is not what suits the device.
     """
 
     name: ClassVar[str]
     state: ClassVar[str]
     report_name: ClassVar[str]
     streams: int
+    at_once: int
+    budget: int | None
 
     def __init__(self, workspace: Workspace, settings: EvalSettings) -> None:
         self.workspace, self.settings, self.team = workspace, settings, workspace.team
@@ -95,6 +103,7 @@ class Streamed:
         length = settings.sequence_length or workspace.recipe.awq.calibration.sequence_length
         check_length(length, "the sequence length", self.source.config, self.arch)
         self.device = present_device(workspace.recipe.awq.device)
+        self.budget = workspace.recipe.awq.memory_budget
         self.recipe = eval_recipe(workspace.recipe, settings)
         self.tokens = load_tokens(self.recipe, self.source.checkpoint.folder)
         self.contents = [content for *_, content in read_samples(self.recipe, read_files(self.recipe))]
@@ -117,6 +126,7 @@ class Streamed:
 
         Raises:
             RecipeError: the report can't be written.
+            DeviceMemoryError: the device, or the host, could not hold what is computed.
             DiskSpaceError: the hidden states would fill the disk.
             JournalError: it was begun with other inputs, or what it needs of an earlier stage is gone.
         """
@@ -132,9 +142,25 @@ class Streamed:
             self.journal.check_files()
         done = "complete" if self.journal.complete else f"{len(self.journal.units)} units done"
         found["journal"] = done if begun else "nothing was begun"
+        if restart or HEAD not in self.journal.units:
+            least = self._memory(LEAST_BUDGET if self.device.type == "cuda" else 0)
+            found["memory"] = check_memory(self.name, least, self.device, self._ways_out)
         if pending := list(self.layers) if restart else self._pending():
             found |= self.check_layers(pending)
         return [Passed(self.name, what, said) for what, said in found.items()]
+
+    def _memory(self, budget: int) -> Peaks:
+        arch, config = self.arch, self.source.config
+        hidden, top_k = int(config[arch.hidden_key]), int(config[arch.top_k_key])
+        rows, gpu = self.source.specs[arch.embedding].shape[0], self.device.type != "cpu"
+        tokens, layer = self.tokens.ids.numel(), widest_layer(self.source)
+        return eval_memory(layer, tokens, hidden, rows, top_k, self.at_once, budget, gpu, self.team.size)
+
+    @property
+    def _ways_out(self) -> str:
+        """Of too little memory."""
+        host = "; awq.device: cpu needs none of the GPU's" if self.device.type != "cpu" else ""
+        return f"fewer or shorter samples (--samples, --sequence-length) need less{host}"
 
     def check_layers(self, pending: Sequence[int]) -> dict[str, str]:
         """`check` of layers that are to be computed: what was found, by what it is."""
@@ -183,7 +209,16 @@ class Streamed:
         if len(pending) < len(self.layers):
             done = len(self.layers) - len(pending)
             reporter.note(f"{self.name} resumes: {done} of {len(self.layers)} layers are done")
-        self.compute(pending)
+        if self.device.type == "cuda":
+            room = free_device(self.device) - self._memory(0).device - SPARE_MEMORY
+            # Half of it is taken.
+            self.budget = max(LEAST_BUDGET, min(self.budget or default_budget(self.device), 2 * room))
+        try:
+            self.compute(pending)
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(
+                f"{self.device} has too little memory left for {self.name}; {self._ways_out}: {one_line(error)}"
+            ) from None
 
     def last_hidden(self) -> Path | None:
         """The hidden states after the last finished layer, the only ones that are kept."""

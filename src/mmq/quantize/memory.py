@@ -9,15 +9,15 @@ FISHER_BATCH, LOGITS = 4096, 2**26
 
 
 @dataclass(frozen=True)
-class AwqMemory:
-    """Peaks of the awq stage in bytes, beyond the process itself."""
+class Peaks:
+    """Most memory that something takes, in bytes, beyond the process itself."""
 
     host: int
     device: int
 
-    def at_least(self, needed: int, gpu: bool) -> AwqMemory:
+    def at_least(self, needed: int, gpu: bool) -> Peaks:
         """The same where something before it needs so much, on a GPU or on the host."""
-        return AwqMemory(self.host if gpu else max(self.host, needed), max(self.device, needed) if gpu else self.device)
+        return Peaks(self.host if gpu else max(self.host, needed), max(self.device, needed) if gpu else self.device)
 
 
 def awq_memory(
@@ -29,7 +29,7 @@ def awq_memory(
     compensated: bool = False,
     ranks: int = 1,
     top_k: int = 0,
-) -> AwqMemory:
+) -> Peaks:
     """Peaks of the awq stage, on each of some ranks.
 
     Args:
@@ -52,12 +52,12 @@ def awq_memory(
     kept = 2 * shard if compensated else 0
     searching = min(budget, 4 * (layer + hidden_states))
     if not gpu:
-        return AwqMemory(working + kept + searching, 0)
+        return Peaks(working + kept + searching, 0)
     # On a GPU the search is seen to take three tenths of its budget, and the most is held after it: two packed layers,
     # one of which is being fetched, the block's input before and after smoothing, and outputs in bf16 as well.
     after = layer + 2 * shard + 18 * hidden_states + searching // 8
     share = 5 if compensated else 3
-    return AwqMemory(working + kept, max(working + searching * share // 10, after))
+    return Peaks(working + kept, max(working + searching * share // 10, after))
 
 
 def fisher_memory(

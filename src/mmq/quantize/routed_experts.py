@@ -45,6 +45,8 @@ CPU_PART_TOKENS, PART_TOKENS = 512, 2**14
 DEFAULT_BUDGET = {"cpu": 4 * 2**30, "cuda": 8 * 2**30}
 # What a GPU whose memory turns out to be short is asked for at least.
 LEAST_BUDGET = 2**28
+# Of a GPU's memory, what libraries take for themselves.
+SPARE_MEMORY = 2**30
 # Of several ranks, in how many batches each computes its rows at least, so that one is sent while the next is computed.
 ROUNDS = 4
 

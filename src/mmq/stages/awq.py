@@ -36,7 +36,7 @@ from mmq.machine.transfer import Lane
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory, fisher_state
 from mmq.quantize.rounding import EVIDENCE
-from mmq.quantize.routed_experts import LEAST_BUDGET, default_budget
+from mmq.quantize.routed_experts import LEAST_BUDGET, SPARE_MEMORY, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.model import SourceModel
 from mmq.source.samples import most_fisher_tokens, most_tokens
@@ -67,8 +67,6 @@ from mmq.workdir.workspace import AWQ, BF16, STATE, Workspace
 name = "awq"
 output = AWQ
 OUTSIDE = "outside"
-# Of a GPU's memory, what libraries take for themselves.
-SPARE_MEMORY = 2**30
 STATISTICS = "layers.json"
 # Multiply-adds that take as long as a byte of a file, in order of magnitude: the layers' share of the work beside that
 # of what is only copied.

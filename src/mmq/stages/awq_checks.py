@@ -6,10 +6,10 @@ from collections.abc import Set
 
 import torch
 
-from mmq.errors import CheckpointError, DeviceMemoryError, JournalError, RecipeError
+from mmq.errors import CheckpointError, JournalError, RecipeError
 from mmq.families.registry import architecture_of
 from mmq.families.rotary import check_length
-from mmq.machine.device import present_device, total_device, total_host
+from mmq.machine.device import present_device
 from mmq.quantize.decoder_layer import DecoderLayer, check_tokens, transformers_config
 from mmq.quantize.kv_cache import ORDERLESS
 from mmq.quantize.memory import awq_memory, fisher_memory
@@ -22,8 +22,7 @@ from mmq.source.outside import check_tokenizer
 from mmq.source.samples import most_fisher_tokens
 from mmq.source.tokenizer import load_tokenizer
 from mmq.source.tokens import CACHE_NAME, Tokens
-from mmq.stages.base import BASE_MEMORY, Check
-from mmq.text import bytes_text
+from mmq.stages.base import Check, check_memory
 from mmq.workdir.output_shards import layers_and_rest, quantized_specs
 from mmq.workdir.workspace import AWQ, BF16, HYBRID, STATE, Workspace
 
@@ -175,19 +174,4 @@ def _memory(workspace: Workspace) -> str:
     if recipe.awq.weighs_outputs:
         taken = min(tokens.ids.numel(), most_fisher_tokens(recipe))
         least = least.at_least(gradient_memory(source, tokens.ids.numel(), taken, max(tokens.lengths), gpu), gpu)
-    found = []
-    for where, needed, there in (
-        ("this machine", BASE_MEMORY + least.host, total_host()),
-        (str(device), least.device, total_device(device)),
-    ):
-        if not needed:
-            continue
-        if there is not None and needed > there:
-            raise DeviceMemoryError(
-                f"awq needs {bytes_text(needed)} of memory at least, {where} has {bytes_text(there)}; fewer or shorter"
-                " calibration samples need less"
-            )
-        found.append(
-            f"{bytes_text(needed)} at least, {where} has {bytes_text(there) if there else 'what is not known'}"
-        )
-    return "; ".join(found)
+    return check_memory("awq", least, device, "fewer or shorter calibration samples need less")

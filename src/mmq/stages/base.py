@@ -14,10 +14,11 @@ from typing import Any, Protocol
 
 import torch
 
-from mmq.errors import DiskSpaceError, MmqError
-from mmq.machine.device import named_device, peak_device, peak_host
+from mmq.errors import DeviceMemoryError, DiskSpaceError, MmqError
+from mmq.machine.device import named_device, peak_device, peak_host, total_device, total_host
 from mmq.machine.signals import signals_held
 from mmq.machine.threads import computing, one_thread
+from mmq.quantize.memory import Peaks
 from mmq.storage.atomic import FileRecord, make_folder, remove_temporaries
 from mmq.text import bytes_text
 from mmq.workdir.journal import StageJournal
@@ -274,6 +275,29 @@ def check_disk(folder: Path, needed: int) -> None:
     free = free_disk(folder)
     if free < needed:
         raise DiskSpaceError(f"{folder} needs {bytes_text(needed)}, its disk has {bytes_text(free)} free")
+
+
+def check_memory(who: str, least: Peaks, device: torch.device, ways_out: str) -> str:
+    """The device and the host could hold it, were nothing else there: what was found.
+
+    Raises:
+        DeviceMemoryError: one could not; it names the ways out.
+    """
+    found = []
+    for where, needed, there in (
+        ("this machine", BASE_MEMORY + least.host, total_host()),
+        (str(device), least.device, total_device(device)),
+    ):
+        if not needed:
+            continue
+        if there is not None and needed > there:
+            raise DeviceMemoryError(
+                f"{who} needs {bytes_text(needed)} of memory at least, {where} has {bytes_text(there)}; {ways_out}"
+            )
+        found.append(
+            f"{bytes_text(needed)} at least, {where} has {bytes_text(there) if there else 'what is not known'}"
+        )
+    return "; ".join(found)
 
 
 def in_threads(units: Iterable[Unit], job: Callable[[Unit, threading.Event], None], workers: int) -> None:

@@ -20,7 +20,7 @@ from mmq.families.sizes import (
     outside_bytes,
 )
 from mmq.families.table import Architecture
-from mmq.quantize.memory import AwqMemory, awq_memory, fisher_memory, fisher_state
+from mmq.quantize.memory import Peaks, awq_memory, fisher_memory, fisher_state
 from mmq.quantize.routed_experts import DEFAULT_BUDGET
 from mmq.quantize.scaling import rank_costs
 from mmq.recipe import Recipe
@@ -159,7 +159,7 @@ def _peaks(
     gpu: bool,
     of_tokens: tuple[int, int],
     ranks: int = 1,
-) -> AwqMemory:
+) -> Peaks:
     """The awq stage's peaks on each rank; `of_tokens` are the experts of a token, and an expert's width."""
     (top_k, inner), length = of_tokens, recipe.awq.calibration.sequence_length
     shard, layer = max(layer_bytes(forms["awq"], dims), outside_bytes(forms["awq"])), layer_bytes(forms["bf16"], dims)
