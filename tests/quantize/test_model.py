@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import DEVICE, cpu_only, digests, write_recipe
 from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.prove.verify import verify_checkpoint
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.routed_experts import ExpertBlock, top_up
@@ -233,11 +234,19 @@ def test_top_up_takes_the_highest_scores_among_the_unrouted() -> None:
     assert everything is not None and everything.counts[4] == 40
 
 
-def test_transformers_loads_the_hybrid_checkpoint(finished: Path, hybrid: Weights) -> None:
-    """No missing or unexpected keys; experts bit-equal to an independent unpacking."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        finished / "run/hybrid", output_loading_info=True, dtype=torch.bfloat16
-    )
+@pytest.mark.parametrize("names", ["hub", "both"])
+def test_transformers_loads_the_hybrid_checkpoint(finished_copy: Path, hybrid: Weights, names: str) -> None:
+    """No missing or unexpected keys; experts bit-equal to an independent unpacking, whatever names config.json has for
+    them beside the hub's: nothing else goes by the others, as verify finds too."""
+    folder = finished_copy / "run/hybrid"
+    recipe = load(finished_copy / "recipe.yaml", [f"restore.expert_targets={names}"])
+    if names == "both":
+        run_stages(Workspace.of(recipe), ["restore"], restart=True)
+        assert not verify_checkpoint(Workspace.of(recipe)).problems
+    groups = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["config_groups"]
+    hub, common = (rf"re:.*experts\.\d+\.({linears})$" for linears in ("w1|w2|w3", "down_proj|gate_proj|up_proj"))
+    assert groups["group_0"]["targets"] == ([hub] if names == "hub" else [hub, common])
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.bfloat16)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.config.rope_parameters["partial_rotary_factor"] == 0.5
     for layer, module in enumerate(model.model.layers):

@@ -23,7 +23,7 @@ from conftest import ROOT
 from mmq.cli.doctor import CAPABILITIES, capability_of, doctor
 from mmq.serve.vllm_plugin import FAULTS, GROUP, TARGET, inspect_vllm, register, vllm_version
 
-SCHEME, CACHE, LOADER = FAULTS
+SCHEME, CACHE, LOADER, EXPERTS = FAULTS
 NAMES = [fault.name for fault in FAULTS]
 
 FAULTY_SCHEME = """
@@ -68,6 +68,15 @@ class Qwen3MoeModel:
                 self.values[name] = weight
         return set(parameters)
 """
+FAULTY_EXPERTS = """
+class CompressedTensorsMoEMethod:
+    @staticmethod
+    def get_moe_method(quant_config, layer, layer_name):
+        names = [layer_name + name for name in [".0.gate_proj", ".0.up_proj", ".0.down_proj"]]
+        schemes = [quant_config.get_scheme_dict(layer, name) for name in names]
+        assert schemes == schemes[:1] * 3
+        return schemes[0]
+"""
 # Each is what upstream did or might do against the fault.
 SOUND_SCHEMES = {
     "truthiness": FAULTY_SCHEME.replace(
@@ -111,6 +120,18 @@ class Qwen3MoeModel:
         return AutoWeightsLoader(self, ignore_unexpected_suffixes=[".bias"]).load_weights(weights)
 """,
 }
+SOUND_EXPERTS = {
+    "the loader's names": FAULTY_EXPERTS.replace(
+        '[layer_name + name for name in [".0.gate_proj", ".0.up_proj", ".0.down_proj"]]',
+        'layer_name + ".0." + layer.ckpt_gate_proj_name, layer_name + ".0.w2", layer_name + ".0.w3"',
+    )
+}
+OTHER_EXPERTS = {
+    "no class": "class Renamed: pass\n",
+    "no method": "class CompressedTensorsMoEMethod: pass\n",
+    "other words": FAULTY_EXPERTS.replace(".0.gate_proj", ".0.gate"),
+    "not Python": "class CompressedTensorsMoEMethod(:\n",
+}
 OTHER_LOADERS = {
     "no class": "class Renamed: pass\n",
     "no method": "class Qwen3MoeModel: pass\n",
@@ -130,11 +151,11 @@ OTHER_CACHES = {
     "not Python": "class CompressedTensorsKVCacheMethod(:\n",
 }
 PRELUDE = """
-import importlib, json, logging, sys
+import importlib, json, logging, re, sys
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
 from mmq.serve.vllm_plugin import FAULTS, inspect_vllm, register
 
-SCHEME, CACHE, LOADER = FAULTS
+SCHEME, CACHE, LOADER, EXPERTS = FAULTS
 
 class Scale:
     def __init__(self, *values):
@@ -175,17 +196,39 @@ def scales(names=("layers.0.self_attn.k_scale", "layers.0.self_attn.v_scale")):
     assert taken == {*model.values}
     return [*model.values.values()]
 
+HUB, COMMON = r"re:.*experts\\.\\d+\\.(w1|w2|w3)$", r"re:.*experts\\.\\d+\\.(gate|up|down)_proj$"
+
+class Config:
+    def __init__(self, targets):
+        self.target_scheme_map = {target: str(number) for number, target in enumerate(targets)}
+
+    def get_scheme_dict(self, layer, name):
+        found = self.target_scheme_map.items()
+        return next((scheme for target, scheme in found if re.match(target.removeprefix("re:"), name)), None)
+
+class Block:
+    ckpt_gate_proj_name = "w1"
+
+def experts(*targets):
+    return owner(EXPERTS).get_moe_method(Config(targets or ("Linear", HUB)), Block(), "model.layers.0.mlp.experts")
+
 def states():
     return [str(finding.state) for finding in inspect_vllm()]
 
 def functions():
-    return [vars(owner(fault)).get(fault.method) for fault in FAULTS]
+    return [getattr(owner(fault), fault.method) for fault in FAULTS]
 """
 
 
-def write_vllm(root: Path, scheme: str = FAULTY_SCHEME, cache: str = FAULTY_CACHE, loader: str = FAULTY_LOADER) -> Path:
+def write_vllm(
+    root: Path,
+    scheme: str = FAULTY_SCHEME,
+    cache: str = FAULTY_CACHE,
+    loader: str = FAULTY_LOADER,
+    experts: str = FAULTY_EXPERTS,
+) -> Path:
     """A package `vllm` in `root` with the modules that the plugin knows, and the base of one."""
-    for fault, content in ((SCHEME, scheme), (CACHE, cache), (LOADER, loader)):
+    for fault, content in ((SCHEME, scheme), (CACHE, cache), (LOADER, loader), (EXPERTS, experts)):
         path = root.joinpath(*fault.module.split(".")).with_suffix(".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content, encoding="utf-8")
@@ -221,16 +264,16 @@ def test_all_faults_are_mended(tmp_path: Path) -> None:
     write_vllm(tmp_path)
     write_metadata(tmp_path, "vllm", "0.16.0")
     code = """
-before = states(), loads(), loads(False), floats(), scales()
+before = states(), loads(), loads(False), floats(), scales(), experts()
 register()
-after = states(), loads(), loads(False), floats(), scales()
+after = states(), loads(), loads(False), floats(), scales(), experts()
 print(json.dumps([before, after, loads(True)]))
 """
     found, log = python(tmp_path, code)
     # A static scheme is refused for block weights before and after.
     assert found == [
-        [["present"] * 3, False, True, [1.0, 1.0, 1.0], [-1, -1, 7]],
-        [["mended"] * 3, True, True, [1.0, 0.25, 0.5], [0.25, 0.5, 7]],
+        [["present"] * 4, False, True, [1.0, 1.0, 1.0], [-1, -1, 7], None],
+        [["mended"] * 4, True, True, [1.0, 0.25, 0.5], [0.25, 0.5, 7], "1"],
         False,
     ]
     assert log == [f"INFO vllm.mmq mmq in vLLM 0.16.0: mended {', '.join(NAMES)}"]
@@ -248,7 +291,7 @@ inner = [a.__wrapped__ is b for a, b in zip(first, before)]
 print(json.dumps([same, inner, [hasattr(f, "__wrapped__") for f in before], states()]))
 """
     found, log = python(write_vllm(tmp_path), code)
-    assert found == [[True] * 3, [True] * 3, [False] * 3, ["mended"] * 3]
+    assert found == [[True] * 4, [True] * 4, [False] * 4, ["mended"] * 4]
     assert len(log) == 1
 
 
@@ -258,6 +301,7 @@ print(json.dumps([same, inner, [hasattr(f, "__wrapped__") for f in before], stat
         *(f"scheme {name}" for name in SOUND_SCHEMES),
         *(f"cache {name}" for name in SOUND_CACHES),
         *(f"loader {name}" for name in SOUND_LOADERS),
+        *(f"experts {name}" for name in SOUND_EXPERTS),
     ],
 )
 def test_sound_code_stays_as_it_is(tmp_path: Path, which: str) -> None:
@@ -265,16 +309,17 @@ def test_sound_code_stays_as_it_is(tmp_path: Path, which: str) -> None:
     scheme = SOUND_SCHEMES[name] if kind == "scheme" else SOUND_SCHEMES["truthiness"]
     cache = SOUND_CACHES[name] if kind == "cache" else SOUND_CACHES["in place"]
     loader = SOUND_LOADERS[name] if kind == "loader" else SOUND_LOADERS["renamed first"]
+    (experts,) = SOUND_EXPERTS.values()
     code = """
 found = states()
 register()
 imported = "vllm" in sys.modules
 before = functions()
 register()
-print(json.dumps([found, imported, [a is b for a, b in zip(before, functions())], loads()]))
+print(json.dumps([found, imported, [a is b for a, b in zip(before, functions())], loads(), experts()]))
 """
-    found, log = python(write_vllm(tmp_path, scheme, cache, loader), code)
-    assert found == [["absent"] * 3, False, [True] * 3, True]
+    found, log = python(write_vllm(tmp_path, scheme, cache, loader, experts), code)
+    assert found == [["absent"] * 4, False, [True] * 4, True, "1"]
     assert log == []
 
 
@@ -285,20 +330,22 @@ register()
 print(json.dumps([states(), [a is b for a, b in zip(before, functions())], loads(), floats(), scales()]))
 """
     sound = {"cache": SOUND_CACHES["in place"], "loader": SOUND_LOADERS["renamed first"]}
-    found, log = python(write_vllm(tmp_path, **sound), code)
-    assert found == [["mended", "absent", "absent"], [False, True, True], True, [1.0, 0.25, 0.5], [0.25, 0.5, 7]]
+    found, log = python(write_vllm(tmp_path, **sound, experts=SOUND_EXPERTS["the loader's names"]), code)
+    assert found == [["mended", *["absent"] * 3], [False, *[True] * 3], True, [1.0, 0.25, 0.5], [0.25, 0.5, 7]]
     assert len(log) == 1
     assert log[0].endswith(f"mended {NAMES[0]}")
 
 
-@pytest.mark.parametrize("name", OTHER_SCHEMES | OTHER_CACHES | OTHER_LOADERS)
+@pytest.mark.parametrize("name", OTHER_SCHEMES | OTHER_CACHES | OTHER_LOADERS | OTHER_EXPERTS)
 def test_other_layouts_are_left_alone(tmp_path: Path, name: str) -> None:
-    parts = scheme, cache, loader = OTHER_SCHEMES.get(name), OTHER_CACHES.get(name), OTHER_LOADERS.get(name)
+    layouts = (OTHER_SCHEMES, OTHER_CACHES, OTHER_LOADERS, OTHER_EXPERTS)
+    parts = scheme, cache, loader, experts = tuple(layout.get(name) for layout in layouts)
     write_vllm(
         tmp_path,
         scheme or SOUND_SCHEMES["truthiness"],
         cache or SOUND_CACHES["in place"],
         loader or SOUND_LOADERS["renamed first"],
+        experts or SOUND_EXPERTS["the loader's names"],
     )
     expected = ["absent" if part is None else "not applicable" for part in parts]
     quiet = "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))"
@@ -317,7 +364,7 @@ def test_no_vllm(tmp_path: Path, kind: str) -> None:
     if kind == "empty package":
         (tmp_path / "vllm/__init__.py").touch()
     found, log = python(tmp_path, "register()\nprint(json.dumps([states(), 'vllm' in sys.modules]))")
-    assert found == [["not applicable"] * 3, False]
+    assert found == [["not applicable"] * 4, False]
     assert log == []
 
 
@@ -330,10 +377,10 @@ def test_importing_the_plugin_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_a_module_that_fails_to_import_is_reported_and_raises_nothing(tmp_path: Path) -> None:
     write_vllm(tmp_path, f"raise RuntimeError('no kernels')\n{FAULTY_SCHEME}")
     found, log = python(tmp_path, "register()\nprint(json.dumps([states(), floats()]))")
-    assert found == [["present", "mended", "mended"], [1.0, 0.25, 0.5]]
+    assert found == [["present", *["mended"] * 3], [1.0, 0.25, 0.5]]
     assert len(log) == 1
     assert log[0].startswith("WARNING vllm.mmq ")
-    assert f"mended {NAMES[1]}, {NAMES[2]}; could not mend {NAMES[0]} (RuntimeError: no kernels)" in log[0]
+    assert f"mended {', '.join(NAMES[1:])}; could not mend {NAMES[0]} (RuntimeError: no kernels)" in log[0]
 
 
 def test_scales_per_head_and_floats_set_by_others_stay(tmp_path: Path) -> None:
@@ -361,6 +408,17 @@ print(json.dumps([scales(attn), scales(("layers.5.self_attn.k_scale", "layers.0.
 """
     found, _ = python(write_vllm(tmp_path), code)
     assert found == [[0.25, 0.5, 7], [-1, -1, 7]]
+
+
+def test_experts_are_taken_as_the_checkpoint_says_where_it_does(tmp_path: Path) -> None:
+    """It has the other names too; or they are other experts'; or nothing is said of MiniMax's."""
+    code = """
+register()
+given = (HUB, COMMON), (COMMON, HUB), ("Linear", COMMON), ("Linear", "re:.*_proj$"), ("Linear",)
+print(json.dumps([experts(*targets) for targets in given]))
+"""
+    found, _ = python(write_vllm(tmp_path), code)
+    assert found == ["1", "0", "1", "1", None]
 
 
 def test_floats_of_real_tensors() -> None:
@@ -425,7 +483,7 @@ def doctor_json() -> dict[str, Any]:
 def test_doctor_without_vllm(root: Path) -> None:
     found = doctor_json()
     assert found["vllm"]["version"] is None
-    assert [fault["state"] for fault in found["vllm"]["faults"]] == ["not applicable"] * 3
+    assert [fault["state"] for fault in found["vllm"]["faults"]] == ["not applicable"] * 4
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["compressed-tensors"] == metadata.version("compressed-tensors")
     assert found["devices"] == []
@@ -446,29 +504,29 @@ def test_doctor_names_the_vllm(root: Path, distribution: str) -> None:
 
 
 def test_doctor_says_what_mends_the_faults(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_vllm(root, cache=SOUND_CACHES["super"])
-    assert [finding.state for finding in inspect_vllm()] == ["present", "absent", "present"]
+    write_vllm(root, cache=SOUND_CACHES["super"], experts=SOUND_EXPERTS["the loader's names"])
+    assert [finding.state for finding in inspect_vllm()] == ["present", "absent", "present", "absent"]
 
     def mended() -> list[bool]:
         return [fault["mended_by_plugin"] for fault in doctor_json()["vllm"]["faults"]]
 
-    assert mended() == [False] * 3
+    assert mended() == [False] * 4
     text = run_doctor()
     assert f"{SCHEME.sentence}; nothing mends it" in text
     assert f"{LOADER.sentence}; nothing mends it" in text
     assert "next: install mmq" in text
 
     install_plugin(monkeypatch)
-    assert mended() == [True, False, True]
+    assert mended() == [True, False, True, False]
     text = run_doctor()
     assert f"{SCHEME.sentence}; the plugin mends it" in text
     assert "next:" not in text
 
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    assert mended() == [False] * 3
+    assert mended() == [False] * 4
     assert "next: add mmq to the list in VLLM_PLUGINS" in run_doctor()
     monkeypatch.setenv("VLLM_PLUGINS", "another,mmq")
-    assert mended() == [True, False, True]
+    assert mended() == [True, False, True, False]
 
 
 def test_doctor_shows_devices(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

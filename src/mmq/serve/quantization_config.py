@@ -24,6 +24,8 @@ from mmq.recipe import Recipe
 from mmq.source.formats import format_of
 from mmq.tensors.int4 import weight_args
 
+COMMON_NAMES = ["down_proj", "gate_proj", "up_proj"]
+
 
 def output_config(
     architecture: Architecture, recipe: Recipe, source: dict[str, Any], kept: Sequence[str]
@@ -36,7 +38,8 @@ def output_config(
         kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
     carried = [module for module in kept if architecture.is_extra(module)]
-    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried))}
+    both = recipe.restore.expert_targets == "both"
+    groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried), both)}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
         groups["group_1"] = kept_scheme(architecture, kept, dynamic, _fp8_storage(architecture.settings(source)))
@@ -72,16 +75,21 @@ def unquantized(architecture: Architecture, source: dict[str, Any]) -> dict[str,
     return config
 
 
-def experts_scheme(architecture: Architecture, group_size: int, elsewhere: Sequence[str] = ()) -> QuantizationScheme:
+def experts_scheme(
+    architecture: Architecture, group_size: int, elsewhere: Sequence[str] = (), both: bool = False
+) -> QuantizationScheme:
     """int4 experts. The pattern names no prefix: vLLM matches transformers' module names, sglang the hub's.
 
     Args:
         elsewhere: beginnings of the names of experts that are not int4.
+        both: beside the family's own names those that most families have, for servers that ask for no other.
     """
-    linears = "|".join(re.escape(linear) for linear in sorted(architecture.expert_linears))
+    names = [sorted(architecture.expert_linears)]
+    if both and names[0] != COMMON_NAMES:
+        names.append(COMMON_NAMES)
     but = f"(?!{'|'.join(map(re.escape, elsewhere))})" if elsewhere else ""
     return QuantizationScheme(
-        targets=[rf"re:{but}.*experts\.\d+\.({linears})$"],
+        targets=[rf"re:{but}.*experts\.\d+\.({'|'.join(map(re.escape, linears))})$" for linears in names],
         weights=weight_args(group_size),
         format=CompressionFormat.pack_quantized.value,
     )

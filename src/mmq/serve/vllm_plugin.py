@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import logging
 import re
 import sys
@@ -29,6 +30,8 @@ TARGET = "mmq.serve.vllm_plugin:register"
 SCALES = ("q_scale", "k_scale", "v_scale")
 _MARK = "__mmq_fault__"
 _RENAMES = "maybe_remap_kv_scale_name"
+# MiniMax's names of an expert's layers as a loaded model has them, and those that vLLM before 0.32 asks for instead.
+_NAMED, _ASKED = ".0.w1", r"re:.*experts\.\d+\.(gate|up|down)_proj$"
 _COMPRESSED_TENSORS = "vllm.model_executor.layers.quantization.compressed_tensors"
 
 Wrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -128,7 +131,8 @@ def _mend(fault: Fault) -> None:
     owner = getattr(importlib.import_module(fault.module), fault.owner)
     wrapped = fault.wrap(getattr(owner, fault.method))
     setattr(wrapped, _MARK, fault.name)
-    setattr(owner, fault.method, wrapped)
+    static = isinstance(inspect.getattr_static(owner, fault.method), staticmethod)
+    setattr(owner, fault.method, staticmethod(wrapped) if static else wrapped)
 
 
 # How a fault is mended.
@@ -189,6 +193,22 @@ def _scale_parameter(name: str, known: Set[str]) -> str:
     attention, _, kind = name.rpartition(".")
     parameter = f"{attention}.attn.{kind}"
     return parameter if kind in SCALES and name not in known and parameter in known else name
+
+
+def _experts_by_both_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A get_moe_method for which what is said of experts w1, w2 and w3 is said of the names that it asks for, after
+    all that the checkpoint says itself."""
+
+    @functools.wraps(original)
+    def get_moe_method(quant_config: Any, layer: Any, layer_name: str, *args: Any, **kwargs: Any) -> Any:
+        schemes = quant_config.target_scheme_map
+        patterns = [target for target in schemes if target.startswith("re:")]
+        named = [target for target in patterns if re.match(target.removeprefix("re:"), layer_name + _NAMED)]
+        if named:
+            schemes.setdefault(_ASKED, schemes[named[0]])
+        return original(quant_config, layer, layer_name, *args, **kwargs)
+
+    return get_moe_method
 
 
 # How a fault is detected.
@@ -263,6 +283,15 @@ def passes_over_scales(sources: Sources, owner: Definition) -> bool | None:
     if not left_out:
         return None
     return not renamed or min(left_out) < min(renamed)
+
+
+def _asks_for_gate_proj(sources: Sources, owner: Definition) -> bool | None:
+    """Experts are looked up as `.0.gate_proj`, and not by the names that the loader knows them by."""
+    looking = sources.method(owner, "get_moe_method")
+    nodes = list(ast.walk(looking.node)) if looking is not None else []
+    if any(isinstance(node, ast.Attribute) and node.attr.startswith("ckpt_") for node in nodes):
+        return False
+    return any(isinstance(node, ast.Constant) and node.value == ".0.gate_proj" for node in nodes) or None
 
 
 def _assigned(function: ast.AST, attribute: str) -> list[ast.expr]:
@@ -437,5 +466,15 @@ FAULTS = (
         method="load_weights",
         detect=passes_over_scales,
         wrap=_scales_by_their_parameters,
+    ),
+    Fault(
+        name="expert-names",
+        sentence="experts are asked for as gate_proj, up_proj and down_proj, whatever a checkpoint calls them:"
+        " MiniMax's w1, w2 and w3 are not found to be int4, and it does not load",
+        module=f"{_COMPRESSED_TENSORS}.compressed_tensors_moe",
+        owner="CompressedTensorsMoEMethod",
+        method="get_moe_method",
+        detect=_asks_for_gate_proj,
+        wrap=_experts_by_both_names,
     ),
 )

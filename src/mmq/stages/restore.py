@@ -52,6 +52,7 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
         # Where it is the default nothing depends on it, and runs that were begun before there was the key go on.
         **({"restore.attention": "fp8_block"} if workspace.rounded else {}),
+        **({"restore.expert_targets": "both"} if workspace.recipe.restore.expert_targets == "both" else {}),
     }
 
 
