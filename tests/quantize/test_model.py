@@ -153,9 +153,11 @@ def test_layers_are_calibrated_on_what_comes_before_them(
     captured: list[torch.Tensor] = []
     quantize = LayerQuantizer.quantize
 
-    def captive(self: LayerQuantizer, layer: int, content: LayerContent, hidden: torch.Tensor) -> LayerResult:
+    def captive(
+        self: LayerQuantizer, layer: int, content: LayerContent, hidden: torch.Tensor, *rest: Any
+    ) -> LayerResult:
         captured.append(hidden)
-        return quantize(self, layer, content, hidden)
+        return quantize(self, layer, content, hidden, *rest)
 
     monkeypatch.setattr(LayerQuantizer, "quantize", captive)
     workspace = Workspace.of(load(write_recipe(project, source="fp8", propagate_quantized=quantized)))
