@@ -62,7 +62,7 @@ class Smoothing:
 
 
 class Rounded(Weights):
-    """Experts as they will be stored, on the host; asked for as weights, with the smoothing undone.
+    """Experts as they will be stored, where they are computed; asked for as weights, with the smoothing undone.
 
     Attributes:
         done: bool [E], which are rounded; the others' weights are still the source's.
@@ -74,21 +74,18 @@ class Rounded(Weights):
         super().__init__(block)
         self.smoothing, self.done = smoothing, torch.zeros(block.gate_up.shape[0], dtype=torch.bool)
         stacks = (block.gate_up, block.down)
-        self.packed = [torch.empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
-        self.scale = [
-            torch.empty(*w.shape[:2], w.shape[2] // block.group_size, dtype=torch.bfloat16) for w in stacks
-        ]  # fmt: skip
+        self.packed = [w.new_empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
+        self.scale = [w.new_empty(*w.shape[:2], w.shape[2] // block.group_size, dtype=torch.bfloat16) for w in stacks]
 
     def put(self, which: int, first: int, stack: QuantizedStack) -> None:
         """Keep gate and up (0) or down (1) of the experts from `first` on."""
         part = slice(first, first + stack.values.shape[0])
-        self.packed[which][part] = stack.pack().cpu()
-        self.scale[which][part] = stack.scale.cpu()
+        self.packed[which][part] = stack.pack()
+        self.scale[which][part] = stack.scale
 
     def stored(self, which: int, first: int, last: int) -> torch.Tensor:
         """float32 [n, out, in], what a reader of the checkpoint gets."""
-        device = self.block.gate_up.device
-        packed, scale = (tensors[which][first:last].to(device) for tensors in (self.packed, self.scale))
+        packed, scale = (tensors[which][first:last] for tensors in (self.packed, self.scale))
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
     def digests(self) -> list[str]:
@@ -97,7 +94,7 @@ class Rounded(Weights):
         for expert in range(self.packed[0].shape[0]):
             digest = xxhash.xxh3_128()
             for tensor in (part[expert] for pair in zip(self.packed, self.scale, strict=True) for part in pair):
-                digest.update(tensor.view(torch.uint8).numpy().data)
+                digest.update(tensor.view(torch.uint8).cpu().numpy().data)
             found.append(digest.hexdigest())
         return [digest for own in self.block.team.everyone(found) for digest in own]
 
