@@ -5,16 +5,19 @@ On a GPU with MMQ_TEST_DEVICE=cuda.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
 from compressed_tensors.quantization.utils import calculate_qparams
 from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import DEVICE, NEVER, compile_from, cpu_only
 from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
-from mmq.tensors.rounding import descend, factorize, round_compensated, round_rows, searched_scale, shrink
+from mmq.tensors.rounding import Factor, descend, factorize, round_compensated, round_rows, searched_scale, shrink
 
 GROUP = 128
 
@@ -271,6 +274,60 @@ def test_a_sweep_is_a_plain_one() -> None:
         assert torch.equal(scales[0, row].double(), steps[::GROUP])
     # fp32: single codes on an edge may differ.
     assert different <= 2
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that are no views, each a kernel on a GPU, with those of `_columns_by`."""
+
+    VIEWS = (
+        "slice",
+        "expand",
+        "view",
+        "_unsafe_view",
+        "unsqueeze",
+        "transpose",
+        "t",
+        "diagonal",
+        "empty",
+        "empty_like",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in self.VIEWS
+        return function(*arguments, **(options or {}))
+
+
+def test_a_gpu_is_asked_for_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rounding down's weights of the real shape as its rows make up for each other: a launch takes some microseconds
+    however many experts there are."""
+    launches = Launches()
+
+    def columns(*tensors: torch.Tensor) -> None:
+        launches.count += 1
+
+    monkeypatch.setattr(rounding, "_columns_by", lambda weight: columns)
+    n, out, width = 38, 3072, 1536
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    def factor(count: int, size: int) -> Factor:
+        order, compensates = empty(count, size, dtype=torch.int64), empty(count, dtype=torch.bool)
+        return Factor(order, empty(count, size, size), empty(count, size), compensates)
+
+    moments, own = empty(n, width, width), factor(n, width)
+
+    def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
+        return descend(weight, moments, own, round_compensated(weight, own, scale, GROUP))
+
+    scale = empty(n, out, width // GROUP, dtype=torch.bfloat16)
+    with launches:
+        rounding.round_rows(empty(n, out, width), factor(1, out), scale, GROUP, by_columns)
+    assert 1000 < launches.count < 16_000
 
 
 def test_a_sweep_leaves_alone_what_is_not_compensated() -> None:

@@ -29,8 +29,9 @@ from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
 COLUMNS = 64
-# Rows that are rounded at one time, where the errors of rows make up for each other.
-ROWS = 32
+# Where the errors of rows make up for each other, rows that are rounded at one time, at least, and into how many such
+# blocks a matrix is cut at most: beyond four, more bring little (docs/performance.md).
+ROWS, ROW_BLOCKS = 32, 24
 # Shares of max|w| / 7.5 that a group's scale is chosen from.
 SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
 
@@ -285,8 +286,9 @@ def round_rows(
     # In the factor's order. What is left of a row becomes its error once it is rounded.
     left, scales = weight[:, order], scale[:, order]
     values, found = torch.empty_like(left, dtype=torch.int8), torch.empty_like(scales)
-    for stop in range(left.shape[1], 0, -ROWS):
-        part = slice(max(0, stop - ROWS), stop)
+    height = max(ROWS, -(-left.shape[1] // ROW_BLOCKS))
+    for stop in range(left.shape[1], 0, -height):
+        part = slice(max(0, stop - height), stop)
         passed_on = lower[stop:, part].T.expand(left.shape[0], -1, -1)
         aim = torch.baddbmm(left[:, part], passed_on, left[:, stop:])
         stack = round_some(aim, scales[:, part])
