@@ -313,7 +313,7 @@ def test_a_gpu_is_asked_for_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     def columns(*tensors: torch.Tensor) -> None:
         launches.count += 1
 
-    monkeypatch.setattr(rounding, "_columns_by", lambda weight: columns)
+    monkeypatch.setattr(rounding, "_columns_by", lambda weight, whole: columns)
     n, out, width = 38, 3072, 1536
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

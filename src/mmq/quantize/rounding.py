@@ -254,10 +254,10 @@ class Compensation:
 
     def _round(self, weight: torch.Tensor, moments: torch.Tensor, outputs: Factor | None = None) -> QuantizedStack:
         factor, size = factorize(moments, damping(weight.shape[2], self.distinct)), self.block.group_size
-        scale = searched_scale(weight, factor.diagonal, size)
+        scale, whole = searched_scale(weight, factor.diagonal, size), weight.shape[1] * weight.shape[2]
 
         def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
-            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size))
+            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size, whole), whole)
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
 
