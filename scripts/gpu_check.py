@@ -39,8 +39,9 @@ and there, in a copy of this repository:
     python3 -m pip install --no-index --no-deps --target site FOLDER/*.whl
     PYTHONPATH=site:src PYTHONUNBUFFERED=1 python3 scripts/gpu_check.py --out results.jsonl
 
-One run ends some seconds after `--seconds`, 420 unless told; what had no time is said to have failed. It writes at most
-20 GB below $TMPDIR. `--device cpu --small` runs all parts at toy sizes, in 80 seconds on two cores.
+One run ends some seconds after `--seconds`, 420 unless told. What had no time is said to have failed, and `--parts`
+asks for it in another run. It writes at most 20 GB below $TMPDIR. `--device cpu --small` runs all parts at toy sizes,
+in 80 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -837,11 +838,14 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _mmq(*arguments: object, code: str = "", timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    """mmq as a process of its own; `code` runs before it."""
+def _mmq(
+    *arguments: object, code: str = "", timeout: float = 100, threads: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """mmq as a process of its own, with so many of torch's threads if not all; `code` runs before it."""
     start = f"import sys\n{code}\nfrom mmq.cli.app import main\nmain()"
     command = [sys.executable, "-c", start, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
@@ -901,11 +905,11 @@ def tiny(context: Context) -> Iterator[Facts]:
             begin = time.perf_counter()
             try:
                 if kill:
-                    killed = _mmq("awq", path, "--quiet", code=KILLED)
+                    killed = _mmq("awq", path, "--quiet", code=KILLED, threads=1)
                     if killed.returncode != -signal.SIGKILL:
                         why = f"not killed: {killed.returncode} {killed.stderr[-300:]}"
                         return facts | {"ok": False, "error": why}
-                done = _mmq("run", path, "--quiet", code=code)
+                done = _mmq("run", path, "--quiet", code=code, threads=1)
             except subprocess.TimeoutExpired as error:
                 return facts | {"ok": False, "error": f"no end after {error.timeout:.0f} s"}
             facts |= {"seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
