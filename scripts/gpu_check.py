@@ -14,16 +14,18 @@ that it is what has time.
     rounding      compensated rounding of a layer of MiniMax-M2.5's shape, 131,072 tokens: seconds, rates and memory of
                   a step of experts part by part, three ways to factorize, whether the number of experts at a time
                   changes codes, the layer as a whole
+    gradient      a layer and the head for `awq.fisher_tokens`, forward and back, 32,768 tokens: seconds, memory beside
+                  the plan's, the same bits twice
     tiny          the tiny project's stages on the device, compensated and rounded to nearest: twice, killed and
                   resumed, layers not read ahead, under torch's ban on chance: the same bytes, which pass verify; how
                   many codes are others on the CPU
     layer         a whole layer of that shape, seconds by part, in both ways of rounding and both searches
     stage         `mmq awq` on three such layers from fp8, with random routers, compensated and to nearest
     growth        `mmq awq` on ten smaller layers: memory reserved after each
+    profile       where a pass of the search and a step of compensated rounding spend their time
+    speed         operations of the search at the real shape, Triton's form beside torch's
     tests         some of the tests with MMQ_TEST_DEVICE, where pytest is
     stock         llmcompressor's search as shipped at two numbers of tokens
-    speed         operations of the search at the real shape, Triton's form beside torch's
-    profile       where a pass of the search and a step of compensated rounding spend their time
     search        the search of that layer with working memory of 16, 8, 4 and 2 GiB, and in full
     stock_routed  llmcompressor's search on routed tokens
 
@@ -37,8 +39,9 @@ and there, in a copy of this repository:
     python3 -m pip install --no-index --no-deps --target site FOLDER/*.whl
     PYTHONPATH=site:src PYTHONUNBUFFERED=1 python3 scripts/gpu_check.py --out results.jsonl
 
-One run ends some seconds after `--seconds`, 420 unless told; what had no time is said to have failed. It writes at most
-20 GB below $TMPDIR. `--device cpu --small` runs all parts at toy sizes, in about a minute on two cores.
+One run ends some seconds after `--seconds`, 420 unless told. What had no time is said to have failed, and `--parts`
+asks for it in another run. It writes at most 20 GB below $TMPDIR. `--device cpu --small` runs all parts at toy sizes,
+in 80 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -55,8 +58,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -371,7 +376,7 @@ def layer(context: Context) -> Iterator[Facts]:
             before = torch.cuda.memory_allocated()
         synchronize(context)
         begin = time.perf_counter()
-        result = quantizer.quantize(0, content, hidden)
+        result = quantizer.quantize(0, content, hidden, _costs(context) if rounding == "compensated" else None)
         synchronize(context)
         statistics = result.statistics
         points = statistics["norm"]["points"]
@@ -436,27 +441,38 @@ def _modifier() -> Any:
 
 # What of compensated rounding is timed apart, by the names that `quantize.rounding` calls it by.
 STEPS = {
-    "_moments": "moments", "shrink": "shrink", "factorize": "factorize", "searched_scale": "scales",
-    "round_compensated": "columns", "descend": "sweep", "put": "put", "losses": "judging",
+    "_inputs": "moments", "_middles": "moments", "shrink": "shrink", "factorize": "factorize",
+    "searched_scale": "scales", "round_compensated": "columns", "descend": "sweep", "round_rows": "rows", "put": "put",
+    "hear": "judging",
 }  # fmt: skip
 
 
 @contextlib.contextmanager
 def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
-    """Seconds of each part of compensated rounding within the block, the device waited for before and after each."""
+    """Seconds of each part of compensated rounding within the block, the device waited for before and after each; what
+    is a part of another counts there alone."""
     from mmq.quantize import rounding
-    from mmq.quantize.routed_experts import ExpertBlock
 
     seconds = dict.fromkeys(STEPS.values(), 0.0)
-    owners = {"_moments": rounding.Compensation, "put": rounding.Rounded, "losses": ExpertBlock}
+    owners = {
+        "_inputs": rounding.Compensation,
+        "_middles": rounding.Compensation,
+        "put": rounding.Rounded,
+        "hear": rounding._Jury,
+    }
+    # Of the calls that a thread is in, seconds of their parts.
+    inside: dict[int, list[float]] = defaultdict(lambda: [0.0])
 
     def timed_apart(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **options: Any) -> Any:
             synchronize(context)
-            begin = time.perf_counter()
+            begin, own = time.perf_counter(), inside[threading.get_ident()]
+            own.append(0.0)
             result = function(*arguments, **options)
             synchronize(context)
-            seconds[STEPS[name]] += time.perf_counter() - begin
+            took = time.perf_counter() - begin
+            seconds[STEPS[name]] += took - own.pop()
+            own[-1] += took
             return result
 
         return run
@@ -468,73 +484,126 @@ def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
         yield seconds
 
 
+def _reset_peak(context: Context) -> int:
+    """Begin to measure the most that is allocated; what is now."""
+    import torch
+
+    if not context.is_gpu:
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak_since(context: Context, before: int) -> Facts:
+    import torch
+
+    if not context.is_gpu:
+        return {}
+    return {
+        "peak_beyond_inputs_gib": round((torch.cuda.max_memory_allocated() - before) / GIB, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+    }
+
+
+def _costs(context: Context) -> Any:
+    """A matrix [H, H] as a gradient would give it: what errors of a block's output cost together."""
+    import torch
+
+    hidden = context.shape().hidden
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2 * hidden, hidden, generator=generator).to(context.torch_device())
+    rows = rows @ torch.randn(hidden, hidden, generator=generator).to(rows.device) / hidden**0.5 + rows
+    return rows.T @ rows / len(rows)
+
+
+def _lengths(context: Context, tokens: int) -> list[int]:
+    """Of the samples that so many tokens make up."""
+    sequence = min(1024, context.tokens // 16)
+    return [sequence] * (tokens // sequence)
+
+
 def rounding(context: Context) -> Iterator[Facts]:
     """Compensated rounding: a step of experts part by part, ways to factorize, and a layer as a whole."""
     import torch
 
-    from mmq.quantize.rounding import PROBED, Compensation, Rounded, Smoothing, held_back, judge
+    from mmq.quantize.rounding import Compensation, damping, held_back
+    from mmq.tensors.rounding import factorize
 
-    shape = context.shape()
-    hidden, inner = shape.hidden, shape.intermediate
     block, reference = _block(context, 8 * (2**20 if context.small else GIB), False)
-    device = block.x.device
-    sequence = min(1024, context.tokens // 16)
-    lengths = [sequence] * (context.tokens // sequence)
-    fitted = (~held_back(lengths)).nonzero().flatten().to(device)
+    fitted = (~held_back(_lengths(context, context.tokens))).nonzero().flatten().to(block.x.device)
+    costs = _costs(context)
+    outputs = factorize(costs.clone().unsqueeze(0), damping(len(costs), context.tokens))
+    compensation = Compensation(block, fitted, context.tokens, outputs)
+    yield from _rounded_step(context, compensation)
+    yield from _factorized(context, compensation)
+    del compensation, outputs
+    if context.is_gpu:
+        torch.cuda.empty_cache()
+    yield from _judged(context, block, reference, costs)
+
+
+def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
+    """As many experts as come together for down: seconds, rates, memory, and the codes again and in smaller steps."""
+    import torch
+
+    from mmq.quantize.rounding import PROBED, Rounded, Smoothing
+
+    shape, block = context.shape(), compensation.block
+    hidden, inner, device = shape.hidden, shape.intermediate, block.x.device
     plain = Smoothing(torch.ones(hidden, device=device), torch.ones(shape.experts, inner, device=device))
-    compensation = Compensation(block, fitted, context.tokens)
-    step = compensation.step
-    chosen = torch.arange(shape.experts) < step
+    count = max(compensation.steps)
+    chosen = torch.arange(shape.experts) < count
     first, again, halves = (Rounded(block, plain) for _ in range(3))
     # Compiles.
     compensation.fit([first], chosen)
-    if context.is_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    before = _reset_peak(context)
     with _timed_apart(context) as seconds:
         compensation.fit([again], chosen)
-    rows = sum(compensation.rows.counts[:step])
-    columns = step * (2 * inner * hidden**2 + hidden * inner**2)
-    operations = {
-        "moments": rows * (2 * (hidden**2 + inner**2) + 4 * hidden * inner),
-        "factorize": step * (hidden**3 + inner**3) / 3,
-        "columns": columns,
-        "sweep": 2 * columns,
-    }
-    weights = step * 3 * hidden * inner
-    share = shape.experts / step * (1 + 1 / PROBED)
+    peak = _peak_since(context, before)
     del seconds["judging"]
+    share = shape.experts / count * (1 + 1 / PROBED)
+    rows = sum(compensation.rows.counts[:count])
     yield {
-        "of": f"a step of {step} experts, {rows} rows",
+        "of": f"{count} experts, {rows} rows, in steps of {compensation.steps}",
         "layer_seconds": {name: round(took * share, 3) for name, took in seconds.items()},
         "sum": round(sum(seconds.values()) * share, 2),
     }
-    rates = {name: round(number / seconds[name] / 1e12, 2) for name, number in operations.items()}
-    facts: Facts = {"of": "its TFLOP/s", **rates, "scales_gweights_per_s": round(weights / seconds["scales"] / 1e9, 2)}
-    if context.is_gpu:
-        facts["mib_an_expert"] = round((torch.cuda.max_memory_allocated() - before) / step / 2**20)
-        facts["planned"] = round(compensation.least(hidden, inner) / 2**20)
-        facts["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
-    yield facts
+    columns = count * (2 * inner * hidden**2 + hidden * inner**2)
+    operations = {
+        "moments": rows * (2 * (hidden**2 + inner**2) + 4 * hidden * inner),
+        "factorize": count * (hidden**3 + inner**3) / 3,
+        "columns": columns,
+        "sweep": 2 * columns,
+        "rows": count * hidden**2 * inner,
+    }
+    rates = {name: round(number / max(1e-9, seconds[name]) / 1e12, 2) for name, number in operations.items()}
+    weights = 3 * count * hidden * inner
+    rates["scales_gweights_per_s"] = round(weights / seconds["scales"] / 1e9, 2)
+    planned = max(own * step for own, step in zip(compensation.least(hidden, inner), compensation.steps, strict=True))
+    yield {"of": "their TFLOP/s", **rates, **peak, "planned_gib": round(planned / GIB, 2)}
     # How many are rounded at a time: kernels may be chosen by it, and sums come in another order.
-    compensation.step = -(-step // 2)
+    whole, compensation.steps = compensation.steps, [-(-step // 2) for step in compensation.steps]
     compensation.fit([halves], chosen)
+    compensation.steps = whole
     differing = {}
     for name, other in (("again", again), ("halves", halves)):
         pairs = zip(first.packed, other.packed, strict=True)
-        differing[name] = sum(_other_codes(one[:step], two[:step]) for one, two in pairs) / weights
+        differing[name] = sum(_other_codes(one[:count], two[:count]) for one, two in pairs) / weights
     yield {"of": "other codes", "ok": differing["again"] == 0, **differing}
 
-    inputs, middles, _, _ = compensation._moments(0, step)
-    del first, again, halves
-    for moments in (inputs, middles):
+
+def _factorized(context: Context, compensation: Any) -> Iterator[Facts]:
+    """Ways to factorize a step's second moments: milliseconds a matrix, and how far they are off."""
+    for side, moments_of in enumerate((compensation._inputs, compensation._middles)):
+        count = compensation.steps[side]
+        moments = moments_of(0, count)[0]
         moments /= moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-9).view(-1, 1, 1)
         moments.diagonal(dim1=1, dim2=2).add_(0.1)
-        facts = {"of": f"factorizing {step} of {moments.shape[1]}, ms each"}
+        facts: Facts = {"of": f"factorizing {count} of {moments.shape[1]}, ms each"}
         for name, way in (("together", _together), ("one_by_one", _one_by_one), ("in_blocks", _in_blocks)):
             try:
-                facts[name] = round(timed(context, partial(way, moments), 1) / step * 1e3, 3)
+                facts[name] = round(timed(context, partial(way, moments), 1) / count * 1e3, 3)
                 lower = way(moments)[:1].double()
                 facts[f"{name}_off"] = float((lower @ lower.mT - moments[:1]).abs().max() / moments[:1].max())
             except RuntimeError as error:
@@ -543,19 +612,21 @@ def rounding(context: Context) -> Iterator[Facts]:
                     yield facts
                     raise
         yield facts
-    del inputs, middles, moments
-    modifier = _modifier()
+
+
+def _judged(context: Context, block: Any, reference: Any, costs: Any) -> Iterator[Facts]:
+    """All of a layer's rounding: by what errors cost, part by part, and with all outputs alike."""
+    from mmq.quantize.rounding import Smoothing, judge
+
+    modifier, lengths = _modifier(), _lengths(context, context.tokens)
     norm, down = modifier.search_norm(block, reference), modifier.search_down(block)
     found = Smoothing(norm.scales, down.scales)
-    for apart in (False, True):
-        if context.is_gpu:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+    for name, apart, fisher in (("weighed", False, costs), ("weighed", True, costs), ("alike", False, None)):
+        before = _reset_peak(context)
         synchronize(context)
         begin = time.perf_counter()
         with _timed_apart(context) if apart else contextlib.nullcontext({}) as seconds:
-            verdict = judge(block, reference, lengths, context.tokens, found)
+            verdict = judge(block, reference, lengths, context.tokens, found, fisher=fisher)
         synchronize(context)
         took = time.perf_counter() - begin
         if apart:
@@ -566,17 +637,55 @@ def rounding(context: Context) -> Iterator[Facts]:
             seconds["digests"] = time.perf_counter() - begin
             yield {"of": "a layer, part by part", **{name: round(part, 3) for name, part in seconds.items()}}
             continue
-        facts = {
-            "of": "a layer",
+        statistics = verdict.statistics
+        yield {
+            "of": f"a layer, outputs {name}",
             "seconds": round(took, 3),
-            "chosen": verdict.statistics["rounding"],
+            "chosen": statistics["rounding"],
             "smoothed": verdict.smoothed,
-            "loss_of_nearest": verdict.statistics["loss_chosen"] / verdict.statistics["loss_round_to_nearest"],
+            "loss_of_nearest": statistics["loss_chosen"] / statistics["loss_round_to_nearest"],
+            **_peak_since(context, before),
         }
-        if context.is_gpu:
-            facts["peak_beyond_inputs_gib"] = round((torch.cuda.max_memory_allocated() - before) / GIB, 2)
-            facts["reserved_gib"] = round(torch.cuda.max_memory_reserved() / GIB, 2)
-        yield facts
+
+
+def gradient(context: Context) -> Iterator[Facts]:
+    """What `awq.fisher_tokens` takes of a layer, and of the head."""
+    import torch
+
+    from mmq.families.minimax_m2 import MINIMAX_M2
+    from mmq.machine.team import ALONE
+    from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+    from mmq.quantize.fisher import SourceLayer, fisher
+    from mmq.quantize.head import Head
+    from mmq.quantize.memory import fisher_memory
+    from real_layers import layer_in_memory
+
+    shape, device, tokens = context.shape(), context.torch_device(), context.tokens // 4
+    vocabulary = 1024 if context.small else 200064
+    content, config, hidden = layer_in_memory(shape, tokens, device)
+    lengths, settings = _lengths(context, tokens), transformers_config(MINIMAX_M2, config)
+    decoder = DecoderLayer(MINIMAX_M2, settings, 0, content.rest, device)
+    layer = SourceLayer(decoder, content, lengths, ALONE)
+    weight = torch.randn(vocabulary, shape.hidden, device=device).mul_(shape.hidden**-0.5).to(torch.bfloat16)
+    head = Head(MINIMAX_M2, settings, torch.ones_like(hidden[0]), weight)
+    ids = torch.randint(0, vocabulary, (tokens,), device=device)
+    above = head.gradient(hidden, ids)
+    whole = sum(tensor.nbytes for tensor in content.tensors)
+    planned = fisher_memory(
+        whole, tokens, tokens, lengths[0], shape.hidden, shape.intermediate, shape.top_k, vocabulary, context.is_gpu
+    )
+    yield {"of": "the plan", "gib": round(planned / GIB, 2), "of_which_layer_gib": round(whole / GIB, 2)}
+    for name, work in (
+        ("the loss and its gradient", lambda: head.gradient(hidden, ids)),
+        ("forward", lambda: layer.forward(hidden)),
+        ("back", lambda: layer.back(hidden, above)),
+        ("second moments", lambda: fisher(above)),
+    ):
+        before = _reset_peak(context)
+        seconds = timed(context, work, 2)
+        peak = _peak_since(context, before)
+        same = bool(torch.equal(work(), work()))
+        yield {"of": name, "tokens": tokens, "seconds": round(seconds, 3), "same_bits": same, "ok": same, **peak}
 
 
 def _together(moments: Any) -> Any:
@@ -675,6 +784,7 @@ def profile(context: Context) -> Iterator[Facts]:
     from mmq.quantize.rounding import Compensation, Rounded, Smoothing
     from mmq.quantize.routed_experts import SmoothedGateUp
     from mmq.tensors import experts
+    from mmq.tensors.rounding import factorize
 
     block, reference = _block(context, 16 * (2**20 if context.small else GIB), False)
     ones = torch.ones(block.x.shape[1], device=block.x.device)
@@ -685,8 +795,10 @@ def profile(context: Context) -> Iterator[Facts]:
             block.losses(share, SmoothedGateUp(block, ones), part)
 
     plain = Smoothing(ones, torch.ones(block.experts, block.down.shape[2], device=ones.device))
-    compensation = Compensation(block, torch.arange(0, len(block.x), 2, device=ones.device), len(block.x))
-    chosen = torch.arange(block.experts) < compensation.step
+    costs = _costs(context).unsqueeze(0)
+    half = torch.arange(0, len(block.x), 2, device=ones.device)
+    compensation = Compensation(block, half, len(half), factorize(costs, 0.1))
+    chosen = torch.arange(block.experts) < max(compensation.steps)
     with mock.patch.object(experts, "torch_multiplies_faster", lambda rows: False):
         seconds = timed(context, one_pass)
     yield {"of": "pass, down by Triton's kernel", "seconds": round(seconds, 4)}
@@ -726,11 +838,14 @@ def _digests(folder: Path) -> dict[str, str]:
     }
 
 
-def _mmq(*arguments: object, code: str = "", timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    """mmq as a process of its own; `code` runs before it."""
+def _mmq(
+    *arguments: object, code: str = "", timeout: float = 100, threads: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """mmq as a process of its own, with so many of torch's threads if not all; `code` runs before it."""
     start = f"import sys\n{code}\nfrom mmq.cli.app import main\nmain()"
     command = [sys.executable, "-c", start, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
 
 
@@ -790,11 +905,11 @@ def tiny(context: Context) -> Iterator[Facts]:
             begin = time.perf_counter()
             try:
                 if kill:
-                    killed = _mmq("awq", path, "--quiet", code=KILLED)
+                    killed = _mmq("awq", path, "--quiet", code=KILLED, threads=1)
                     if killed.returncode != -signal.SIGKILL:
                         why = f"not killed: {killed.returncode} {killed.stderr[-300:]}"
                         return facts | {"ok": False, "error": why}
-                done = _mmq("run", path, "--quiet", code=code)
+                done = _mmq("run", path, "--quiet", code=code, threads=1)
             except subprocess.TimeoutExpired as error:
                 return facts | {"ok": False, "error": f"no end after {error.timeout:.0f} s"}
             facts |= {"seconds": round(time.perf_counter() - begin, 1), "ok": done.returncode == 0}
@@ -978,6 +1093,7 @@ TESTS = (
     "quantize/test_race.py",
     "quantize/test_rounding.py",
     "quantize/test_model.py",
+    "stages/test_fisher.py::test_the_matrices_are_those_of_a_plain_models_gradients",
 )
 
 
@@ -1079,14 +1195,15 @@ PARTS = {
         Part(ceilings, 30),
         Part(kernels, 100),
         Part(rounding, 90),
+        Part(gradient, 60),
         Part(tiny, 120),
         Part(layer, 90),
         Part(stage, 150),
         Part(growth, 60),
+        Part(profile, 60),
+        Part(speed, 60),
         Part(tests, 90),
         Part(stock, 150),
-        Part(speed, 60),
-        Part(profile, 60),
         Part(search, 60),
         Part(stock_routed, 150),
     )

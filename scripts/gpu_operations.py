@@ -11,11 +11,20 @@ from typing import Any
 
 import torch
 
+from mmq.families.minimax_m2 import MINIMAX_M2
+from mmq.machine.team import ALONE
+from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
+from mmq.quantize.fisher import SourceLayer, fisher
+from mmq.quantize.head import Head
+from mmq.quantize.layer import LayerContent
 from mmq.quantize.rounding import Compensation, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
+from mmq.source.synth import model_config
 from mmq.tensors import experts, fp8, int4, rounding, smoothing
+from mmq.tensors.experts_gradient import block_output
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import Factor, factorize
+from real_layers import Draw, Shape, layer_in_memory
 
 # The fp32 sum of a row's 3072 products in another order, and its rounding to bf16.
 SUMS, ROUNDED = 1e-4, 2**-6
@@ -24,6 +33,7 @@ FACTOR, SQUARES, JUDGED = 1e-4, 1e-3, 0.05
 # The share of codes or scales that may be others: one that lay on an edge, and those in its row that make up for it.
 OTHERS = 0.01
 GROUP = 128
+SHAPE = Shape(8, 256, 128, 2, 4, 2, 64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Check:
 
 def checks() -> list[Check]:
     """One line an operation: further ones come here."""
-    return [*_of_the_search(), *_of_rounding()]
+    return [*_of_the_search(), *_of_rounding(), *_of_the_gradient()]
 
 
 def normal(g: Any, *shape: int) -> Any:
@@ -267,20 +277,33 @@ def _of_rounding() -> list[Check]:
             top_up(scores, index, 400), 2**22,
         )  # fmt: skip
 
-    def moments(which: int) -> Callable[..., Any]:
-        def of_a_step(*parts: Any) -> Any:
-            fitted = torch.arange(0, 800, 3, device=parts[0].device)
-            return Compensation(block(*parts), fitted, 800)._moments(0, 6)[which]
+    def step(*parts: Any) -> Compensation:
+        return Compensation(block(*parts), torch.arange(0, 800, 3, device=parts[0].device), 800)
 
-        return of_a_step
+    def verdict(weighed: bool) -> Callable[..., Any]:
+        def judged(x: Any, *parts: Any) -> Any:
+            own, inner = block(x, *parts), x.new_ones(6, 256, dtype=torch.float32)
+            inner[:, ::3] = 1.5
+            norm = torch.linspace(0.5, 2.0, 512, device=x.device)
+            costs = x.float().T @ x.float() if weighed else None
+            found = judge(own, own.outputs(Weights(own)), [80] * 10, 800, Smoothing(norm, inner), fisher=costs)
+            stated = {**found.statistics["losses"], **found.statistics.get("costs", {})}
+            losses = [loss for way, loss in stated.items() if not way.endswith("compensated")]
+            return torch.tensor([*losses, found.statistics["loss_chosen"]], dtype=torch.float64)
 
-    def verdict(x: Any, *parts: Any) -> Any:
-        own, inner = block(x, *parts), x.new_ones(6, 256, dtype=torch.float32)
-        inner[:, ::3] = 1.5
-        norm = torch.linspace(0.5, 2.0, 512, device=x.device)
-        found = judge(own, own.outputs(Weights(own)), [80] * 10, 800, Smoothing(norm, inner))
-        losses = {way: loss for way, loss in found.statistics["losses"].items() if not way.endswith("compensated")}
-        return torch.tensor([*losses.values(), found.statistics["loss_chosen"]], dtype=torch.float64)
+        return judged
+
+    def by_rows(g: Any) -> list[Any]:
+        """What `ready` has, and the same of a factor of the outputs."""
+        x = normal(g, 300, 96) @ (normal(g, 96, 96) / 96**0.5 + torch.eye(96))
+        outputs = factorize((x.T @ x).unsqueeze(0) / 300, 0.1)
+        return [*ready(g), outputs.order, outputs.unit_lower, outputs.diagonal, outputs.compensates]
+
+    def rounded_rows(weight: Any, moments: Any, scale: Any, *factors: Any) -> QuantizedStack:
+        def by_columns(weight: Any, scale: Any) -> QuantizedStack:
+            return swept(weight, moments, scale, *factors[:4])
+
+        return rounding.round_rows(weight, Factor(*factors[4:]), scale, GROUP, by_columns)
 
     def stack(g: Any) -> list[Any]:
         return [torch.randint(-8, 8, (3, 64, 512), generator=g, dtype=torch.int8), torch.rand(3, 64, 4, generator=g)]
@@ -301,10 +324,13 @@ def _of_rounding() -> list[Check]:
         Check("descend, codes", ready, lambda *given: swept(*given).values, others=OTHERS),
         Check("descend, scales", ready, lambda *given: swept(*given).scale, others=OTHERS),
         Check("descend, squares", ready, lambda *given: squares(swept(*given), *given[:2]), SQUARES),
-        Check("moments of a step, inputs", routed, moments(0), SUMS),
-        Check("moments of a step, down's inputs", routed, moments(1), ROUNDED),
-        Check("moments of a step, squares", routed, moments(3), ROUNDED),
-        Check("judge, losses", routed, verdict, JUDGED),
+        Check("round_rows, codes", by_rows, lambda *given: rounded_rows(*given).values, others=OTHERS),
+        Check("round_rows, squares", by_rows, lambda *given: squares(rounded_rows(*given), *given[:2]), SQUARES),
+        Check("moments of a step, inputs", routed, lambda *parts: step(*parts)._inputs(0, 6)[0], SUMS),
+        Check("moments of a step, down's inputs", routed, lambda *parts: step(*parts)._middles(0, 6)[0], ROUNDED),
+        Check("moments of a step, squares", routed, lambda *parts: step(*parts)._middles(0, 6)[2], ROUNDED),
+        Check("judge, losses", routed, verdict(False), JUDGED),
+        Check("judge, costs", routed, verdict(True), JUDGED),
         Check("pack", stack, lambda v, s: QuantizedStack(v.clone(), s.bfloat16(), GROUP).pack()),
         Check(
             "unpack, dequantize",
@@ -314,6 +340,65 @@ def _of_rounding() -> list[Check]:
             ).dequantize(torch.float32),
         ),
     ]
+
+
+def _of_the_gradient() -> list[Check]:
+    def routed(g: Any) -> list[Any]:
+        """Inputs, the router's weights and choices, gate and up, down, and the gradient by the output."""
+        index = torch.rand(600, 7, generator=g).topk(3).indices.sort(1).values
+        gate_up, down = normal(g, 7, 512, 256) / 16, normal(g, 7, 256, 256) / 16
+        weight, above = torch.rand(600, 3, generator=g), normal(g, 600, 256)
+        return [normal(g, 600, 256).bfloat16(), weight, index, gate_up.bfloat16(), down.bfloat16(), above]
+
+    def back(which: int) -> Callable[..., Any]:
+        def gradient(x: Any, weight: Any, index: Any, gate_up: Any, down: Any, above: Any) -> Any:
+            leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+            with torch.enable_grad():
+                output = block_output(*leaves, index, gate_up, down, torch.nn.functional.silu)
+                return torch.autograd.grad(output, leaves, above)[which].float()
+
+        return gradient
+
+    def predicted(g: Any) -> list[Any]:
+        """Hidden states, a norm's weight, a head, tokens that follow, none for some."""
+        ids = torch.randint(-1, 900, (500,), generator=g)
+        return [
+            normal(g, 500, 256).bfloat16(),
+            normal(g, 256).exp().bfloat16(),
+            normal(g, 900, 256).bfloat16() / 16,
+            ids,
+        ]
+
+    def by_states(hidden: Any, norm: Any, head: Any, ids: Any) -> Any:
+        return Head(MINIMAX_M2, _config(), norm, head).gradient(hidden, ids).float()
+
+    def layer(g: Any) -> list[Any]:
+        content, _, hidden = layer_in_memory(SHAPE, 512, torch.device("cpu"), seed=3)
+        rest = [content.rest[name] for name in sorted(content.rest)]
+        return [hidden / hidden.float().square().mean().sqrt(), content.gate_up, content.down, *rest]
+
+    def through(hidden: Any, gate_up: Any, down: Any, *rest: Any) -> SourceLayer:
+        names = sorted(name for name, _ in Draw(torch.device("cpu"), 0).outside_experts(SHAPE))
+        content = LayerContent(gate_up, down, dict(zip(names, rest, strict=True)))
+        decoder = DecoderLayer(MINIMAX_M2, _config(), 0, content.rest, hidden.device)
+        return SourceLayer(decoder, content, [64] * 8, ALONE)
+
+    def spread(states: Any) -> Any:
+        """Of each channel the mean square: tokens whose choice of experts bf16 turns over hardly show."""
+        return states.float().square().mean(0).sqrt()
+
+    return [
+        Check("block_output, by its inputs", routed, back(0), ROUNDED),
+        Check("block_output, by the router's weights", routed, back(1), ROUNDED),
+        Check("the loss's gradient", predicted, by_states, ROUNDED),
+        Check("a layer, forward", layer, lambda h, *parts: spread(through(h, *parts).forward(h)), ROUNDED),
+        Check("a layer, back", layer, lambda h, *parts: spread(through(h, *parts).back(h, h.flip(0))), ROUNDED),
+        Check("second moments of gradients", layer, lambda h, *parts: fisher(h), SUMS),
+    ]
+
+
+def _config() -> Any:
+    return transformers_config(MINIMAX_M2, model_config(SHAPE.sizes(1)))
 
 
 def _gated(rows: Any, weight: Any, ends: Any) -> Any:

@@ -37,8 +37,9 @@ def made(folder: Path, family: str) -> Path:
     write_checkpoint(folder / "source", TINY, shards=3, shuffle=True, family=ARCHITECTURES[family])
     write_samples(folder / "samples.jsonl", SAMPLES)
     for rounding in ("nearest", "compensated"):
-        # Every layer is calibrated on the source's states, so that what rounded before it changes no search.
-        path = write_recipe(folder, rounding=rounding, source="fp8", propagate_quantized=False)
+        # Every layer is calibrated on the source's states, so that what rounded before it changes no search, and
+        # whether to smooth is judged by squares in both runs.
+        path = write_recipe(folder, rounding=rounding, source="fp8", propagate_quantized=False, fisher_tokens=0)
         path = path.rename(folder / f"{rounding}.yaml")
         path.write_text(path.read_text().replace("work_dir: run", f"work_dir: {rounding}"))
         run_stages(Workspace.of(load(path)), ["awq", "restore"])

@@ -222,7 +222,8 @@ def test_moments_are_those_of_each_experts_rows() -> None:
     block = make_block(Shape(5, 256, 128, 700, 2, 400), 2**22)
     fitted = torch.arange(0, 700, 3)
     fit = Compensation(block, fitted, 700)
-    inputs, middles, counts, squares = fit._moments(0, 5)
+    (inputs, counts), (middles, again, squares) = fit._inputs(0, 5), fit._middles(0, 5)
+    assert torch.equal(counts, again)
     assert block.extra is not None
     starts = [0, *block.extra.ends]
     for expert in range(5):

@@ -209,6 +209,12 @@ def test_both_ways_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ways == [[(Way.TORCH,) * 3], [(Way.NUMBA,) * 3]]
 
 
+def test_some_rows_go_the_way_of_their_whole_matrix() -> None:
+    some = torch.zeros(2, 4, 128)
+    assert way_of_columns(some) == Way.TORCH and way_of_columns(some, 2**15) == Way.NUMBA
+    assert way_of_columns(some.repeat(1, 64, 1), 4 * 128) == Way.TORCH
+
+
 def make_block() -> ExpertBlock:
     """Tokens that reach one expert hardly, and rows that bring it to more."""
     generator = torch.Generator().manual_seed(0)

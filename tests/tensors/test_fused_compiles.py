@@ -129,6 +129,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     command = [sys.executable, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    # Triton warns of kernels for which nothing is said, since its choice changes.
+    assert "FP fusion" not in done.stderr
     return json.loads(done.stdout)
 
 

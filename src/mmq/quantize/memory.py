@@ -39,7 +39,7 @@ def awq_memory(
         budget: bytes that the search may work with; small models stay far below it.
         gpu: the search runs on a GPU, not on the host.
         compensated: rounding compensates errors. It takes half of the budget, and keeps the experts twice as they may
-            be stored, with and without smoothing, on the host.
+            be stored, with and without smoothing.
         ranks: how many share the experts.
         top_k: of several ranks: experts a token.
     """
@@ -57,7 +57,7 @@ def awq_memory(
     # one of which is being fetched, the block's input before and after smoothing, and outputs in bf16 as well.
     after = layer + 2 * shard + 18 * hidden_states + searching // 8
     share = 5 if compensated else 3
-    return Peaks(working + kept, max(working + searching * share // 10, after))
+    return Peaks(working, max(working + kept + searching * share // 10, after))
 
 
 def fisher_memory(

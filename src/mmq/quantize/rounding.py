@@ -28,7 +28,9 @@ SHRINKAGE, DAMPING, NARROW = 0.5, 0.1, 0.25
 HELD_BACK = 8  # one sample in as many
 PROBED = 4  # one expert in as many is rounded under each smoothing
 CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
+GPU_RUNS = 2  # of probed experts on a GPU, which would rather have many at a time
 EVIDENCE = 256  # at most as many tokens are kept for verify to compute the block's loss from the files by
+SIDES = "gate and up", "down"
 ROUNDED = 0.9  # the share of the time that rounding takes, before judging
 
 
@@ -62,7 +64,7 @@ class Smoothing:
 
 
 class Rounded(Weights):
-    """Experts as they will be stored, on the host; asked for as weights, with the smoothing undone.
+    """Experts as they will be stored, where they are computed; asked for as weights, with the smoothing undone.
 
     Attributes:
         done: bool [E], which are rounded; the others' weights are still the source's.
@@ -74,21 +76,18 @@ class Rounded(Weights):
         super().__init__(block)
         self.smoothing, self.done = smoothing, torch.zeros(block.gate_up.shape[0], dtype=torch.bool)
         stacks = (block.gate_up, block.down)
-        self.packed = [torch.empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
-        self.scale = [
-            torch.empty(*w.shape[:2], w.shape[2] // block.group_size, dtype=torch.bfloat16) for w in stacks
-        ]  # fmt: skip
+        self.packed = [w.new_empty(*w.shape[:2], w.shape[2] // 8, dtype=torch.int32) for w in stacks]
+        self.scale = [w.new_empty(*w.shape[:2], w.shape[2] // block.group_size, dtype=torch.bfloat16) for w in stacks]
 
     def put(self, which: int, first: int, stack: QuantizedStack) -> None:
         """Keep gate and up (0) or down (1) of the experts from `first` on."""
         part = slice(first, first + stack.values.shape[0])
-        self.packed[which][part] = stack.pack().cpu()
-        self.scale[which][part] = stack.scale.cpu()
+        self.packed[which][part] = stack.pack()
+        self.scale[which][part] = stack.scale
 
     def stored(self, which: int, first: int, last: int) -> torch.Tensor:
         """float32 [n, out, in], what a reader of the checkpoint gets."""
-        device = self.block.gate_up.device
-        packed, scale = (tensors[which][first:last].to(device) for tensors in (self.packed, self.scale))
+        packed, scale = (tensors[which][first:last] for tensors in (self.packed, self.scale))
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
     def digests(self) -> list[str]:
@@ -97,7 +96,7 @@ class Rounded(Weights):
         for expert in range(self.packed[0].shape[0]):
             digest = xxhash.xxh3_128()
             for tensor in (part[expert] for pair in zip(self.packed, self.scale, strict=True) for part in pair):
-                digest.update(tensor.view(torch.uint8).numpy().data)
+                digest.update(tensor.view(torch.uint8).cpu().numpy().data)
             found.append(digest.hexdigest())
         return [digest for own in self.block.team.everyone(found) for digest in own]
 
@@ -117,8 +116,20 @@ class Rounded(Weights):
 
 def probed(block: ExpertBlock) -> torch.Tensor:
     """One expert in `PROBED`, in runs that are rounded together, the same ones on any number of ranks: bool [E]."""
-    run = max(1, block.experts // (PROBED * CPU_STEPS))
+    runs = CPU_STEPS if block.x.device.type == "cpu" else GPU_RUNS
+    run = max(1, block.experts // (PROBED * runs))
     return torch.arange(block.own.start, block.own.stop) // run % PROBED == 0
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Experts first..last whose gate and up (0) or down (1) are rounded together; how far that is, and in words."""
+
+    side: int
+    first: int
+    last: int
+    share: float
+    at: str
 
 
 @dataclass
@@ -130,6 +141,12 @@ class Compensation:
         distinct: how many different tokens the calibration has.
         outputs: of the loss's gradients at the block's outputs, by which the rows of down make up for each other; None
             weighs all outputs alike.
+
+    Attributes:
+        rows: of the fitted tokens.
+        pooled: float32 [H, H], the mean second moment of all fitted tokens.
+        steps: experts at a time: their gate and up, and their down.
+        workers: threads that take a step each; on a GPU the calling thread alone.
     """
 
     block: ExpertBlock
@@ -138,7 +155,7 @@ class Compensation:
     outputs: Factor | None = None
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
-    step: int = field(init=False)
+    steps: list[int] = field(init=False)
     workers: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,22 +168,19 @@ class Compensation:
             ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
             second_moments(block.x.index_select(0, tokens), ends, self.pooled.unsqueeze(0))
         self.pooled /= max(1, len(fitted))
-        per_expert = self.least(hidden, inner)
-        room = block.working_memory // 2
-        if block.x.device.type == "cpu":
-            # Small steps, so that there are some for every thread; their size depends on no number of threads.
-            self.step = max(1, min(-(-experts // CPU_STEPS), room // per_expert))
-            self.workers = max(
-                1, min(torch.get_num_threads(), -(-experts // self.step), room // (self.step * per_expert))
-            )
-        else:
-            self.step, self.workers = max(1, min(experts, room // per_expert)), 1
+        room, needed = block.working_memory // 2, self.least(hidden, inner)
+        # On a CPU small steps, so that there are some for every thread; their size depends on no number of threads.
+        cpu = block.x.device.type == "cpu"
+        most = -(-experts // CPU_STEPS) if cpu else experts
+        self.steps = [max(1, min(most, room // own)) for own in needed]
+        fit = min(room // (step * own) for step, own in zip(self.steps, needed, strict=True))
+        self.workers = max(1, min(torch.get_num_threads(), -(-experts // min(self.steps)), fit)) if cpu else 1
 
     @staticmethod
-    def least(hidden: int, inner: int) -> int:
-        """Bytes for one expert: both moments, the factor's making of the wider one, and the weights' fp32 copies."""
-        wide = max(hidden, inner)
-        return 4 * (hidden**2 + inner**2 + 4 * wide**2) + 14 * 2 * inner * hidden
+    def least(hidden: int, inner: int) -> tuple[int, int]:
+        """Bytes for one expert's gate and up, and for its down: its moments, their smoothed copy, the factor in the
+        making, and the weights' fp32 copies."""
+        return 20 * hidden**2 + 28 * inner * hidden, 20 * inner**2 + 14 * inner * hidden
 
     @property
     def _slice(self) -> int:
@@ -185,13 +199,18 @@ class Compensation:
             say: told the share of the experts that are done, and which come next; also from threads that compute.
         """
         wanted = which & ~results[0].done
-        begun = int(results[0].done.sum())
+        count, before, added = len(wanted), int(results[0].done.sum()), int(wanted.sum())
         steps = []
-        for first, last in _runs(wanted):
-            for start in range(first, last, self.step):
-                stop = min(start + self.step, last)
-                steps.append((begun, start, stop))
-                begun += stop - start
+        for side, size in enumerate(self.steps):
+            begun = before
+            for first, last in _runs(wanted):
+                for start in range(first, last, size):
+                    stop = min(start + size, last)
+                    share = (begun + before + added * side) / (2 * count)
+                    steps.append(
+                        _Step(side, start, stop, share, f"rounding {SIDES[side]} of expert {begun + 1} of {count}")
+                    )
+                    begun += stop - start
         fit = partial(self._fit_step, results, say)
         if self.block.x.device.type != "cpu":
             for step in steps:
@@ -207,60 +226,73 @@ class Compensation:
         for result in results:
             result.done |= wanted
 
-    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], step: tuple[int, int, int]) -> None:
-        block, (begun, first, last) = self.block, step
-        count = block.gate_up.shape[0]
-        say(begun / count, f"rounding expert {begun + 1} of {count}")
-        inputs, middles, counts, seen = self._moments(first, last)
-        inner = block.down.shape[2]
+    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], step: _Step) -> None:
+        say(step.share, step.at)
+        fit = self._fit_down if step.side else self._fit_gate_up
+        fit(results, step.first, step.last)
+
+    def _fit_gate_up(self, results: list[Rounded], first: int, last: int) -> None:
+        inputs, counts = self._inputs(first, last)
         for result in results:
             norm, own = result.smoothing.norm, result.smoothing.inner[first:last]
             moments = inputs / torch.outer(norm, norm)
             shrink(moments, counts, self.pooled / torch.outer(norm, norm), SHRINKAGE)
-            weight = block.gate_up[first:last].float().mul_(norm)
-            weight[:, inner:].div_(own.unsqueeze(2))
+            weight = self.block.gate_up[first:last].float().mul_(norm)
+            weight[:, own.shape[1] :].div_(own.unsqueeze(2))
             result.put(0, first, self._round(weight, moments))
             del weight, moments
+
+    def _fit_down(self, results: list[Rounded], first: int, last: int) -> None:
+        middles, counts, seen = self._middles(first, last)
+        for result in results:
+            own = result.smoothing.inner[first:last]
             moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
             shrink(moments, counts, seen / own.square(), SHRINKAGE)
-            weight = block.down[first:last].float().mul_(own.unsqueeze(1))
+            weight = self.block.down[first:last].float().mul_(own.unsqueeze(1))
             result.put(1, first, self._round(weight, moments, self.outputs))
+            del weight, moments
 
     def _round(self, weight: torch.Tensor, moments: torch.Tensor, outputs: Factor | None = None) -> QuantizedStack:
         factor, size = factorize(moments, damping(weight.shape[2], self.distinct)), self.block.group_size
-        scale = searched_scale(weight, factor.diagonal, size)
+        scale, whole = searched_scale(weight, factor.diagonal, size), weight.shape[1] * weight.shape[2]
 
         def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
-            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size))
+            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size, whole), whole)
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
 
-    def _moments(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sums over the rows of experts first..last.
-
-        Returns:
-            float32 [n, H, H] and [n, I, I], X^T X of the inputs of gate and up, and of down; float32 [n], numbers of
-            rows; float32 [n, I], down's mean squares over these and the rows that top up.
-        """
-        block = self.block
-        hidden, inner = block.gate_up.shape[2], block.down.shape[2]
-        inputs = self.pooled.new_zeros(last - first, hidden, hidden)
-        middles = self.pooled.new_zeros(last - first, inner, inner)
-        counts = torch.tensor(self.rows.counts[first:last], device=inputs.device)
-        total = counts
+    def _inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """X^T X of the inputs X of gate and up of experts first..last, float32 [n, H, H], and numbers of rows, float32
+        [n]."""
+        hidden = self.block.gate_up.shape[2]
+        moments = self.pooled.new_zeros(last - first, hidden, hidden)
         for piece in self.rows.pieces(first, last, self._slice):
-            second_moments(block.x.index_select(0, self.rows.token[piece.start : piece.stop]), piece.ends, inputs)
-            second_moments(self._middle(self.rows.token, piece), piece.ends, middles)
-        squares = middles.diagonal(dim1=1, dim2=2).clone()
+            x = self.block.x.index_select(0, self.rows.token[piece.start : piece.stop])
+            second_moments(x, piece.ends, moments)
+        return moments, self._counts(self.rows, first, last).float()
+
+    def _middles(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """X^T X of the inputs X of down, float32 [n, I, I], and numbers of rows, float32 [n]; mean squares over these
+        rows and those that top up, float32 [n, I]."""
+        block, inner = self.block, self.block.down.shape[2]
+        moments = self.pooled.new_zeros(last - first, inner, inner)
+        counts = total = self._counts(self.rows, first, last)
+        for piece in self.rows.pieces(first, last, self._slice):
+            second_moments(self._middle(self.rows.token, piece), piece.ends, moments)
+        squares = moments.diagonal(dim1=1, dim2=2).clone()
         if block.extra is not None:
-            total = total + torch.tensor(block.extra.counts[first:last], device=inputs.device)
+            total = total + self._counts(block.extra, first, last)
             for piece in block.extra.pieces(first, last, self._slice):
                 middle = self._middle(block.extra.token, piece).float().square_()
                 owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
                 # Of each expert a plain sum, in one order on every device.
                 chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
                 squares += chosen.T @ middle
-        return inputs, middles, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
+        return moments, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
+
+    def _counts(self, rows: Rows, first: int, last: int) -> torch.Tensor:
+        """int64 [n] of experts first..last."""
+        return torch.tensor(rows.counts[first:last], device=self.pooled.device)
 
     def _middle(self, token: torch.Tensor, piece: Piece) -> torch.Tensor:
         """What goes into the down layers of a piece's rows: [R, I]."""

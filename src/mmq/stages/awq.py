@@ -233,7 +233,8 @@ class _Stage:
         layer = widest_layer(self.source)
         largest = max(unit.written for unit in self.plan.units)
         top_k = int(self.source.config[self.source.architecture.top_k_key])
-        fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True, ranks=self.team.size, top_k=top_k).device
+        compensated = self.workspace.recipe.awq.rounding == "compensated"
+        fixed = awq_memory(layer, largest, self.hidden.numel(), 0, True, compensated, self.team.size, top_k).device
         room = free_device(self.device) - fixed
         if self.workspace.recipe.awq.memory_budget is None:
             self.quantizer.budget = max(LEAST_BUDGET, min(self.quantizer.budget, room - SPARE_MEMORY))
@@ -266,8 +267,8 @@ class _Stage:
         result.statistics["seconds"] = {"reading": reading} | result.statistics["seconds"]
         taken = {
             "memory_budget": self.quantizer.budget,
-            "peak_host_bytes": peak_host(),
             "host_bytes": resident_host(),
+            "peak_host_bytes": peak_host(),
             "open_files": open_files(),
             "peak_device_bytes": peak_device(self.device),
             "peak_device_reserved_bytes": peak_reserved(self.device),

@@ -170,7 +170,8 @@ def _memory(workspace: Workspace) -> str:
     states = calibration_tokens(workspace).ids.numel() * int(source.config[source.architecture.hidden_key])
     gpu = device.type != "cpu"
     widest, tokens = widest_layer(source), calibration_tokens(workspace)
-    least = awq_memory(widest, largest, states, LEAST_BUDGET if gpu else 0, gpu)
+    compensated = recipe.awq.rounding == "compensated"
+    least = awq_memory(widest, largest, states, LEAST_BUDGET if gpu else 0, gpu, compensated)
     if recipe.awq.weighs_outputs:
         taken = min(tokens.ids.numel(), most_fisher_tokens(recipe))
         least = least.at_least(gradient_memory(source, tokens.ids.numel(), taken, max(tokens.lengths), gpu), gpu)

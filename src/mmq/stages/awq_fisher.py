@@ -132,7 +132,7 @@ class FisherPass:
         pending = [layer for layer in self.layers if forward_unit(layer) not in self.journal.units]
         last = self.layers[-1]
         hidden = self._states(pending[0] - 1 if pending else last)
-        for layer, after in zip(pending, [*pending[1:], last], strict=True):
+        for layer, after in zip(pending, [*pending[1:], last], strict=False):
             hidden = self._layer(layer, forward_unit(layer), after).forward(hidden)
             self._finish(forward_unit(layer), {self.files.states(layer): {"hidden_states": hidden}})
         self.workspace.reporter.step(HEAD, "the loss and its gradient", 0, 1)

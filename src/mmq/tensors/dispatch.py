@@ -65,9 +65,13 @@ def worth_compiling(tensor: torch.Tensor, whole: int | None = None) -> bool:
     return _is_large(tensor) if whole is None else whole >= COMPILED_FROM
 
 
-def way_of_columns(weight: torch.Tensor) -> Way:
-    """How stacked fp32 weights are rounded column by column, and their group scales searched."""
-    if weight.device.type == "cpu" and _is_large(weight):
+def way_of_columns(weight: torch.Tensor, whole: int | None = None) -> Way:
+    """How stacked fp32 weights are rounded column by column, and their group scales searched.
+
+    Args:
+        whole: numbers of one of the matrices, where these are some of their rows.
+    """
+    if weight.device.type == "cpu" and (_is_large(weight) if whole is None else whole >= COMPILED_MATRIX):
         return Way.NUMBA
     return Way.TRITON if weight.numel() and triton_works(weight.device) else Way.TORCH
 

@@ -29,8 +29,9 @@ from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
 COLUMNS = 64
-# Rows that are rounded at one time, where the errors of rows make up for each other.
-ROWS = 32
+# Where the errors of rows make up for each other, rows that are rounded at one time, at least, and into how many such
+# blocks a matrix is cut at most: beyond four, more bring little (docs/performance.md).
+ROWS, ROW_BLOCKS = 32, 24
 # Shares of max|w| / 7.5 that a group's scale is chosen from.
 SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
 
@@ -159,20 +160,23 @@ def _tiles(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     return iter(weight.split(max(1, CPU_TILE // (count * columns)) if weight.device.type == "cpu" else rows, 1))
 
 
-def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor, group_size: int) -> QuantizedStack:
+def round_compensated(
+    weight: torch.Tensor, factor: Factor, scale: torch.Tensor, group_size: int, whole: int | None = None
+) -> QuantizedStack:
     """Round stacked weights, each column from what the ones before it left over.
 
     Args:
         weight: float32 [n, out, in]; overwritten.
         factor: of the second moments of the weights' inputs.
         scale: bfloat16 [n, out, in/group], positive.
+        whole: numbers of one of the matrices, where these are some of their rows.
     """
     order = factor.order.unsqueeze(1)
     # From here on in the factor's order. What is left of a column becomes its error once it is rounded.
     left = weight.gather(2, order.expand_as(weight))
     codes = torch.empty_like(left, dtype=torch.int8)
     wide = scale.float()
-    round_columns = _columns_by(weight)
+    round_columns = _columns_by(weight, whole)
     for stop in range(left.shape[2], 0, -COLUMNS):
         part = slice(max(0, stop - COLUMNS), stop)
         block, lower = left[:, :, part], factor.unit_lower[:, part, part]
@@ -185,9 +189,9 @@ def round_compensated(weight: torch.Tensor, factor: Factor, scale: torch.Tensor,
     return QuantizedStack(values, scale, group_size)
 
 
-def _columns_by(weight: torch.Tensor) -> Callable[..., None]:
+def _columns_by(weight: torch.Tensor, whole: int | None = None) -> Callable[..., None]:
     """`_round_columns`, or what takes its place."""
-    match way_of_columns(weight):
+    match way_of_columns(weight, whole):
         case Way.NUMBA:
             from mmq.tensors import compiled
 
@@ -220,7 +224,9 @@ def _round_columns(
             aim[:, :, :column] += error.unsqueeze(2) * lower[:, column, :column].unsqueeze(1)
 
 
-def descend(weight: torch.Tensor, moments: torch.Tensor, factor: Factor, stack: QuantizedStack) -> QuantizedStack:
+def descend(
+    weight: torch.Tensor, moments: torch.Tensor, factor: Factor, stack: QuantizedStack, whole: int | None = None
+) -> QuantizedStack:
     """One sweep of coordinate descent on trace((Q - W) H (Q - W)^T), from a rounding on: it rises nowhere.
 
     Group by group: the scale of a row's group by least squares, rounded to bf16 and taken where that helps, then its
@@ -230,11 +236,12 @@ def descend(weight: torch.Tensor, moments: torch.Tensor, factor: Factor, stack: 
         weight: float32 [n, out, in], what was rounded; overwritten.
         moments: float32 [n, in, in], H, as `factorize` left it; where the factor does not compensate, nothing changes.
         stack: the rounding of `weight`.
+        whole: numbers of one of the matrices, where these are some of their rows.
 
     Source: QuantEase (arXiv 2309.01885) for the codes.
     """
     size, least = stack.group_size, torch.finfo(torch.bfloat16).tiny
-    round_columns = _columns_by(weight)
+    round_columns = _columns_by(weight, whole)
     values, scales = stack.values.clone(), stack.scale.clone()
     error = weight.sub_(stack.dequantize(torch.float32))
     for group in range(scales.shape[2]):
@@ -285,8 +292,9 @@ def round_rows(
     # In the factor's order. What is left of a row becomes its error once it is rounded.
     left, scales = weight[:, order], scale[:, order]
     values, found = torch.empty_like(left, dtype=torch.int8), torch.empty_like(scales)
-    for stop in range(left.shape[1], 0, -ROWS):
-        part = slice(max(0, stop - ROWS), stop)
+    height = max(ROWS, -(-left.shape[1] // ROW_BLOCKS))
+    for stop in range(left.shape[1], 0, -height):
+        part = slice(max(0, stop - height), stop)
         passed_on = lower[stop:, part].T.expand(left.shape[0], -1, -1)
         aim = torch.baddbmm(left[:, part], passed_on, left[:, stop:])
         stack = round_some(aim, scales[:, part])

@@ -80,7 +80,8 @@ class StageJournal:
         Raises:
             JournalError: something else.
         """
-        for field in sorted(set(fingerprint) | set(self.fingerprint)):
+        # What there is now first, in its order: of a choice and what comes with it, the choice.
+        for field in {**fingerprint, **self.fingerprint}:
             then, now = self.fingerprint.get(field), fingerprint.get(field)
             if then != now:
                 raise JournalError(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import programs, to_fp32
+from mmq.tensors.fused.launch import FUSED, programs, to_fp32
 
 # Columns at a time, eight for each of a program's threads.
 COLUMNS, WARPS = 1024, 4
@@ -98,6 +98,7 @@ def combine(outputs: torch.Tensor, place: torch.Tensor, weights: torch.Tensor, s
             TOP_K=top_k,
             COLUMNS=columns,
             num_warps=WARPS,
+            **FUSED,
         )
 
 
@@ -122,5 +123,6 @@ def token_losses(
             TOP_K=top_k,
             COLUMNS=min(COLUMNS, triton.next_power_of_2(hidden)),
             num_warps=WARPS,
+            **FUSED,
         )
     return losses

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import INTERPRETED, programs, to_bf16
+from mmq.tensors.fused.launch import INTERPRETED, UNFUSED, programs, to_bf16
 
 # A program's rows and columns, within a block that shares a scale.
 ROWS, COLUMNS, WARPS = 32, 128, 4
@@ -81,4 +81,5 @@ def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tens
             BLOCK=block,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
+            **UNFUSED,
         )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import INTERPRETED, dot, large_shared_memory, programs, to_bf16, to_fp32
+from mmq.tensors.fused.launch import FUSED, INTERPRETED, dot, large_shared_memory, programs, to_bf16, to_fp32
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,7 @@ def _launch(
             INTERPRETED=INTERPRETED,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **FUSED,
         )
 
 

@@ -9,6 +9,9 @@ import triton.language as tl
 
 # Kernels run on a CPU then, one program after the other.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Whether a product and the sum after it may be rounded once. Every kernel says it: Triton's own choice changes with its
+# version.
+FUSED, UNFUSED = {"enable_fp_fusion": True}, {"enable_fp_fusion": False}
 
 
 def programs(size: int, block: int) -> int:

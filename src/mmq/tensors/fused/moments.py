@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import INTERPRETED, dot, large_shared_memory, programs, to_fp32
+from mmq.tensors.fused.launch import FUSED, INTERPRETED, dot, large_shared_memory, programs, to_fp32
 
 # Rows and columns at a time, eight numbers to a thread.
 ROWS, COLUMNS, WARPS = 8, 128, 4
@@ -124,8 +124,8 @@ def squares_by_expert(rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     sums = torch.empty(ends.shape[0], dtype=torch.float64, device=rows.device)
     with torch.cuda.device_of(rows):
         columns = min(1024, triton.next_power_of_2(width))
-        _row_squares[(count,)](rows, squares, rows.stride(0), WIDTH=width, COLUMNS=columns, num_warps=WARPS)
-        _sums_by_expert[(ends.shape[0],)](squares, ends, sums, ROWS=SUMS, num_warps=WARPS)
+        _row_squares[(count,)](rows, squares, rows.stride(0), WIDTH=width, COLUMNS=columns, num_warps=WARPS, **FUSED)
+        _sums_by_expert[(ends.shape[0],)](squares, ends, sums, ROWS=SUMS, num_warps=WARPS, **FUSED)
     return sums
 
 
@@ -134,7 +134,7 @@ def magnitude_sums(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) ->
     width = rows.shape[1]
     with torch.cuda.device_of(rows):
         _magnitude_sums[(programs(width, COLUMNS), ends.shape[0])](
-            rows, ends, out, width, rows.stride(0), out.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+            rows, ends, out, width, rows.stride(0), out.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, **FUSED
         )
 
 
@@ -177,6 +177,7 @@ def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) ->
             INTERPRETED=INTERPRETED,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
+            **FUSED,
         )
 
 
@@ -186,6 +187,6 @@ def row_products(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     width = one.shape[-1]
     with torch.cuda.device_of(one):
         _row_products[(sums.numel(),)](
-            one, other, sums, WIDTH=width, COLUMNS=min(1024, triton.next_power_of_2(width)), num_warps=WARPS
+            one, other, sums, WIDTH=width, COLUMNS=min(1024, triton.next_power_of_2(width)), num_warps=WARPS, **FUSED
         )
     return sums

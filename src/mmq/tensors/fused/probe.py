@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import programs
+from mmq.tensors.fused.launch import FUSED, programs
 
 BLOCK = 128
 
@@ -22,5 +22,5 @@ def double(numbers: torch.Tensor) -> torch.Tensor:
     """Twice the numbers, bfloat16 [n]."""
     result = torch.empty_like(numbers)
     with torch.cuda.device_of(numbers):
-        _double[(programs(numbers.numel(), BLOCK),)](numbers, result, numbers.numel(), BLOCK=BLOCK)
+        _double[(programs(numbers.numel(), BLOCK),)](numbers, result, numbers.numel(), BLOCK=BLOCK, **FUSED)
     return result

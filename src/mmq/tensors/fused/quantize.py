@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from mmq.tensors.codes import HALF_RANGE, Q_MAX, Q_MIN, SMALLEST_GROUP
-from mmq.tensors.fused.launch import INTERPRETED, programs, to_bf16, to_fp32
+from mmq.tensors.fused.launch import INTERPRETED, UNFUSED, programs, to_bf16, to_fp32
 
 # Weights of a program: neighbouring groups of some rows, 16 weights to a thread.
 TILE, COLUMNS, WARPS = 2048, 512, 4
@@ -138,7 +138,7 @@ def fake_quantize_scaled(
             GROUP=group_size,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
-            enable_fp_fusion=False,
+            **UNFUSED,
         )
 
 
@@ -236,7 +236,7 @@ def quantize_in_place(
             GROUP=group_size,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
-            enable_fp_fusion=False,
+            **UNFUSED,
         )
     return packed, steps
 
@@ -286,5 +286,6 @@ def normalized_mean(weight: torch.Tensor, group_size: int) -> torch.Tensor:
             GROUP=group_size,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
+            **UNFUSED,
         )
     return sums

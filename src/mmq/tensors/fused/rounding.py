@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mmq.tensors.fused.launch import INTERPRETED, programs, to_bf16, to_fp32
+from mmq.tensors.fused.launch import FUSED, INTERPRETED, UNFUSED, programs, to_bf16, to_fp32
 from mmq.tensors.fused.quantize import _FORMAT, _rint
 
 # Rows of a program.
@@ -83,6 +83,7 @@ def searched_scale(
             GROUP=group_size,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
+            **FUSED,
         )
     return found
 
@@ -155,5 +156,5 @@ def round_columns(
             ROWS=ROUNDED_ROWS,
             COLUMNS=triton.next_power_of_2(columns),
             num_warps=WARPS,
-            enable_fp_fusion=False,
+            **UNFUSED,
         )
