@@ -197,7 +197,7 @@ def main() -> None:
             folder / "source", Sizes(layers=2, hidden=128, intermediate=128, experts=11), shards=4, shuffle=True
         )
         write_samples(folder / "samples.jsonl", 12)
-        recipe = write_recipe(folder)
+        recipe = write_recipe(folder, rounding="compensated", fisher_tokens=400)
         begin = time.monotonic()
         if Started(recipe, "wanted", 1, given.forked).end(20 * LIMIT) != 0:
             sys.exit("the undisturbed run failed")

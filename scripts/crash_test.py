@@ -109,7 +109,7 @@ def many_rounds(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     sizes = Sizes(layers=options.layers, hidden=options.hidden, experts=options.experts)
     write_checkpoint(folder / "source", sizes, shards=6, shuffle=True)
     write_samples(folder / "samples.jsonl", 12)
-    recipe = write_recipe(folder)
+    recipe = write_recipe(folder, rounding="compensated", fisher_tokens=400)
     begin = time.monotonic()
     undisturbed = subprocess.run(command(recipe, "wanted"), capture_output=True, text=True, check=False)
     if undisturbed.returncode:
