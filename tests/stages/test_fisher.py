@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mmq.stages.awq_fisher
+import mmq.stages.awq
 from cli.test_cli import refused, succeed
 from conftest import SAMPLES, digests, write_recipe
 from mmq.prove.verify import verify_checkpoint
@@ -20,6 +20,7 @@ from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages.awq_checks import calibration_tokens
 from mmq.stages.pipeline import run_stages
+from mmq.workdir.layer_files import LayerFiles
 from mmq.workdir.workspace import Workspace
 from reference import dequantized, hidden_states, read_folder, rms_norm
 from stages.test_resume import stopped
@@ -34,14 +35,14 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(folder / "source", Sizes(layers=3), shards=3, shuffle=True)
     write_samples(folder / "samples.jsonl", SAMPLES)
     recipe = write_recipe(folder, source="fp8", rounding="compensated", fisher_tokens=TOKENS, n_grid=4)
-    remove = mmq.stages.awq_fisher.FisherFiles.remove_fisher
+    remove = mmq.stages.awq.remove_fisher
 
-    def keep(files: mmq.stages.awq_fisher.FisherFiles, *arguments: object) -> None:
-        shutil.copytree(files.files.folder, folder / "fisher")
+    def keep(files: LayerFiles, *arguments: object) -> None:
+        shutil.copytree(files.folder, folder / "fisher")
         remove(files, *arguments)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmq.stages.awq_fisher.FisherFiles, "remove_fisher", keep)
+        patch.setattr(mmq.stages.awq, "remove_fisher", keep)
         run_stages(Workspace.of(load(recipe)), ["awq", "restore"])
     return folder
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -572,6 +572,10 @@ class Architecture:
         """A module, or a tensor, of the whole model under transformers' name."""
         layer, local = self.split(name)
         return name if layer is None else self.layer_prefix(layer) + self.module_name(local)
+
+    def head_of(self, names: Container[str]) -> str:
+        """The head among a checkpoint's tensors: the embeddings, where they are tied."""
+        return self.head if self.head in names else self.embedding
 
     def component(self, name: str) -> str:
         """The model card's component that a tensor belongs to."""

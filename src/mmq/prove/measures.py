@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mmq.machine.team import ALONE, Team
+from mmq.quantize.fisher import following
 from mmq.quantize.head import Head
 from mmq.source.tokens import Tokens
 
@@ -25,11 +26,9 @@ def relative_error(hidden: torch.Tensor, truth: torch.Tensor) -> float:
 
 def predictions(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions that have a next token in their sample, and that token: int64 [P] each."""
-    last = torch.tensor(tokens.lengths).cumsum(0) - 1
-    keep = torch.ones_like(tokens.ids, dtype=torch.bool)
-    keep[last] = False
-    positions = keep.nonzero().flatten()
-    return positions, tokens.ids[positions + 1]
+    after = following(tokens.ids, tokens.lengths)
+    positions = (after >= 0).nonzero().flatten()
+    return positions, after[positions]
 
 
 @dataclass(frozen=True)

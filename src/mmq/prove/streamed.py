@@ -239,8 +239,8 @@ class Streamed:
         truth: tuple[torch.Tensor, torch.Tensor, Head] | None = None
         for key, weights in self.weights.items():
             with weights.checkpoint.reader() as reader:
-                head = arch.head if arch.head in reader.names else arch.embedding  # where they are tied
-                norm, weight = reader[arch.final_norm].to(self.device), reader[head].to(self.device)
+                head = reader[arch.head_of(reader.names)]
+                norm, weight = reader[arch.final_norm].to(self.device), head.to(self.device)
                 if truth is not None and torch.equal(norm, truth[0]) and torch.equal(weight, truth[1]):
                     found[key] = truth[2]
                     continue

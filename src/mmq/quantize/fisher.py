@@ -23,6 +23,8 @@ from mmq.tensors.experts_gradient import block_output
 def spread_samples(lengths: list[int], tokens: int) -> list[int]:
     """Which samples to take for at least so many tokens, as far apart as can be; all where there are not as many."""
     count = len(lengths)
+    if sum(lengths) <= tokens:
+        return list(range(count))
     for wanted in range(1, count):
         chosen = [place * count // wanted for place in range(wanted)]
         if sum(lengths[sample] for sample in chosen) >= tokens:

@@ -44,7 +44,7 @@ from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages import awq_fisher
 from mmq.stages.awq_checks import calibration_tokens, check_groups, gradient_memory, widest_layer
 from mmq.stages.awq_checks import checks as checks
-from mmq.stages.awq_fisher import FisherFiles, FisherPass
+from mmq.stages.awq_fisher import FisherPass, load_tensor, remove_fisher
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.stages.layer_reader import LayerReader
 from mmq.storage.atomic import FileRecord, make_folder, write_json
@@ -184,7 +184,7 @@ def complete(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:
     files, layers = LayerFiles.of(workspace, name), range(workspace.source.layer_count())
     write_json(files.folder / STATISTICS, [read_json(files.record(layer)) for layer in layers])
     journal.forget_files(layer_unit(layers[-1]), [files.in_journal(files.hidden(layers[-1]))])
-    FisherFiles(files).remove_fisher(layers, journal)
+    remove_fisher(files, layers, journal)
     files.remove_hidden()
 
 
@@ -339,10 +339,7 @@ class _Stage:
         """float32 [H, H], what errors of a layer's output cost, where that was found out."""
         if not (self.workspace.recipe.awq.weighs_outputs and self.workspace.architecture.has_experts(layer)):
             return None
-        path = FisherFiles(self.files).fisher(layer)
-        if self.team.leads:
-            self.journal.check_content(self.files.in_journal(path))
-        return load_file(path, device=str(self.device))["fisher"]
+        return load_tensor(self.files, self.files.fisher(layer), self.journal, self.team, self.device)
 
     def finish_writing(self) -> None:
         """Wait for the layer whose files are being written."""

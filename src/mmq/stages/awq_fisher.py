@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from mmq.errors import DeviceMemoryError, one_line
 from mmq.machine.device import release_memory
+from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.fisher import SourceLayer, fisher, following, spread_samples
 from mmq.quantize.head import Head
@@ -55,33 +55,27 @@ def units(source: SourceModel, layer_bytes: list[int], arithmetic: int) -> list[
     return [*found, Unit(HEAD, 0, 0), *back]
 
 
-@dataclass(frozen=True)
-class FisherFiles:
-    """Its files, beside the stage's own."""
+def remove_fisher(files: LayerFiles, layers: Iterable[int], journal: StageJournal) -> None:
+    """All layers are quantized: what errors of their outputs cost is not needed any more."""
+    for layer in layers:
+        unit = gradient_unit(layer + 1) if gradient_unit(layer + 1) in journal.units else HEAD
+        if unit in journal.units:
+            journal.forget_files(unit, [files.in_journal(files.fisher(layer))])
+    journal.save()
+    for layer in layers:
+        files.fisher(layer).unlink(missing_ok=True)
 
-    files: LayerFiles
 
-    def states(self, layer: int) -> Path:
-        """A layer's output [T, H]."""
-        return self.files.folder / f"forward-{layer:05d}.safetensors"
+def load_tensor(files: LayerFiles, path: Path, journal: StageJournal, team: Team, device: torch.device) -> torch.Tensor:
+    """The one tensor of a finished unit's file, which the leading rank looks at for all.
 
-    def gradient(self, layer: int) -> Path:
-        """The gradient by a layer's output [T, H]."""
-        return self.files.folder / f"gradient-{layer:05d}.safetensors"
-
-    def fisher(self, layer: int) -> Path:
-        """What errors of a layer's output cost [H, H]."""
-        return self.files.folder / f"fisher-{layer:05d}.safetensors"
-
-    def remove_fisher(self, layers: Iterable[int], journal: StageJournal) -> None:
-        """All layers are quantized."""
-        for layer in layers:
-            unit = gradient_unit(layer + 1) if gradient_unit(layer + 1) in journal.units else HEAD
-            if unit in journal.units:
-                journal.forget_files(unit, [self.files.in_journal(self.fisher(layer))])
-        journal.save()
-        for layer in layers:
-            self.fisher(layer).unlink(missing_ok=True)
+    Raises:
+        JournalError: it is not what was written.
+    """
+    if team.leads:
+        journal.check_content(files.in_journal(path))
+    (tensor,) = load_file(path, device=str(device)).values()
+    return tensor
 
 
 class FisherPass:
@@ -98,7 +92,7 @@ class FisherPass:
         self.source, self.arch, self.team = workspace.source, workspace.architecture, workspace.team
         self.layers, self.experts = range(self.source.layer_count()), range(self.source.expert_count())
         self.config = transformers_config(self.arch, self.source.config)
-        self.files = FisherFiles(LayerFiles.of(workspace, journal.name))
+        self.files = LayerFiles.of(workspace, journal.name)
         samples = spread_samples(tokens.lengths, workspace.recipe.awq.fisher_tokens)
         parts = tokens.ids.split(tokens.lengths)
         self.lengths = [tokens.lengths[sample] for sample in samples]
@@ -134,10 +128,10 @@ class FisherPass:
         hidden = self._states(pending[0] - 1 if pending else last)
         for layer, after in zip(pending, [*pending[1:], last], strict=False):
             hidden = self._layer(layer, forward_unit(layer), after).forward(hidden)
-            self._finish(forward_unit(layer), {self.files.states(layer): {"hidden_states": hidden}})
+            self._finish(forward_unit(layer), {self.files.forward(layer): {"hidden_states": hidden}})
         self.workspace.reporter.step(HEAD, "the loss and its gradient", 0, 1)
         gradient = self._head().gradient(hidden, following(self.ids, self.lengths).to(self.device))
-        self._finish(HEAD, self._found(last, gradient), [(forward_unit(last), self.files.states(last))])
+        self._finish(HEAD, self._found(last, gradient), [(forward_unit(last), self.files.forward(last))])
         return gradient
 
     def _back(self, gradient: torch.Tensor | None) -> None:
@@ -147,11 +141,11 @@ class FisherPass:
             if unit in self.journal.units:
                 continue
             if gradient is None:
-                gradient = self._load(self.files.gradient(layer), "gradient")
+                gradient = self._load(self.files.gradient(layer))
             below = self._states(layer - 1)
             gradient = self._layer(layer, unit, layer - 1).back(below, gradient)
             used = [
-                (forward_unit(layer - 1), self.files.states(layer - 1)),
+                (forward_unit(layer - 1), self.files.forward(layer - 1)),
                 (above, self.files.gradient(layer)),
             ]
             self._finish(unit, self._found(layer - 1, gradient), used)
@@ -173,8 +167,8 @@ class FisherPass:
     def _head(self) -> Head:
         arch = self.arch
         with self.reader.outside() as read:
-            head = arch.head if arch.head in self.source.specs else arch.embedding  # where they are tied
-            return Head(arch, self.config, read(arch.final_norm).to(self.device), read(head).to(self.device))
+            head = read(arch.head_of(self.source.specs))
+            return Head(arch, self.config, read(arch.final_norm).to(self.device), head.to(self.device))
 
     def _found(self, layer: int, gradient: torch.Tensor) -> dict[Path, dict[str, torch.Tensor]]:
         """The files of the gradient by a layer's output."""
@@ -187,12 +181,10 @@ class FisherPass:
         """A layer's output, or of -1 the embeddings: bfloat16 [T, H] on the device."""
         if layer < 0:
             return self.reader.embedded(self.ids)
-        return self._load(self.files.states(layer), "hidden_states")
+        return self._load(self.files.forward(layer))
 
-    def _load(self, path: Path, name: str) -> torch.Tensor:
-        if self.team.leads:
-            self.journal.check_content(self.files.files.in_journal(path))
-        return load_file(path, device=str(self.device))[name]
+    def _load(self, path: Path) -> torch.Tensor:
+        return load_tensor(self.files, path, self.journal, self.team, self.device)
 
     def _finish(
         self, unit: str, files: dict[Path, dict[str, torch.Tensor]], used: Iterable[tuple[str, Path]] = ()
@@ -204,7 +196,7 @@ class FisherPass:
         """
         if not self.team.leads:
             return
-        name = self.files.files.in_journal
+        name = self.files.in_journal
         records = {
             name(path): save_tensors(path, {key: tensor.cpu() for key, tensor in tensors.items()})
             for path, tensors in files.items()

@@ -121,8 +121,29 @@ def grouped_rows(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, o
         return out
     if grouped_mm_works(rows.device, rows.dtype):
         return out.copy_(torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends))
-    for own, matrix, target in zip(_split(rows, ends), weight, _split(out, ends), strict=True):
-        torch.mm(own, matrix.T, out=target)
+    return _products(rows, weight.transpose(1, 2), ends, out)
+
+
+def grouped_back(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """y W_e for the rows of each expert: what `grouped_linear`'s inputs get of the gradient y of its outputs.
+
+    Args:
+        rows: [R, out], sorted by expert.
+        weight: [E, out, in].
+        ends: int32 [E], where each expert's rows end; the last is R.
+
+    Returns:
+        [R, in] in the rows' dtype.
+    """
+    if rows.shape[0] and grouped_mm_works(rows.device, rows.dtype):
+        return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+    return _products(rows, weight, ends, rows.new_empty(rows.shape[0], weight.shape[2]))
+
+
+def _products(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Each expert's rows [r, n] times its matrix of [E, n, m], one after the other, into `out` [R, m]."""
+    for own, matrix, target in zip(_split(rows, ends), matrices, _split(out, ends), strict=True):
+        torch.mm(own, matrix, out=target)
     return out
 
 

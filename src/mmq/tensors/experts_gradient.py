@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from mmq.tensors.dispatch import grouped_mm_works
-from mmq.tensors.experts import Activation, Rows, combine, gated, grouped_linear
+from mmq.tensors.experts import Activation, Rows, combine, gated, grouped_back, grouped_linear
 
 
 def block_output(
@@ -71,26 +70,6 @@ class _RoutedExperts(torch.autograd.Function):
         by_rows = grouped_back(by_both, gate_up, ends)
         by_x = combine(by_rows, rows.place, torch.ones_like(weight), torch.zeros_like(gradient))
         return by_x.to(x.dtype), by_weight, None, None, None, None
-
-
-def grouped_back(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """y W_e for the rows of each expert: what `grouped_linear`'s inputs get of the gradient y of its outputs.
-
-    Args:
-        rows: [R, out], sorted by expert.
-        weight: [E, out, in].
-        ends: int32 [E], where each expert's rows end; the last is R.
-
-    Returns:
-        [R, in] in the rows' dtype.
-    """
-    if rows.shape[0] and grouped_mm_works(rows.device, rows.dtype):
-        return torch.nn.functional.grouped_mm(rows, weight, offs=ends)
-    result, start = rows.new_empty(rows.shape[0], weight.shape[2]), 0
-    for matrix, end in zip(weight, ends.tolist(), strict=True):
-        torch.mm(rows[start:end], matrix, out=result[start:end])
-        start = end
-    return result
 
 
 def _ends(rows: Rows) -> torch.Tensor:

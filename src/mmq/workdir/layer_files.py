@@ -32,6 +32,18 @@ class LayerFiles:
         """Tokens that a layer's rounding was judged by, for verify."""
         return self.folder / f"evidence-{layer:05d}.safetensors"
 
+    def forward(self, layer: int) -> Path:
+        """The source's output of a layer, until a gradient has come back through the next."""
+        return self.folder / f"forward-{layer:05d}.safetensors"
+
+    def gradient(self, layer: int) -> Path:
+        """The loss's gradient by a layer's output."""
+        return self.folder / f"gradient-{layer:05d}.safetensors"
+
+    def fisher(self, layer: int) -> Path:
+        """What errors of a layer's output cost."""
+        return self.folder / f"fisher-{layer:05d}.safetensors"
+
     def in_journal(self, path: Path) -> str:
         """A file under its name in the journal."""
         return path.relative_to(self.work_dir).as_posix()
