@@ -110,13 +110,13 @@ def samples_of(model: Path, count: int, seed: int, narrow: bool, length: int) ->
     return chooser.sample((model / "calibration.jsonl").read_text(encoding="utf-8").splitlines(), count)
 
 
-def measure(model: Path, samples: list[str], length: int, awq: dict[str, Any]) -> dict[str, float]:
+def measure(model: Path, samples: list[str], length: int, ways: list[str], awq: dict[str, Any]) -> dict[str, float]:
     """KL of round-to-nearest, and of the hybrid under each rounding; with the fp8 KV cache as well; seconds of awq."""
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "samples.jsonl").write_text("\n".join(samples) + "\n", encoding="utf-8")
-        for way, settings in WAYS.items():
+        for way in ways:
             recipe = {
                 "model": {"source": str(model.resolve())},
                 "work_dir": way,
@@ -125,7 +125,7 @@ def measure(model: Path, samples: list[str], length: int, awq: dict[str, Any]) -
                     "source": "fp8",
                     "device": "cpu",
                 }
-                | settings
+                | WAYS[way]
                 | awq,
             }
             path = folder / f"{way}.yaml"
@@ -157,6 +157,7 @@ def main() -> None:
     kinds.add_argument("--planted", action="store_true", help="outlier channels in the norm before the experts")
     kinds.add_argument("--random", action="store_true", help="random weights as mmq synth makes them")
     parser.add_argument("--narrow", action="store_true", help="calibrate on a few dozen words")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="of rounding")
     parser.add_argument("--set", action="append", default=[], help="a field of the recipe's awq section, field=value")
     options = parser.parse_args()
     awq = {key: yaml.safe_load(value) for key, _, value in (field.partition("=") for field in options.set)}
@@ -170,11 +171,13 @@ def main() -> None:
                     if not model.exists():
                         (planted if options.planted else random_model)(options.model, model, seed)
                 lines = samples_of(model, count, seed, options.narrow, options.sequence_length)
-                runs.append(measure(model, lines, options.sequence_length, awq))
+                runs.append(measure(model, lines, options.sequence_length, options.ways, awq))
             for key in runs[0]:
                 print(f"{count} samples, {key}: {told([run[key] for run in runs], 1 if key.endswith(', s') else 5)}")
-            for way in list(WAYS)[1:]:
+            for way in options.ways:
                 for key in ("round-to-nearest", "nearest"):
+                    if way == key or key not in runs[0]:
+                        continue
                     shares = [run[way] / run[key] for run in runs]
                     print(f"{count} samples, {way} of {key}: {told(shares, 3)}", flush=True)
 

@@ -21,7 +21,7 @@ from mmq.quantize.rounding import Compensation, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
 from mmq.source.synth import model_config
 from mmq.tensors import experts, fp8, int4, rounding, smoothing
-from mmq.tensors.experts_gradient import block_output
+from mmq.tensors.experts_gradient import block_output, contested
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import Factor, factorize
 from real_layers import Draw, Shape, layer_in_memory
@@ -384,12 +384,27 @@ def _of_the_gradient() -> list[Check]:
         return SourceLayer(decoder, content, [64] * 8, ALONE)
 
     def spread(states: Any) -> Any:
-        """Of each channel the mean square: tokens whose choice of experts bf16 turns over hardly show."""
-        return states.float().square().mean(0).sqrt()
+        """Of each channel the median magnitude: tokens whose choice of experts bf16 nearly or wholly turns over hardly
+        show."""
+        return states.float().abs().median(0).values
+
+    def choices(g: Any) -> list[Any]:
+        """Scores, weights and choices sorted by expert, who is next, and what each of them is worth."""
+        score = normal(g, 600, 7)
+        best = score.topk(4).indices
+        return [score, torch.rand(600, 3, generator=g), best[:, :3].sort(1).values, best[:, 3:], normal(g, 600, 4)]
+
+    def tipped(score: Any, weight: Any, index: Any, runner_up: Any, worth: Any) -> Any:
+        leaf = score.clone().requires_grad_()
+        with torch.enable_grad():
+            more, _ = contested(leaf, weight, index, runner_up, 60)
+            (found,) = torch.autograd.grad((more * worth).sum(), leaf)
+        return found
 
     return [
         Check("block_output, by its inputs", routed, back(0), ROUNDED),
         Check("block_output, by the router's weights", routed, back(1), ROUNDED),
+        Check("choices that may tip, by the scores", choices, tipped, ROUNDED),
         Check("the loss's gradient", predicted, by_states, ROUNDED),
         Check("a layer, forward", layer, lambda h, *parts: spread(through(h, *parts).forward(h)), ROUNDED),
         Check("a layer, back", layer, lambda h, *parts: spread(through(h, *parts).back(h, h.flip(0))), ROUNDED),

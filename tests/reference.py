@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,44 @@ def experts(x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, An
     """Token by token, expert by expert."""
     moe = prefix + "block_sparse_moe."
     scores = (x @ weights[moe + "gate.weight"].T).sigmoid()
-    chosen = (scores + weights[moe + "e_score_correction_bias"]).topk(config["num_experts_per_tok"], dim=-1).indices
+    preferred = scores + weights[moe + "e_score_correction_bias"]
+    chosen = preferred.topk(config["num_experts_per_tok"], dim=-1).indices
     share = scores.gather(1, chosen)
     share = share / share.sum(-1, keepdim=True)
-    result = torch.zeros_like(x)
-    for expert in range(config["num_local_experts"]):
-        tokens, slot = (chosen == expert).nonzero(as_tuple=True)
-        w1, w2, w3 = (weights[f"{moe}experts.{expert}.{name}.weight"] for name in ("w1", "w2", "w3"))
-        inner = F.silu(x[tokens] @ w1.T) * (x[tokens] @ w3.T)
-        result.index_add_(0, tokens, share[tokens, slot, None] * (inner @ w2.T))
-    return result
+
+    def routed(chosen: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(config["num_local_experts"]):
+            tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+            w1, w2, w3 = (weights[f"{moe}experts.{expert}.{name}.weight"] for name in ("w1", "w2", "w3"))
+            inner = F.silu(x[tokens] @ w1.T) * (x[tokens] @ w3.T)
+            result.index_add_(0, tokens, share[tokens, slot, None] * (inner @ w2.T))
+        return result
+
+    return of_a_choice(routed, preferred, chosen, config)
+
+
+def of_a_choice(
+    routed: Callable[[torch.Tensor], torch.Tensor],
+    preferred: torch.Tensor,
+    chosen: torch.Tensor,
+    config: dict[str, Any],
+) -> torch.Tensor:
+    """What the chosen experts put out. Where the config has `erring`, the gradient is that of a mean over choices: the
+    last one of int64 [T, k] gives way to the one after it where an error of that share of the mean margin tips it.
+
+    Args:
+        routed: the block's output, given other choices at the same shares.
+        preferred: [T, E], by which experts are chosen.
+    """
+    own = routed(chosen)
+    if "erring" not in config or chosen.shape[1] == preferred.shape[1]:
+        return own
+    best = preferred.topk(chosen.shape[1] + 1, dim=-1)
+    margin = best.values[:, -2] - best.values[:, -1]
+    tipped = torch.distributions.Normal(0, config["erring"] * margin.detach().mean()).cdf(-margin)
+    other = routed(torch.cat([chosen[:, :-1], best.indices[:, -1:]], 1))
+    return own + (tipped - tipped.detach())[:, None] * (other - own).detach()
 
 
 def hidden_states(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -> list[torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tests.reference import Weights, rms_norm, rotate
+from tests.reference import Weights, of_a_choice, rms_norm, rotate
 
 Config = dict[str, Any]
 Block = Callable[[torch.Tensor, Weights, str, Config], torch.Tensor]
@@ -188,16 +188,26 @@ def latent_attention(x: torch.Tensor, weights: Weights, prefix: str, config: Con
 
 
 def routed(
-    x: torch.Tensor, weights: Weights, prefix: str, chosen: torch.Tensor, share: torch.Tensor, config: Config
+    x: torch.Tensor,
+    weights: Weights,
+    prefix: str,
+    preferred: torch.Tensor,
+    chosen: torch.Tensor,
+    share: torch.Tensor,
+    config: Config,
 ) -> torch.Tensor:
     """Token by token, expert by expert."""
     experts = next(config[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if key in config)
-    result = torch.zeros_like(x)
-    for expert in range(experts):
-        tokens, slot = (chosen == expert).nonzero(as_tuple=True)
-        output = gated(x[tokens], weights, f"{prefix}mlp.experts.{expert}.", config)
-        result.index_add_(0, tokens, share[tokens, slot, None] * output)
-    return result
+
+    def output(chosen: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(x)
+        for expert in range(experts):
+            tokens, slot = (chosen == expert).nonzero(as_tuple=True)
+            output = gated(x[tokens], weights, f"{prefix}mlp.experts.{expert}.", config)
+            result.index_add_(0, tokens, share[tokens, slot, None] * output)
+        return result
+
+    return of_a_choice(output, preferred, chosen, config)
 
 
 def qwen3_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
@@ -205,10 +215,10 @@ def qwen3_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) ->
     layer = int(prefix.split(".")[2])
     if layer in config["mlp_only_layers"] or (layer + 1) % config["decoder_sparse_step"]:
         return gated(x, weights, prefix + "mlp.", config)
-    scores = (x @ weights[prefix + "mlp.gate.weight"].T).softmax(-1)
-    share, chosen = scores.topk(config["num_experts_per_tok"], dim=-1)
+    logits = x @ weights[prefix + "mlp.gate.weight"].T
+    share, chosen = logits.softmax(-1).topk(config["num_experts_per_tok"], dim=-1)
     share = share / share.sum(-1, keepdim=True) if config["norm_topk_prob"] else share
-    return routed(x, weights, prefix, chosen, share, config)
+    return routed(x, weights, prefix, logits, chosen, share, config)
 
 
 def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> torch.Tensor:
@@ -221,11 +231,12 @@ def glm4_moe(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -> 
     groups = preferred.unflatten(1, (config["n_group"], -1))
     kept = groups.sort(dim=-1, descending=True).values[..., :2].sum(-1).topk(config["topk_group"], dim=-1).indices
     allowed = torch.zeros(groups.shape[:2]).scatter(1, kept, 1.0)[..., None].expand_as(groups).flatten(1) > 0
-    chosen = preferred.masked_fill(~allowed, -torch.inf).topk(config["num_experts_per_tok"], dim=-1).indices
+    preferred = preferred.masked_fill(~allowed, -torch.inf)
+    chosen = preferred.topk(config["num_experts_per_tok"], dim=-1).indices
     share = scores.gather(1, chosen)
     share = share / (share.sum(-1, keepdim=True) + 1e-20) if config["norm_topk_prob"] else share
     share = share * config["routed_scaling_factor"]
-    output = routed(x, weights, prefix, chosen, share, config)
+    output = routed(x, weights, prefix, preferred, chosen, share, config)
     return output + gated(x, weights, prefix + "mlp.shared_experts.", config)
 
 
@@ -253,7 +264,7 @@ def minimax_m3(x: torch.Tensor, weights: Weights, prefix: str, config: Config) -
     chosen = preferred.topk(config["num_experts_per_tok"], dim=-1).indices
     share = scores.gather(1, chosen)
     share = share / share.sum(-1, keepdim=True) * config["routed_scaling_factor"]
-    output = routed(x, weights, prefix, chosen, share, config)
+    output = routed(x, weights, prefix, preferred, chosen, share, config)
     return output + gated(x, weights, prefix + "mlp.shared_experts.", config)
 
 

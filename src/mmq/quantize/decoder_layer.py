@@ -116,8 +116,9 @@ class DecoderLayer:
             self._rotary(torch.empty(1), torch.zeros(1, 1, dtype=torch.int64))
         except Exception as error:  # it raises whatever an odd value leads to
             raise CheckpointError(f"config.json: transformers can't build a layer from it: {one_line(error)}") from None
-        # The bias of a router that does not hold it itself.
+        # The router's bias, and whether the router is given it instead of holding it itself.
         self._bias: torch.Tensor | None = None
+        self._bias_is_given = False
         self._shared: torch.nn.Module | None = None
         self._shared_gate: torch.nn.Module | None = None
         inside = {architecture.router, architecture.router_bias}
@@ -170,12 +171,11 @@ class DecoderLayer:
         """Give the router the bias by which it chooses, as a buffer of its own or beside each of its inputs."""
         if self.architecture.router_bias is None:
             return
-        bias = tensors[self.architecture.router_bias].to(self.device)
+        self._bias = tensors[self.architecture.router_bias].to(self.device)
         name = self.architecture.module_name(self.architecture.router_bias)
-        if name.startswith(f"{router}."):
-            setattr(self._router, name.removeprefix(f"{router}."), bias)
-        else:
-            self._bias = bias
+        self._bias_is_given = not name.startswith(f"{router}.")
+        if not self._bias_is_given:
+            setattr(self._router, name.removeprefix(f"{router}."), self._bias)
 
     def set_norm(self, weight: torch.Tensor) -> None:
         """Replace the weight of the norm before the block, [H]."""
@@ -232,15 +232,32 @@ class DecoderLayer:
         The choices of a token come sorted by expert, so that sums over them have one order on every device.
         """
         step = 2**14 if x.device.type != "cpu" else max(1, ONE_THREAD // self._router.weight.shape[0])
-        parts = [
-            self._router(part, self._bias) if self._bias is not None else self._router(part) for part in x.split(step)
-        ]
+        given = (self._bias,) if self._bias_is_given else ()
+        parts = [self._router(part, *given) for part in x.split(step)]
         logits, weights, index = (torch.cat(column) for column in zip(*parts, strict=True))
         order = index.argsort(dim=1)
         weights = weights.gather(1, order).float()
         if self.architecture.routed_scale_key is not None:
             weights = weights * getattr(self.config, self.architecture.routed_scale_key)
         return logits.float(), weights, index.gather(1, order)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """What the router chooses by, of its logits float32 [T, E]: a bias is added to their sigmoid, and without one
+        all that comes between keeps their order."""
+        return logits if self._bias is None else logits.sigmoid() + self._bias
+
+    @torch.no_grad()
+    def runner_up(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
+        """The expert that a token [T, H] would choose next, given its choices: int64 [T, 1]; None where it has all."""
+        if self._router.top_k >= self._router.weight.shape[0]:
+            return None
+        self._router.top_k += 1
+        try:
+            _, _, more = self.route(x)
+        finally:
+            self._router.top_k -= 1
+        new = (more.unsqueeze(2) != index.unsqueeze(1)).all(2)
+        return more.gather(1, new.byte().argmax(1, keepdim=True))
 
     @property
     def activation(self) -> Activation:

@@ -17,7 +17,7 @@ from mmq.quantize.decoder_layer import DecoderLayer, in_batches
 from mmq.quantize.layer import LayerContent
 from mmq.quantize.memory import FISHER_BATCH
 from mmq.tensors.experts import second_moments
-from mmq.tensors.experts_gradient import block_output
+from mmq.tensors.experts_gradient import block_output, contested
 
 
 def spread_samples(lengths: list[int], tokens: int) -> list[int]:
@@ -70,7 +70,9 @@ class SourceLayer:
             return attended
         residual = attended.flatten(0, 1)
         x = decoder.block_input(residual)
-        _, weight, index = decoder.route(x)
+        logits, weight, index = decoder.route(x)
+        if batch.requires_grad and (runner_up := decoder.runner_up(x, index)) is not None:
+            weight, index = contested(decoder.scores(logits), weight, index, runner_up, batch.shape[1])
         output = block_output(x, weight, index, content.gate_up, content.down, decoder.activation)
         return (decoder.add_shared(residual, x) + output.to(residual.dtype)).view_as(attended)
 

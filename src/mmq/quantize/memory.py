@@ -83,7 +83,8 @@ def fisher_memory(
     # Hidden states, gradient, and what is made of them; the matrix, and what is added to it.
     states = 2 * calibration * hidden + 8 * tokens * hidden + 8 * hidden**2
     # Of each row gate and up, their product, its gradient and theirs in bf16 and fp32; inputs and gradients in bf16.
-    batch = max(FISHER_BATCH, longest) * (top_k * (4 * hidden + 20 * inner) + 64 * hidden)
+    # On the way back a token has one expert more, its router's runner-up.
+    batch = max(FISHER_BATCH, longest) * ((top_k + 1) * (4 * hidden + 20 * inner) + 64 * hidden)
     head = vocabulary * hidden * (2 if gpu else 4) + 3 * 4 * max(LOGITS, vocabulary)
     return states + max(layer + batch, head)
 

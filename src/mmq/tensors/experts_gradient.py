@@ -1,5 +1,9 @@
 """The gradient of a mixture-of-experts block by its inputs and by the router's weights; its own weights are constants.
 
+A router's choice is a step, whose gradient is zero: that a small error makes a token change experts, which costs more
+than all the rest of it, no gradient tells. With an error of its own standard deviation in it, the choice is a slope
+instead (`contested`).
+
 Shapes as in `experts`: T tokens, k experts a token, R = T*k rows, E experts, H hidden, I intermediate.
 """
 
@@ -10,6 +14,43 @@ from typing import Any
 import torch
 
 from mmq.tensors.experts import Activation, Rows, combine, gated, grouped_back, grouped_linear
+
+# How far scores are thought to err: this share of a sequence's mean margin between its last choice and its runner-up.
+ERRING = 1 / 8
+
+
+def contested(
+    score: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, runner_up: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A router's choice, with the runner-up as one more of weight zero, for a gradient that knows of the choice.
+
+    With m the margin by which the last choice is ahead and s what it errs by, they change places with probability
+    Phi(-m / s): so much of the last one's weight is the runner-up's. The values are those of the choice as it is; what
+    `block_output` makes of them is the same number, and its gradient by the scores that of this mean.
+
+    Args:
+        score: float32 [T, E], by which experts are chosen.
+        weight, index: float32 and int64 [T, k].
+        runner_up: int64 [T, 1].
+        length: tokens of each of the sequences, which follow one another.
+
+    Returns:
+        weights and choices [T, k + 1], sorted by expert.
+    """
+    chosen = score.gather(1, index)
+    last = chosen.detach().argmin(1, keepdim=True)
+    margin = chosen.gather(1, last) - score.gather(1, runner_up)
+    known = margin.detach().view(-1, length)
+    known = torch.where(torch.isfinite(known), known, torch.nan)
+    # Of margins that are all zero, or no numbers, nothing is known, and nothing changes places.
+    errs = known.nanmean(1, keepdim=True) * ERRING
+    errs = torch.where(errs > 0, errs, torch.inf).expand_as(known).reshape(-1, 1)
+    lost = torch.special.ndtr(-margin / errs)
+    lost = (lost - lost.detach()) * weight.gather(1, last).detach()
+    is_last = torch.arange(weight.shape[1], device=weight.device) == last
+    weight = torch.cat([weight - lost * is_last, lost], 1)
+    index, order = torch.cat([index, runner_up], 1).sort(1)
+    return weight.gather(1, order), index
 
 
 def block_output(

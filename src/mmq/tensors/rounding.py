@@ -30,8 +30,8 @@ from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
 COLUMNS = 64
 # Where the errors of rows make up for each other, rows that are rounded at one time, at least, and into how many such
-# blocks a matrix is cut at most: beyond four, more bring little (docs/performance.md).
-ROWS, ROW_BLOCKS = 32, 24
+# blocks a matrix is cut at most (docs/quality.md, docs/performance.md).
+ROWS, ROW_BLOCKS = 8, 24
 # Shares of max|w| / 7.5 that a group's scale is chosen from.
 SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
 
