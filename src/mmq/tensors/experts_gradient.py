@@ -16,7 +16,7 @@ import torch
 from mmq.tensors.experts import Activation, Rows, combine, gated, grouped_back, grouped_linear
 
 # How far scores are thought to err: this share of a sequence's mean margin between its last choice and its runner-up.
-ERRING = 1 / 8
+ERRING = 1 / 12
 
 
 def contested(
