@@ -29,6 +29,7 @@ if DEVICE_NAME == "cpu":
 
 import torch  # noqa: E402
 
+from mmq.machine.device import total_host  # noqa: E402
 from mmq.recipe import load  # noqa: E402
 from mmq.source import tokenizer  # noqa: E402
 from mmq.source.chat_template import Chat, render  # noqa: E402
@@ -42,6 +43,19 @@ cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="says something of CP
 TINY = Sizes()
 SAMPLES = 12
 NEVER = 2**62
+# Room for a worker and the processes that its tests start.
+WORKER_MEMORY = 3 * 2**30
+MOST_WORKERS = 8
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` is: one for each processor that may be used, as far as memory goes; none beside this process where
+    they'd share a GPU, whose free memory stages plan with."""
+    if DEVICE.type != "cpu":
+        return 0
+    room = (total_host() or WORKER_MEMORY) // WORKER_MEMORY
+    return max(1, min(len(os.sched_getaffinity(0)), room, MOST_WORKERS))
 
 
 def compile_from(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
