@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ if DEVICE_NAME == "cpu":
 
 import torch  # noqa: E402
 
+from mmq.machine.device import total_host  # noqa: E402
 from mmq.recipe import load  # noqa: E402
+from mmq.source import tokenizer  # noqa: E402
+from mmq.source.chat_template import Chat, render  # noqa: E402
 from mmq.source.synth import Sizes, write_checkpoint, write_samples  # noqa: E402
 from mmq.stages.pipeline import run_stages  # noqa: E402
 from mmq.tensors import dispatch  # noqa: E402
@@ -40,12 +43,42 @@ cpu_only = pytest.mark.skipif(DEVICE.type != "cpu", reason="says something of CP
 TINY = Sizes()
 SAMPLES = 12
 NEVER = 2**62
+# Room for a worker and the processes that its tests start.
+WORKER_MEMORY = 3 * 2**30
+MOST_WORKERS = 8
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` is: one for each processor that may be used, as far as memory goes; none beside this process where
+    they'd share a GPU, whose free memory stages plan with."""
+    if DEVICE.type != "cpu":
+        return 0
+    room = (total_host() or WORKER_MEMORY) // WORKER_MEMORY
+    return max(1, min(len(os.sched_getaffinity(0)), room, MOST_WORKERS))
 
 
 def compile_from(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     """Functions compiled for CPUs are taken from so many numbers on, in all and in one matrix of a stack."""
     for threshold in ("COMPILED_FROM", "COMPILED_MATRIX"):
         monkeypatch.setattr(dispatch, threshold, numbers)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rendered_once() -> Iterator[None]:
+    """The same chats are rendered once: the process that does it takes more than a second to begin, and hundreds of
+    tests calibrate on the same few. Commands in processes of their own, and tests of `render`, have it done anew."""
+    known: dict[str, list[str]] = {}
+
+    def rendered(chats: list[Chat], special_tokens: dict[str, Any]) -> list[str]:
+        asked = json.dumps([[(c.template, c.messages, c.tools) for c in chats], special_tokens], default=str)
+        if asked not in known:
+            known[asked] = render(chats, special_tokens)
+        return list(known[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "render", rendered)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -332,11 +332,12 @@ def _problems_of_end(stopped: Outcome, fault: Fault, stage: str, work_dir: Path)
 
 
 class Matrix:
-    """Processes that examine faults of a project's stages, one for each processor."""
+    """Processes that examine faults of a project's stages, one for each processor that falls to this one of pytest's
+    workers."""
 
     def __init__(self, tiny: Tiny) -> None:
         self.tiny = tiny
-        workers = len(os.sched_getaffinity(0))
+        workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
         self._pool = ProcessPoolExecutor(workers, mp_context=FORK, initializer=_load, initargs=(tiny,))
         # The first one makes what all others are compared with.
         self._pool.submit(_make_wanted, tiny).result()
