@@ -196,9 +196,9 @@ class Restore(Section):
         description="dynamic group-128 fp8 activations as the source declares, or the model card's weight-only form",
     )
     expert_targets: Literal["hub", "both"] = Field(
-        "hub",
-        description="config.json names MiniMax's experts as the hub does, w1, w2 and w3, or as gate_proj, up_proj and"
-        " down_proj too, for which sglang asks, and vLLM before 0.32 unless the plugin mends it",
+        "both",
+        description="config.json names MiniMax's experts as the hub does, w1, w2 and w3, and as gate_proj, up_proj and"
+        " down_proj too, for which sglang and vLLM before 0.32 ask; or as the hub does alone",
     )
 
 

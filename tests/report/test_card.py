@@ -25,6 +25,7 @@ from mmq.prove.verify import verify_checkpoint
 from mmq.recipe import load
 from mmq.report.card import (
     ASSERTION_VERSIONS,
+    EXPERTS_VERSIONS,
     LOADER_VERSIONS,
     SCALES_VERSIONS,
     Setting,
@@ -357,7 +358,12 @@ def test_the_serving_command_and_vllms_versions_are_those_of_the_docs() -> None:
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines() if re.match(r"\| 0\.", line)
     ]
-    for columns, told in (((1,), ASSERTION_VERSIONS), ((2,), SCALES_VERSIONS), ((2, 3), LOADER_VERSIONS["qwen3_moe"])):
+    for columns, told in (
+        ((1,), ASSERTION_VERSIONS),
+        ((2,), SCALES_VERSIONS),
+        ((2, 3), LOADER_VERSIONS["qwen3_moe"]),
+        ((4,), EXPERTS_VERSIONS),
+    ):
         faulty = [row[0] for row in rows if "present" in [row[column] for column in columns]]
         versions = [version for row in faulty for version in re.findall(r"[\d.]+", row)]
         assert told == f"{versions[0]} to {versions[-1]}"
@@ -375,6 +381,29 @@ def test_the_plugin_is_asked_for_where_it_is_needed(finished: Path) -> None:
     special = section(model_card(replace(facts, recipe=recipe), setting), "Serving")
     assert f"{ASSERTION_VERSIONS} refuse to load it" in special
     assert SCALES_VERSIONS not in special and "kv_cache_scheme" not in special
+
+
+def test_of_an_older_result_the_card_says_how_its_experts_are_named(finished_copy: Path) -> None:
+    """It has the hub's names alone, as by default once; vLLM and sglang ask for others. The recipe says both now."""
+
+    def told() -> tuple[str, str]:
+        card = render(opened(finished_copy))
+        block = re.search(r"```yaml\n(.*?)\n```", card, re.DOTALL)
+        assert block
+        return section(card, "Serving"), yaml.safe_load(block[1])["restore"]["expert_targets"]
+
+    serving, names = told()
+    assert names == "both" and "no plugin is needed to load it" in serving and EXPERTS_VERSIONS not in serving
+    run_stages(opened(finished_copy, **{"restore.expert_targets": "hub"}), ["restore"], restart=True)
+    serving, names = told()
+    assert names == "hub" and "no plugin is needed" not in serving
+    assert f"vLLM {EXPERTS_VERSIONS} does not find them without the plugin in mmq, sglang not at all" in serving
+    # docs/serving.md says how one is mended by hand.
+    target = r"re:.*experts\.\d+\.(down_proj|gate_proj|up_proj)$"
+    path = finished_copy / "run/hybrid/config.json"
+    edit_json(path, lambda config: config["quantization_config"]["config_groups"]["group_0"]["targets"].append(target))
+    assert target.removeprefix("re:") in (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    assert told()[1] == "both" and not verify_checkpoint(opened(finished_copy)).problems
 
 
 def test_no_card_before_the_end(project: Path) -> None:

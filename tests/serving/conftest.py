@@ -25,6 +25,7 @@ collect_ignore_glob = [] if SERVING_PYTHON else ["test_*.py"]
 # What `synth` and `run` are called with in scripts/demo.
 SYNTH = ["--layers", "3", "--experts", "16", "--shuffle"]
 FORMS = ["dynamic", "none"]
+EXPERT_TARGETS = {"dynamic": "both", "none": "hub"}
 ALL_PATCHES = ["minimax_routing", "kernels_without_amx", "weight_only_linear"]
 
 Result = dict[str, Any]
@@ -36,13 +37,14 @@ class ClientError(Exception):
 
 @pytest.fixture(scope="session")
 def hybrids(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The demo's hybrid checkpoint by the form of its config.json: "dynamic" activations, "none" (weight-only)."""
+    """The demo's hybrid checkpoint by the form of its config.json: "dynamic" activations, as by default, and "none"
+    (weight-only), which names the experts as the hub does alone: readers of today make the same of both."""
     folder = tmp_path_factory.mktemp("demo")
     mmq_run("synth", folder / "source", *SYNTH)
     found = {}
     for form in FORMS:
         settings = [f"model.source={folder / 'source'}", f"work_dir={folder / form}", "awq.source=fp8"]
-        settings.append(f"restore.attention_activations={form}")
+        settings += [f"restore.attention_activations={form}", f"restore.expert_targets={EXPERT_TARGETS[form]}"]
         mmq_run("run", ROOT / "configs/tiny.yaml", *(part for setting in settings for part in ("--set", setting)))
         found[form] = folder / form / "hybrid"
     return found

@@ -23,12 +23,13 @@ import pytest
 import torch
 
 from cli.test_cli import cli, events, refused, succeed
-from conftest import DEVICE, digests, edit_json, write_recipe
+from conftest import DEVICE, SAMPLES, digests, edit_json, write_recipe
 from faults import harness
 from faults.harness import FOLDERS, FORK
 from faults.inject import Fault, Injector
 from mmq.cli.app import app
 from mmq.errors import LockedError
+from mmq.families.registry import ARCHITECTURES
 from mmq.machine.device import named_device
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.workdir.lock import lock
@@ -234,6 +235,52 @@ def test_awq_does_not_go_on_with_another_text(finished_copy: Path) -> None:
 def test_restore_does_not_go_on_with_other_settings(finished_copy: Path) -> None:
     message = refused("restore", finished_copy / "recipe.yaml", "--set", "restore.attention_activations=none")
     assert "restore.attention_activations" in message
+
+
+def test_a_result_with_the_hubs_names_alone_stays_as_it_is(finished_copy: Path, finished: Path) -> None:
+    """As all had them before there was a choice, and by default after that: their journals don't say it."""
+    recipe, hub = finished_copy / "recipe.yaml", ("--set", "restore.expert_targets=hub")
+    succeed("restore", recipe, "--quiet", "--restart", *hub)
+    journal = json.loads((finished_copy / "run/journal.json").read_text(encoding="utf-8"))
+    assert "restore.expert_targets" not in journal["stages"]["restore"]["fingerprint"]
+    before = digests(finished_copy / "run/hybrid")
+    said = refused("restore", recipe)
+    assert said == refused("run", recipe) and digests(finished_copy / "run/hybrid") == before
+    assert said.startswith(
+        'restore was begun with restore.expert_targets = "hub", now it is "both": going on would mix'
+    )
+    assert said.endswith("set it back, or run `mmq restore --restart` to begin restore anew")
+    assert "restore is complete" in succeed("restore", recipe, *hub)
+    succeed("verify", recipe, "--quiet")
+    succeed("restore", recipe, "--quiet", "--restart")
+    assert_same_outputs(finished_copy, finished, "restore")
+    said = refused("restore", recipe, *hub)
+    assert said.startswith('restore was begun with restore.expert_targets = "both", now it is "hub"')
+
+
+@pytest.mark.parametrize("then", [None, "both"])
+def test_one_name_of_the_experts_is_no_choice(tmp_path: Path, then: str | None) -> None:
+    """Most families' experts have the common names, whatever a run was begun with."""
+    write_checkpoint(tmp_path / "source", Sizes(1, 128, 128, 4), family=ARCHITECTURES["qwen3_moe"])
+    write_samples(tmp_path / "samples.jsonl", SAMPLES)
+    recipe = write_recipe(tmp_path, n_grid=3, source="fp8")
+    for stage in ("awq", "restore"):
+        succeed(stage, recipe, "--quiet", "--set", "restore.expert_targets=hub")
+
+    def begun_with(content: dict[str, Any]) -> None:
+        fingerprint = content["stages"]["restore"]["fingerprint"]
+        assert "restore.expert_targets" not in fingerprint
+        fingerprint |= {"restore.expert_targets": then} if then else {}
+
+    edit_json(tmp_path / "run/journal.json", begun_with)
+    before = digests(tmp_path / "run/hybrid")
+    for choice in ("hub", "both"):
+        assert "restore is complete" in succeed("restore", recipe, "--set", f"restore.expert_targets={choice}")
+        config = json.loads((tmp_path / "run/hybrid/config.json").read_text(encoding="utf-8"))
+        targets = config["quantization_config"]["config_groups"]["group_0"]["targets"]
+        assert targets == [r"re:.*experts\.\d+\.(down_proj|gate_proj|up_proj)$"]
+    succeed("restore", recipe, "--quiet", "--restart")
+    assert digests(tmp_path / "run/hybrid") == before
 
 
 @pytest.mark.parametrize("stage", FOLDERS)

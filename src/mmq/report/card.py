@@ -23,6 +23,7 @@ from mmq.prove import evaluate
 from mmq.report.calibration import describe
 from mmq.report.facts import RunFacts, StageFacts, loss_share, read_run
 from mmq.serve.memory import parallel_problems, serve_command
+from mmq.serve.quantization_config import has_two_names
 from mmq.source.tokens import CACHE_NAME, kept_tokens
 from mmq.storage.atomic import write_bytes
 from mmq.storage.checkpoint import CARD_NAME
@@ -41,6 +42,7 @@ ASSERTION_VERSIONS = "0.16 to 0.33"
 SCALES_VERSIONS = "0.15.1 to 0.19"
 # Of families whose scales more releases don't use: their loader passes over them.
 LOADER_VERSIONS = {"qwen3_moe": "0.14 to 0.19"}
+EXPERTS_VERSIONS = "0.14 to 0.31"
 # How many GPUs the serving command may name.
 GPU_COUNTS = (8, 4, 2, 1)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -67,6 +69,7 @@ class Setting:
         gpus: how many GPUs can share the checkpoint, by the model's sizes; descending.
         calibration: what the calibration samples became (`calibration.describe`); None where it was not kept.
         family: the model's, as mmq calls it.
+        two_names: its experts have other names on the hub than those that most servers ask for.
     """
 
     model: str = HYBRID
@@ -76,6 +79,7 @@ class Setting:
     gpus: list[int] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     family: str = ""
+    two_names: bool = False
 
 
 def write_card(workspace: Workspace, facts: RunFacts | None = None) -> Path | None:
@@ -124,6 +128,7 @@ def setting(workspace: Workspace, facts: RunFacts, model: str = HYBRID) -> Setti
         gpus=[count for count in GPU_COUNTS if not parallel_problems(dims, count)],
         calibration=_calibration(workspace, facts),
         family=source.architecture.model_type,
+        two_names=has_two_names(source.architecture),
     )
 
 
@@ -172,6 +177,8 @@ def model_card(facts: RunFacts, setting: Setting) -> str:
         shared_experts=SHARED[_norm_is_smoothed(facts.layers)] if shared else None,
         down_not_smoothed=next((why for layer in facts.layers if (why := layer["down"].get("not_smoothed"))), None),
         weight_only=facts.recipe["restore"]["attention_activations"] == "none",
+        hub_names=setting.two_names and facts.recipe["restore"].get("expert_targets") == "hub",
+        experts_versions=EXPERTS_VERSIONS,
         components=[part for part in facts.components if part.bytes_before or part.bytes_after],
         layers=_layer_facts(facts.layers, facts.all_layers),
         errors=_expert_errors(facts.verify),

@@ -18,6 +18,7 @@ from mmq.families import sizes
 from mmq.families.table import Architecture
 from mmq.prove import by_layer, evaluate, verify
 from mmq.serve.outputs import output_tensors
+from mmq.serve.quantization_config import has_two_names, names_both
 from mmq.stages import awq, restore
 from mmq.stages.pipeline import plans, stages_of
 from mmq.storage.checkpoint import Checkpoint, read_json
@@ -152,7 +153,7 @@ def read_run(workspace: Workspace) -> RunFacts:
     components, measured = _components(workspace)
     layers = _layers(workspace)
     return RunFacts(
-        recipe=workspace.recipe.model_dump(mode="json"),
+        recipe=_recipe(workspace),
         source=workspace.recipe.model.source,
         work_dir=workspace.work_dir,
         layers=[layer for layer in layers if "tokens_per_expert" in layer],
@@ -166,6 +167,20 @@ def read_run(workspace: Workspace) -> RunFacts:
         dense_layers=[layer for layer in layers if "tokens_per_expert" not in layer],
         by_layer=_by_layer(workspace, missing),
     )
+
+
+def _recipe(workspace: Workspace) -> dict[str, Any]:
+    """The recipe that makes what is there: a finished result's config.json may be older than how experts are named by
+    default now."""
+    recipe = workspace.recipe.model_dump(mode="json")
+    if workspace.journal.stage(restore.name).complete:
+        try:
+            two, config = has_two_names(workspace.architecture), Checkpoint.open(workspace.folder(HYBRID)).config
+        except MmqError:
+            return recipe
+        if two:
+            recipe["restore"]["expert_targets"] = "both" if names_both(config) else "hub"
+    return recipe
 
 
 def loss_share(layer: dict[str, Any]) -> float | None:

@@ -38,7 +38,7 @@ def output_config(
         kept: modules that are block fp8, as in the source; none where all is bf16, as the awq stage leaves it.
     """
     carried = [module for module in kept if architecture.is_extra(module)]
-    both = recipe.restore.expert_targets == "both"
+    both = recipe.restore.expert_targets == "both" and has_two_names(architecture)
     groups = {"group_0": experts_scheme(architecture, recipe.awq.group_size, fp8_prefixes(architecture, carried), both)}
     if kept:
         dynamic = recipe.restore.attention_activations == "dynamic"
@@ -75,6 +75,23 @@ def unquantized(architecture: Architecture, source: dict[str, Any]) -> dict[str,
     return config
 
 
+def has_two_names(architecture: Architecture) -> bool:
+    """Whether its experts have other names on the hub than those that most families have, so that both can be said."""
+    return sorted(architecture.expert_linears) != COMMON_NAMES
+
+
+def names_both(config: dict[str, Any]) -> bool:
+    """Whether a result's config.json has the names that most families' experts have."""
+    expert = "model.layers.0.mlp.experts.0."
+    try:
+        groups = config["quantization_config"]["config_groups"].values()
+        patterns = [target.removeprefix("re:") for group in groups for target in group["targets"]]
+        return all(any(re.match(pattern, expert + linear) for pattern in patterns) for linear in COMMON_NAMES)
+    except (KeyError, TypeError, AttributeError, re.error):
+        # By another hand, and for verify to name.
+        return False
+
+
 def experts_scheme(
     architecture: Architecture, group_size: int, elsewhere: Sequence[str] = (), both: bool = False
 ) -> QuantizationScheme:
@@ -85,7 +102,7 @@ def experts_scheme(
         both: beside the family's own names those that most families have, for servers that ask for no other.
     """
     names = [sorted(architecture.expert_linears)]
-    if both and names[0] != COMMON_NAMES:
+    if both:
         names.append(COMMON_NAMES)
     but = f"(?!{'|'.join(map(re.escape, elsewhere))})" if elsewhere else ""
     return QuantizationScheme(

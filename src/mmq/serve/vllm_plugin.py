@@ -469,8 +469,8 @@ FAULTS = (
     ),
     Fault(
         name="expert-names",
-        sentence="experts are asked for as gate_proj, up_proj and down_proj, whatever a checkpoint calls them:"
-        " MiniMax's w1, w2 and w3 are not found to be int4, and it does not load",
+        sentence="experts are asked for as gate_proj, up_proj and down_proj, whatever a checkpoint calls them: where"
+        " its config.json has MiniMax's as w1, w2 and w3 alone, they are not found to be int4, and it does not load",
         module=f"{_COMPRESSED_TENSORS}.compressed_tensors_moe",
         owner="CompressedTensorsMoEMethod",
         method="get_moe_method",

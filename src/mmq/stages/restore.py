@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mmq.errors import CheckpointError, JournalError
-from mmq.serve.quantization_config import output_config
+from mmq.serve.quantization_config import has_two_names, output_config
 from mmq.stages.base import BASE_MEMORY, Check, Plan, Unit, check_stop, finish_unit, in_threads, own_units
 from mmq.storage.checkpoint import Checkpoint, finish_folder
 from mmq.storage.shards import shard_size, write_shard
@@ -25,6 +25,7 @@ from mmq.workdir.workspace import AWQ, HYBRID, Workspace
 
 name = "restore"
 output = HYBRID
+EXPERT_TARGETS = "restore.expert_targets"
 
 
 def plan(workspace: Workspace) -> Plan:
@@ -52,8 +53,15 @@ def fingerprint(workspace: Workspace) -> dict[str, Any]:
         "restore.attention_activations": workspace.recipe.restore.attention_activations,
         # Where it is the default nothing depends on it, and runs that were begun before there was the key go on.
         **({"restore.attention": "fp8_block"} if workspace.rounded else {}),
-        **({"restore.expert_targets": "both"} if workspace.recipe.restore.expert_targets == "both" else {}),
+        **({EXPERT_TARGETS: "both"} if _expert_targets(workspace) == "both" else {}),
     }
+
+
+def _expert_targets(workspace: Workspace) -> str:
+    """As the recipe has it. Of most families it decides nothing: what they were begun with is no reason to stop."""
+    if has_two_names(workspace.architecture):
+        return workspace.recipe.restore.expert_targets
+    return str(workspace.journal.stage(name).said(EXPERT_TARGETS))
 
 
 def work(workspace: Workspace, plan: Plan, journal: StageJournal) -> None:

@@ -23,6 +23,8 @@ JOURNAL_NAME = "journal.json"
 FORMAT = 3
 # Fields of a fingerprint that end so tell of what an earlier stage made.
 OUTPUT_OF = "(its output)"
+# What a fingerprint that lacks a field says of it.
+UNSAID = {"restore.expert_targets": "hub"}
 
 Facts = dict[str, Any]
 
@@ -74,6 +76,10 @@ class StageJournal:
         self.check_fingerprint(fingerprint)
         self.check_files()
 
+    def said(self, field: str) -> Any:
+        """What the stage was begun with, of one field; None for nothing."""
+        return self.fingerprint.get(field, UNSAID.get(field))
+
     def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Compare with what the stage was begun with.
 
@@ -82,7 +88,7 @@ class StageJournal:
         """
         # What there is now first, in its order: of a choice and what comes with it, the choice.
         for field in {**fingerprint, **self.fingerprint}:
-            then, now = self.fingerprint.get(field), fingerprint.get(field)
+            then, now = self.said(field), fingerprint.get(field, UNSAID.get(field))
             if then != now:
                 raise JournalError(
                     f"{self.name} was begun with {field} = {_show(then)}, now it is {_show(now)}: going on would mix"
