@@ -62,8 +62,8 @@ class SourceLayer:
         with nullcontext() if self.decoder.is_linear else same_bits(hidden.device):
             return in_batches(self._back, self.lengths, self.team, hidden, gradient, tokens=FISHER_BATCH)
 
-    def _output(self, batch: torch.Tensor) -> torch.Tensor:
-        """[B, T, H] -> [B, T, H]."""
+    def _output(self, batch: torch.Tensor, contest: bool = False) -> torch.Tensor:
+        """[B, T, H] -> [B, T, H]; of contested choices of the router the gradient knows."""
         decoder, content = self.decoder, self.content
         attended = decoder.attend_batch(batch)
         if not decoder.has_experts:
@@ -71,7 +71,7 @@ class SourceLayer:
         residual = attended.flatten(0, 1)
         x = decoder.block_input(residual)
         logits, weight, index = decoder.route(x)
-        if batch.requires_grad and (runner_up := decoder.runner_up(x, index)) is not None:
+        if contest and (runner_up := decoder.runner_up(x, index)) is not None:
             weight, index = contested(decoder.scores(logits), weight, index, runner_up, batch.shape[1])
         output = block_output(x, weight, index, content.gate_up, content.down, decoder.activation)
         return (decoder.add_shared(residual, x) + output.to(residual.dtype)).view_as(attended)
@@ -79,7 +79,7 @@ class SourceLayer:
     def _back(self, batch: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             leaf = batch.requires_grad_()
-            (result,) = torch.autograd.grad(self._output(leaf), leaf, gradient)
+            (result,) = torch.autograd.grad(self._output(leaf, contest=True), leaf, gradient)
         return result
 
 
