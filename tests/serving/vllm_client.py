@@ -51,6 +51,7 @@ def _output(output: Any) -> dict[str, Any]:
 
 def _layer(attention: Any) -> dict[str, Any]:
     attn, scheme = attention.attn, attention.qkv_proj.scheme
+    kernel = scheme.fp8_linear if hasattr(scheme, "fp8_linear") else scheme.linear_kernel
     return {
         "k_scale": attn._k_scale_float,
         "v_scale": attn._v_scale_float,
@@ -58,6 +59,9 @@ def _layer(attention: Any) -> dict[str, Any]:
         "v_scale_tensor": attn._v_scale.tolist(),
         "cache": attn.kv_cache_dtype,
         "scheme": type(scheme).__name__,
+        "kernel": type(kernel).__name__,
+        # The instructions that attention is computed with.
+        "attention": attn.isa,
     }
 
 
