@@ -71,8 +71,12 @@ def test_samples_held_back_say_that_it_is_better(trained: Path) -> None:
         assert layer["rounding"] == "compensated"
         (best,) = (losses[way] for way in ("compensated", "smoothed_compensated") if way in losses)
         assert losses.keys() >= {"probe", "smoothed_probe"}
-        assert best < 0.7 * min(losses["nearest"], losses["smoothed_nearest"])
-        assert layer["loss_chosen"] < 0.7 * layer["loss_round_to_nearest"]
+        assert best < 0.8 * min(losses["nearest"], losses["smoothed_nearest"])
+        # What the gradient says that errors cost is what rounding aims at, more than at their squares.
+        costs = layer["costs"]
+        (best,) = (costs[way] for way in ("compensated", "smoothed_compensated") if way in costs)
+        assert best < 0.5 * min(costs["nearest"], costs["smoothed_nearest"])
+        assert layer["loss_chosen"] < 0.8 * layer["loss_round_to_nearest"]
 
 
 def test_the_output_is_nearer_to_the_source(trained: Path) -> None:
