@@ -384,9 +384,13 @@ def _of_the_gradient() -> list[Check]:
         return SourceLayer(decoder, content, [64] * 8, ALONE)
 
     def spread(states: Any) -> Any:
-        """Of each channel the median magnitude: tokens whose choice of experts bf16 nearly or wholly turns over hardly
-        show."""
-        return states.float().abs().median(0).values
+        """Of each channel the mean square: tokens whose choice of experts bf16 turns over hardly show."""
+        return states.float().square().mean(0).sqrt()
+
+    def middle(gradient: Any) -> Any:
+        """Of each channel the median magnitude: in its mean square a few tokens count alone, whose choice bf16 nearly
+        turns over."""
+        return gradient.float().abs().median(0).values
 
     def choices(g: Any) -> list[Any]:
         """Scores, weights and choices sorted by expert, who is next, and what each of them is worth."""
@@ -407,7 +411,7 @@ def _of_the_gradient() -> list[Check]:
         Check("choices that may tip, by the scores", choices, tipped, ROUNDED),
         Check("the loss's gradient", predicted, by_states, ROUNDED),
         Check("a layer, forward", layer, lambda h, *parts: spread(through(h, *parts).forward(h)), ROUNDED),
-        Check("a layer, back", layer, lambda h, *parts: spread(through(h, *parts).back(h, h.flip(0))), ROUNDED),
+        Check("a layer, back", layer, lambda h, *parts: middle(through(h, *parts).back(h, h.flip(0))), ROUNDED),
         Check("second moments of gradients", layer, lambda h, *parts: fisher(h), SUMS),
     ]
 
