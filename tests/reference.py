@@ -115,12 +115,20 @@ def attention(x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, 
     return output.transpose(0, 1).flatten(1) @ weights[prefix + "self_attn.o_proj.weight"].T
 
 
-def experts(x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, Any]) -> torch.Tensor:
-    """Token by token, expert by expert."""
+def choices(
+    x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores [T, E], those with the bias by which is chosen, and the experts that are, [T, k]."""
     moe = prefix + "block_sparse_moe."
     scores = (x @ weights[moe + "gate.weight"].T).sigmoid()
     preferred = scores + weights[moe + "e_score_correction_bias"]
-    chosen = preferred.topk(config["num_experts_per_tok"], dim=-1).indices
+    return scores, preferred, preferred.topk(config["num_experts_per_tok"], dim=-1).indices
+
+
+def experts(x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, Any]) -> torch.Tensor:
+    """Token by token, expert by expert."""
+    moe = prefix + "block_sparse_moe."
+    scores, preferred, chosen = choices(x, weights, prefix, config)
     share = scores.gather(1, chosen)
     share = share / share.sum(-1, keepdim=True)
 
@@ -170,6 +178,17 @@ def hidden_states(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -
         normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
         states.append(x + experts(normed, weights, prefix, config))
     return states
+
+
+def chosen_experts(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -> list[torch.Tensor]:
+    """Each layer's choices, [T, k]."""
+    eps, found = config["rms_norm_eps"], []
+    for layer, x in enumerate(hidden_states(ids, weights, config)[:-1]):
+        prefix = f"model.layers.{layer}."
+        x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
+        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+        found.append(choices(normed, weights, prefix, config)[2])
+    return found
 
 
 def logits(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -> torch.Tensor:

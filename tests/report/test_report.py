@@ -147,7 +147,11 @@ def synthetic_facts() -> RunFacts:
     layers = synthetic_layers()
     variants = ("source", "hybrid", "hybrid, fp8 KV cache", "round-to-nearest")
     errors = [
-        {"layer": layer, "relative_error": {name: 0.002 * place * (layer + 1) for place, name in enumerate(variants)}}
+        {
+            "layer": layer,
+            "relative_error": {name: 0.002 * place * (layer + 1) for place, name in enumerate(variants)},
+            "other_experts": {name: 0.01 * place for place, name in enumerate(variants)},
+        }
         for layer in range(LAYERS)
     ]
     metrics = {"perplexity": 7.25, "kl": 0.0125, "top1_agreement": 0.953}
@@ -349,8 +353,9 @@ def test_a_hostile_recipe_and_files(evaluated_copy: Path) -> None:
     edit_json(
         run / "eval.json",
         lambda content: [
-            layer["relative_error"].update({MARKUP: layer["relative_error"].pop("round-to-nearest")})
+            layer[key].update({MARKUP: layer[key].pop("round-to-nearest")})
             for layer in content["layers"]
+            for key in ("relative_error", "other_experts")
         ],
     )
     shutil.copytree(evaluated_copy / "source", evaluated_copy / "<script>x")

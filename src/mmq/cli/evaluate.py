@@ -63,6 +63,7 @@ def evaluate(
             kind_rows,
             rows,
             told_by_layer,
+            told_routing,
             worst,
         )
         from mmq.prove.streamed import DEFAULT_DATA, EvalSettings
@@ -94,7 +95,7 @@ def evaluate(
         tokens = report["tokens"]
         title = f"{tokens['predicted']:,} tokens of {tokens['samples']} held-out samples"
         run.output.result(report, title, rows(report))
-        for share in (brought(report), cache_share(report)):
+        for share in (brought(report), cache_share(report), told_routing(report)):
             if share is not None:
                 run.output.note(share)
         if by_layer:

@@ -23,7 +23,7 @@ from mmq.prove import by_layer
 from mmq.prove.by_layer import ByLayer
 from mmq.prove.forward import run_layer
 from mmq.prove.judged import inner_scales
-from mmq.prove.measures import Measured, measure, relative_error
+from mmq.prove.measures import Measured, measure, other_experts, relative_error
 from mmq.prove.streamed import HEAD, EvalSettings, Streamed, units_of
 from mmq.prove.streamed import RESULT_FIELD as RESULT_FIELD
 from mmq.prove.weights import nearest_smoothed, read_layer, take_kv_scales
@@ -123,6 +123,16 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for entry in report["variants"]
     ]
+
+
+def told_routing(report: dict[str, Any]) -> str | None:
+    """How many of the routers' choices are none of the source's for the same token, in words: means over the layers
+    that have experts. None of an evaluation made before choices were counted."""
+    layers = [layer["other_experts"] for layer in report["layers"] if "other_experts" in layer]
+    if not layers:
+        return None
+    shares = {name: sum(layer[name] for layer in layers) / len(layers) for name in layers[0] if name != SOURCE.name}
+    return "routed to other experts than the source's: " + "; ".join(f"{n} {s:.2%}" for n, s in shares.items())
 
 
 def kind_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -225,15 +235,19 @@ class _Evaluation(Streamed):
         """All variants through one layer; their states [T, H] after it are on disk when this returns."""
         begin = time.perf_counter()
         after: dict[str, torch.Tensor] = {}
+        choices: dict[str, torch.Tensor] = {}
         for place, key in enumerate(self.weights):
             self.workspace.reporter.step(layer_unit(layer), f"computing {key}", place, len(self.weights))
-            after |= self._run_variants(key, layer, hidden)
+            after |= self._run_variants(key, layer, hidden, choices)
             release_memory()
         after = {variant.name: after[variant.name] for variant in self.variants}
         truth = after[SOURCE.name]
         errors = {variant.name: relative_error(after[variant.name], truth) for variant in self.variants}
         seconds = round(time.perf_counter() - begin, 3)
         record = {"layer": layer, "relative_error": errors, "seconds": seconds}
+        if choices:
+            own = {variant.name: choices[variant.name] for variant in self.variants}
+            record["other_experts"] = {name: other_experts(index, own[SOURCE.name]) for name, index in own.items()}
         if self.team.leads:
             saved = save_tensors(self.files.hidden(layer), {key: states.cpu() for key, states in after.items()})
             self.finish_layer(layer, saved, record)
@@ -241,8 +255,14 @@ class _Evaluation(Streamed):
         self.workspace.reporter.unit(layer_unit(layer), **shown, seconds=seconds)
         return after
 
-    def _run_variants(self, key: str, layer: int, hidden: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The variants that are made from one checkpoint's experts; its layer is freed when this returns."""
+    def _run_variants(
+        self, key: str, layer: int, hidden: dict[str, torch.Tensor], choices: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The variants that are made from one checkpoint's experts; its layer is freed when this returns.
+
+        Args:
+            choices: takes each variant's, int64 [T, k], where the layer has a router.
+        """
         content = read_layer(self.weights[key], self.arch, layer, self.device, self.team)
         scales = take_kv_scales(self.arch, content)
         settings, after = self.workspace.recipe.awq, {}
@@ -261,7 +281,7 @@ class _Evaluation(Streamed):
                 quantize_kv_cache(decoder, self.kv_scheme, scales)
             states = run_layer(
                 decoder, content, hidden[variant.name], self.tokens.lengths, settings.group_size,
-                variant is NEAREST, self.budget, self.team,
+                variant is NEAREST, self.budget, self.team, partial(choices.__setitem__, variant.name),
             )  # fmt: skip
             if not is_finite(states):
                 raise CheckpointError(f"{variant.name}: the output of layer {layer} is NaN or infinite")
@@ -277,7 +297,7 @@ class _Evaluation(Streamed):
         measured = measure(hidden, heads, SOURCE.name, self.tokens, self.team)
         if not self.team.leads:
             return
-        layers = [{key: record[key] for key in ("layer", "relative_error")} for record in self.records()]
+        layers = [{key: value for key, value in record.items() if key != "seconds"} for record in self.records()]
         variants = [
             {"variant": variant, **found.metrics(), "kinds": self._kinds(found)} for variant, found in measured.items()
         ]

@@ -5,6 +5,8 @@ Weights are dequantized and activations are bf16, as a weight-only kernel comput
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from mmq.machine.team import ALONE, Team
@@ -23,11 +25,13 @@ def run_layer(
     round_to_nearest: bool = False,
     budget: int | None = None,
     team: Team = ALONE,
+    routed: Callable[[torch.Tensor], None] = lambda _: None,
 ) -> torch.Tensor:
     """One decoder layer on bfloat16 [T, H] of concatenated sequences: bfloat16 [T, H].
 
     Args:
         content: of several ranks, with this one's experts.
+        routed: told the router's choices, int64 [T, k], of a layer that has experts.
     """
     residual = decoder.attend(hidden, lengths, team)
     if not decoder.has_experts:
@@ -35,6 +39,7 @@ def run_layer(
     x = decoder.block_input(residual)
     residual = decoder.add_shared(residual, x)
     _, weight, index = decoder.route(x)
+    routed(index)
     block = ExpertBlock(
         x, index, weight, content.gate_up, content.down, decoder.activation, group_size, budget=budget,
         team=team,

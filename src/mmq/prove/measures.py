@@ -24,6 +24,11 @@ def relative_error(hidden: torch.Tensor, truth: torch.Tensor) -> float:
     return float(difference / torch.linalg.vector_norm(truth.float(), dtype=torch.float64))
 
 
+def other_experts(choices: torch.Tensor, truth: torch.Tensor) -> float:
+    """The share of a router's choices, int64 [T, k], that are none of the same token's true ones."""
+    return 1 - float((choices.unsqueeze(2) == truth.unsqueeze(1)).any(2).double().mean())
+
+
 def predictions(tokens: Tokens) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions that have a next token in their sample, and that token: int64 [P] each."""
     after = following(tokens.ids, tokens.lengths)

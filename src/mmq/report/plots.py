@@ -81,6 +81,16 @@ PLOTS = (
         lambda facts: quality_plots.hidden_errors(facts.evaluation["layers"]) if facts.evaluation else None,
     ),
     Plot(
+        "other-experts",
+        "result",
+        "Share of each router's choices that are none of the source's for the same token, on held-out text.",
+        lambda facts: (
+            quality_plots.other_experts(layers)
+            if (layers := [layer for layer in (facts.evaluation or {}).get("layers", []) if "other_experts" in layer])
+            else None
+        ),
+    ),
+    Plot(
         "layer-kl",
         "result",
         "KL to the source with one layer as the result has it and all others the source's, on held-out text; the bars"

@@ -28,20 +28,45 @@ def hidden_errors(layers: Layers) -> Figure:
     Args:
         layers: eval.json's `layers`.
     """
-    variants = [name for name in layers[-1]["relative_error"] if any(layer["relative_error"][name] for layer in layers)]
+    variants = _variants(layers, "relative_error")
     title = "Error of the hidden states after each layer"
     if variants:
         last = layers[-1]["relative_error"][variants[0]]
         title = f"{variants[0]}: hidden states {last:.1%} off after the last layer"
+    return _lines_of_variants(layers, "relative_error", variants, title, "error relative to the source")
+
+
+@styled
+def other_experts(layers: Layers) -> Figure:
+    """Share of each layer's routing that goes to other experts than the source's on held-out text, a line a variant.
+
+    Args:
+        layers: those of eval.json's `layers` that have `other_experts`.
+    """
+    variants = _variants(layers, "other_experts")
+    title = "Every token goes to the source's experts"
+    if variants:
+        mean = float(np.mean([layer["other_experts"][variants[0]] for layer in layers]))
+        title = f"{variants[0]}: {mean:.1%} of the choices are other experts"
+    return _lines_of_variants(layers, "other_experts", variants, title, "choices that are not the source's")
+
+
+def _variants(layers: Layers, key: str) -> list[str]:
+    """Those that differ from the source somewhere."""
+    return [name for name in layers[-1][key] if any(layer[key][name] for layer in layers)]
+
+
+def _lines_of_variants(layers: Layers, key: str, variants: list[str], title: str, label: str) -> Figure:
+    """Shares of each layer in percent, a line a variant."""
     figure, axes = new_figure(title)
     x = layer_axis(axes, layers)
     handles = []
-    values = 100 * np.array([[layer["relative_error"][name] for layer in layers] for name in variants], dtype=float)
+    values = 100 * np.array([[layer[key][name] for layer in layers] for name in variants], dtype=float)
     for colour, name, own in zip(LINES, variants, values, strict=False):
         handles.append((axes.plot(x, own, color=colour, marker=marker(x))[0], name))
     scale_axis(axes, values)
     axes.yaxis.set_major_formatter(PERCENT)
-    axes.set_ylabel("error relative to the source")
+    axes.set_ylabel(label)
     add_legend(figure, handles)
     return figure
 
