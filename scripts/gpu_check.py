@@ -441,9 +441,9 @@ def _modifier() -> Any:
 
 # What of compensated rounding is timed apart, by the names that `quantize.rounding` calls it by.
 STEPS = {
-    "_inputs": "moments", "_middles": "moments", "shrink": "shrink", "factorize": "factorize",
-    "searched_scale": "scales", "round_compensated": "columns", "descend": "sweep", "round_rows": "rows", "put": "put",
-    "hear": "judging",
+    "_inputs": "moments", "_middles": "moments", "_grams": "grams", "expected": "shrink", "shrink": "shrink",
+    "factorize": "factorize", "searched_scale": "scales", "round_compensated": "columns", "descend": "sweep",
+    "round_rows": "rows", "put": "put", "hear": "judging",
 }  # fmt: skip
 
 
@@ -457,6 +457,7 @@ def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
     owners = {
         "_inputs": rounding.Compensation,
         "_middles": rounding.Compensation,
+        "_grams": rounding.Compensation,
         "put": rounding.Rounded,
         "hear": rounding._Jury,
     }
@@ -572,6 +573,7 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
     columns = count * (2 * inner * hidden**2 + hidden * inner**2)
     operations = {
         "moments": rows * (2 * (hidden**2 + inner**2) + 4 * hidden * inner),
+        "grams": 2 * columns,
         "factorize": count * (hidden**3 + inner**3) / 3,
         "columns": columns,
         "sweep": 2 * columns,

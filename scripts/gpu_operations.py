@@ -220,7 +220,13 @@ def _of_rounding() -> list[Check]:
         ]  # fmt: skip
 
     def shrunk(g: Any) -> list[Any]:
-        return [second(g) * 900, torch.tensor([900.0, 0.0, 7.0]), second(g, 1)[0], torch.rand(3, 512, generator=g)]
+        return [second(g) * 900, torch.tensor([900.0, 0.0, 7.0]), second(g)]
+
+    def weighed(g: Any) -> list[Any]:
+        """W^T W, all tokens' moments, and mean squares."""
+        grams = second(g)
+        grams[1, 5], grams[1, :, 5] = 0.0, 0.0
+        return [grams, second(g, 1)[0], torch.rand(3, 512, generator=g)]
 
     def ready(g: Any) -> list[Any]:
         """Weights, their inputs' moments as they are factorized, group scales, and the factor's parts."""
@@ -309,8 +315,9 @@ def _of_rounding() -> list[Check]:
         return [torch.randint(-8, 8, (3, 64, 512), generator=g, dtype=torch.int8), torch.rand(3, 64, 4, generator=g)]
 
     return [
-        Check("shrink", shrunk, lambda m, c, t, d: rounding.shrink(m.clone(), c, t, 0.5), 1e-6),
-        Check("shrink to a diagonal", shrunk, lambda m, c, t, d: rounding.shrink(m.clone(), c, d, 0.5), 1e-6),
+        Check("shrink", shrunk, lambda m, c, t: rounding.shrink(m.clone(), c, t, 0.5), 1e-6),
+        Check("expected beside moments", weighed, lambda w, p, d: rounding.expected(w.clone(), 96, p, 3.0), 1e-6),
+        Check("expected beside squares", weighed, lambda w, p, d: rounding.expected(w.clone(), 96, d, 1.0), 1e-6),
         Check("factorize, what is positive", odd, lambda m: factorize(m.clone(), 0.1).compensates),
         Check("factorize, order", odd, lambda m: factorize(m.clone(), 0.1).order),
         Check("factorize, factor", odd, lambda m: factorize(m.clone(), 0.1).unit_lower, FACTOR),

@@ -17,8 +17,12 @@ from cli.test_cli import cli, refused, succeed
 from conftest import DEVICE_NAME, digests
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
+from mmq.prove.weights import SourceWeights, read_layer
+from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.rounding import Compensation, Rounded, Smoothing, damping, held_back
+from mmq.quantize.routed_experts import ExpertBlock, top_up
 from mmq.recipe import load
+from mmq.source.calibration import load_tokens
 from mmq.tensors.int4 import quantize_stack
 from mmq.workdir.workspace import Workspace
 from quantize.test_memory import Shape, make_block
@@ -177,7 +181,7 @@ def test_every_eighth_sample_is_held_back() -> None:
 @pytest.mark.parametrize("rare", [0.6, 0.99], ids=["few rows", "no rows"])
 def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> None:
     """An expert that the router hardly ever picks, or never: on the layer's other tokens its inner activations are
-    nearer than rounded to nearest; with no rows its down layer is rounded to nearest, under searched scales."""
+    nearer than rounded to nearest. With no rows, and none that top up, its down layer is rounded to nearest."""
     block = make_block(Shape(6, 256, 256, 2000, 2, 0), 2**28, rare)
     rows = int(block.counts[0])
     assert rows < 60 if rare < 0.9 else rows == 0
@@ -199,6 +203,37 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
         steps = found.scale[1][0].float().repeat_interleave(128, 1)
         codes = (block.down[0].float() / steps).round().clamp(-8, 7)
         assert torch.equal(found.stored(1, 0, 1)[0], codes * steps)
+
+
+def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> None:
+    """Down layers of trained experts whose rows are kept from them but for a few that top up: on those rows they are
+    nearer than rounded to nearest under the same scales."""
+    workspace, cpu = Workspace.of(load(trained / "recipe.yaml")), torch.device("cpu")
+    source, arch = workspace.source, workspace.architecture
+    tokens = load_tokens(workspace.recipe, source.checkpoint.folder)
+    content = read_layer(SourceWeights(source), arch, 0, cpu)
+    decoder = DecoderLayer(arch, transformers_config(arch, source.config), 0, content.rest, cpu)
+    with source.checkpoint.reader() as reader:
+        hidden = embed(reader[arch.embedding], tokens.ids)
+    x = decoder.block_input(decoder.attend(hidden, tokens.lengths))
+    logits, weight, index = decoder.route(x)
+    compensated = nearest = 0.0
+    for expert in range(4):
+        own = (index == expert).any(1)
+        given = (part[~own] for part in (x, index, weight))
+        extra = top_up(logits[~own], index[~own], 128)
+        block = ExpertBlock(*given, content.gate_up, content.down, decoder.activation, 128, extra)
+        assert not block.counts[expert] and own.sum() > 256
+        found = Rounded(block, Smoothing(torch.ones(256), torch.ones(16, 128)))
+        which = torch.arange(16) == expert
+        Compensation(block, torch.arange(len(block.x)), 1000).fit([found], which)
+        gate, up = (x[own].float() @ content.gate_up[expert].float().T).chunk(2, dim=1)
+        inner, down = torch.nn.functional.silu(gate) * up, content.down[expert].float()
+        steps = found.scale[1][expert].float().repeat_interleave(128, 1)
+        plain = (down / steps).round().clamp(-8, 7) * steps
+        compensated += float((inner @ (found.stored(1, expert, expert + 1)[0] - down).T).square().sum())
+        nearest += float((inner @ (plain - down).T).square().sum())
+    assert compensated < 0.92 * nearest
 
 
 def test_narrow_text_is_not_believed() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
@@ -17,7 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import DEVICE, NEVER, compile_from, cpu_only
 from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
-from mmq.tensors.rounding import Factor, descend, factorize, round_compensated, round_rows, searched_scale, shrink
+from mmq.tensors.rounding import (
+    Factor,
+    descend,
+    expected,
+    factorize,
+    round_compensated,
+    round_rows,
+    searched_scale,
+    shrink,
+)
 
 GROUP = 128
 
@@ -156,15 +166,35 @@ def test_searched_scales_are_the_best_of_their_shares() -> None:
 def test_shrinkage_is_a_mean_of_rows_and_prior_rows() -> None:
     sums, counts = moments(3, 128, 50) * 50, torch.tensor([50.0, 0.0, 10**6], device=DEVICE)
     sums[1], sums[2] = 0.0, sums[2] * 10**6 / 50
+    toward = moments(3, 128, 400, seed=5)
+    found = shrink(sums.clone(), counts, toward, 0.5)
+    assert torch.allclose(found[0], (sums[0] + 64 * toward[0]) / 114, rtol=1e-5)
+    assert torch.allclose(found[1], toward[1])
+    assert torch.allclose(found[2], sums[2] / 10**6, atol=1e-3 * float(toward.abs().max()))
+
+
+@pytest.mark.parametrize("rows", [32, 128, 512])
+@pytest.mark.parametrize("whole", [True, False], ids=["moments", "squares"])
+def test_what_is_expected_has_the_weights_correlations(rows: int, whole: bool) -> None:
+    """By numpy's own correlations, about zero. A channel whose weights are zero goes with no other."""
+    weight = weights(2, rows, 128).double()
+    weight[1, :, 7] = 0.0
     pooled = moments(1, 128, 400, seed=5)[0]
-    found = shrink(sums.clone(), counts, pooled, 0.5)
-    assert torch.allclose(found[0], (sums[0] + 64 * pooled) / 114, rtol=1e-5)
-    assert torch.allclose(found[1], pooled)
-    assert torch.allclose(found[2], sums[2] / 10**6, atol=1e-3 * float(pooled.abs().max()))
-    diagonal = torch.rand(3, 128, device=DEVICE)
-    found = shrink(sums.clone(), counts, diagonal, 2.0)
-    assert torch.allclose(found[0], (sums[0] + 256 * torch.diag(diagonal[0])) / 306, rtol=1e-5)
-    assert torch.allclose(found[1], torch.diag(diagonal[1]))
+    squares = torch.rand(2, 128, device=DEVICE) + 0.1
+    grams = (weight.transpose(1, 2) @ weight).float()
+    found = expected(grams, rows, pooled if whole else squares, 3.0).cpu().double().numpy()
+    for number in range(2):
+        known = (pooled if whole else torch.diag(squares[number])).cpu().double().numpy()
+        own = weight[number].cpu().numpy()
+        length = np.linalg.norm(own, axis=0)
+        cosine = own.T @ own / np.maximum(np.outer(length, length), 1e-30)
+        np.fill_diagonal(cosine, 1.0)
+        deviation = np.sqrt(np.diag(known))
+        share = rows / (rows + 3 * 128)
+        wanted = share * cosine * np.outer(deviation, deviation) + (1 - share) * known
+        np.testing.assert_allclose(found[number], wanted, rtol=1e-4, atol=1e-5 * np.abs(wanted).max())
+        assert np.linalg.eigvalsh(found[number]).min() > -1e-5 * np.abs(wanted).max()
+        assert whole or number == 0 or np.count_nonzero(found[number, 7]) == 1
 
 
 def odd_matrices() -> dict[str, torch.Tensor]:

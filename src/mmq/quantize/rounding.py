@@ -1,7 +1,7 @@
 """Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
 
-Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what is known of all
-tokens by how few rows there are. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth
+Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
+expert's weights let expect by how few rows there are. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth
 sample takes no part in the moments: on those, smoothing and none, compensated and nearest are compared.
 """
 
@@ -19,12 +19,24 @@ from mmq.machine.threads import each
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
 from mmq.tensors.experts import Piece, Rows, gated_rows, row_squares, second_moments
 from mmq.tensors.int4 import QuantizedStack
-from mmq.tensors.rounding import Factor, descend, factorize, round_compensated, round_rows, searched_scale, shrink
+from mmq.tensors.rounding import (
+    Factor,
+    descend,
+    expected,
+    factorize,
+    round_compensated,
+    round_rows,
+    searched_scale,
+    shrink,
+)
 
-# Prior rows for each column that a moment is drawn towards its target by, the least share of the mean diagonal that is
-# added to it, and that share where the text has as many different tokens as there are columns. docs/quality.md has what
-# other values give.
-SHRINKAGE, DAMPING, NARROW = 0.5, 0.1, 0.25
+# As many rows for each column count what is expected of a moment before its own rows are seen; the least share of the
+# mean diagonal that is added to it, and that share where the text has as many different tokens as there are columns.
+# docs/quality.md has what other values give.
+SHRINKAGE, DAMPING, NARROW = 1.0, 0.1, 0.25
+# What is expected follows from a layer's weights, and from all tokens' moment or from mean squares: these count as so
+# many rows of weights for each column.
+POOLED, SQUARES = 3.0, 1.0
 HELD_BACK = 8  # one sample in as many
 PROBED = 4  # one expert in as many is rounded under each smoothing
 CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
@@ -233,10 +245,11 @@ class Compensation:
 
     def _fit_gate_up(self, results: list[Rounded], first: int, last: int) -> None:
         inputs, counts = self._inputs(first, last)
+        rows = self.block.gate_up.shape[1]
+        shrink(inputs, counts, expected(self._grams(0, first, last), rows, self.pooled, POOLED), SHRINKAGE)
         for result in results:
             norm, own = result.smoothing.norm, result.smoothing.inner[first:last]
             moments = inputs / torch.outer(norm, norm)
-            shrink(moments, counts, self.pooled / torch.outer(norm, norm), SHRINKAGE)
             weight = self.block.gate_up[first:last].float().mul_(norm)
             weight[:, own.shape[1] :].div_(own.unsqueeze(2))
             result.put(0, first, self._round(weight, moments))
@@ -244,10 +257,14 @@ class Compensation:
 
     def _fit_down(self, results: list[Rounded], first: int, last: int) -> None:
         middles, counts, seen = self._middles(first, last)
+        grams, rows = self._grams(1, first, last), self.block.down.shape[1]
         for result in results:
             own = result.smoothing.inner[first:last]
             moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
-            shrink(moments, counts, seen / own.square(), SHRINKAGE)
+            # Products of two have heavy tails: squares of few rows say little of a channel.
+            squares = seen / own.square()
+            squares = squares.add_(squares.mean(1, keepdim=True)).div_(2)
+            shrink(moments, counts, expected(grams.clone(), rows, squares, SQUARES), SHRINKAGE)
             weight = self.block.down[first:last].float().mul_(own.unsqueeze(1))
             result.put(1, first, self._round(weight, moments, self.outputs))
             del weight, moments
@@ -260,6 +277,14 @@ class Compensation:
             return descend(weight, moments, factor, round_compensated(weight, factor, scale, size, whole), whole)
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
+
+    def _grams(self, which: int, first: int, last: int) -> torch.Tensor:
+        """W^T W of gate and up (0) or down (1) of experts first..last, float32 [n, in, in]."""
+        weight = (self.block.gate_up, self.block.down)[which][first:last]
+        grams = self.pooled.new_zeros(last - first, weight.shape[2], weight.shape[2])
+        ends = torch.arange(1, last - first + 1, dtype=torch.int32, device=weight.device) * weight.shape[1]
+        second_moments(weight.flatten(0, 1), ends, grams)
+        return grams
 
     def _inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """X^T X of the inputs X of gate and up of experts first..last, float32 [n, H, H], and numbers of rows, float32

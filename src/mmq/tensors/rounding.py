@@ -55,23 +55,44 @@ class Factor:
 
 
 def shrink(moments: torch.Tensor, counts: torch.Tensor, toward: torch.Tensor, strength: float) -> torch.Tensor:
-    """Mean second moments of few rows, drawn towards what is known without them: float32 [n, in, in].
+    """Mean second moments of few rows, drawn towards what is expected without them: float32 [n, in, in].
 
     Args:
         moments: float32 [n, in, in], sums over rows; overwritten.
         counts: float32 [n], numbers of rows.
-        toward: float32 [in, in] or [n, in], mean second moments or their diagonals.
+        toward: float32 [n, in, in], mean second moments.
         strength: the target counts as many rows as `strength` times the number of columns.
 
     Source: linear shrinkage (Ledoit and Wolf 2004) with a fixed number of prior rows, k / (rows + k).
     """
     prior = strength * moments.shape[-1]
     moments.mul_((1 / (counts + prior)).view(-1, 1, 1))
-    share = (prior / (counts + prior)).view(-1, 1)
-    if toward.shape == moments.shape[:2]:
-        moments.diagonal(dim1=1, dim2=2).add_(toward * share)
-        return moments
-    return moments.add_(toward * share.unsqueeze(2))
+    return moments.addcmul_(toward, (prior / (counts + prior)).view(-1, 1, 1))
+
+
+def expected(grams: torch.Tensor, rows: int, known: torch.Tensor, strength: float) -> torch.Tensor:
+    """What mean second moments of a layer's inputs may be expected to be before any of its own rows is seen.
+
+    A trained layer's weights are sums of inputs that it has seen, so that channels which go together have weights that
+    do. As far as W has many rows, the correlations of W^T W are taken beside what is known otherwise.
+
+    Args:
+        grams: float32 [n, in, in], W^T W of each layer; overwritten.
+        rows: of W.
+        known: float32 [in, in], mean second moments of other rows, or [n, in], mean squares alone.
+        strength: what is known counts as many rows of W as `strength` times the number of columns.
+
+    Returns:
+        float32 [n, in, in], their diagonals the known one.
+    """
+    squares = known if known.shape == grams.shape[:2] else known.diagonal().expand(grams.shape[:2])
+    factor = (squares / grams.diagonal(dim1=1, dim2=2)).sqrt_().nan_to_num_(0.0, 0.0, 0.0)
+    share = rows / (rows + strength * grams.shape[-1])
+    grams.mul_((share * factor).unsqueeze(2)).mul_(factor.unsqueeze(1))
+    if squares is not known:
+        grams.add_(known, alpha=1 - share)
+    grams.diagonal(dim1=1, dim2=2).copy_(squares)
+    return grams
 
 
 def factorize(moments: torch.Tensor, damping: float) -> Factor:
