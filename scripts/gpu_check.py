@@ -457,7 +457,6 @@ def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
     owners = {
         "_inputs": rounding.Compensation,
         "_middles": rounding.Compensation,
-        "_grams": rounding.Compensation,
         "put": rounding.Rounded,
         "hear": rounding._Jury,
     }

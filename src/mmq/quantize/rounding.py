@@ -1,8 +1,9 @@
 """Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
 
 Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
-expert's weights let expect by how few rows there are. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth
-sample takes no part in the moments: on those, smoothing and none, compensated and nearest are compared.
+expert's weights let expect by how few rows there are. The loss on rows that were fitted falls whatever happens
+elsewhere, so every eighth sample takes no part in the moments: on those, smoothing and none, compensated and nearest
+are compared.
 """
 
 from __future__ import annotations
@@ -190,9 +191,9 @@ class Compensation:
 
     @staticmethod
     def least(hidden: int, inner: int) -> tuple[int, int]:
-        """Bytes for one expert's gate and up, and for its down: its moments, their smoothed copy, the factor in the
-        making, and the weights' fp32 copies."""
-        return 20 * hidden**2 + 28 * inner * hidden, 20 * inner**2 + 14 * inner * hidden
+        """Bytes for one expert's gate and up, and for its down: its moments, their smoothed copy, of down W^T W too,
+        the factor in the making, and the weights' fp32 copies."""
+        return 20 * hidden**2 + 28 * inner * hidden, 24 * inner**2 + 14 * inner * hidden
 
     @property
     def _slice(self) -> int:
@@ -245,27 +246,28 @@ class Compensation:
 
     def _fit_gate_up(self, results: list[Rounded], first: int, last: int) -> None:
         inputs, counts = self._inputs(first, last)
-        rows = self.block.gate_up.shape[1]
-        shrink(inputs, counts, expected(self._grams(0, first, last), rows, self.pooled, POOLED), SHRINKAGE)
+        source = self.block.gate_up[first:last]
+        shrink(inputs, counts, expected(_grams(source), source.shape[1], self.pooled, POOLED), SHRINKAGE)
         for result in results:
             norm, own = result.smoothing.norm, result.smoothing.inner[first:last]
             moments = inputs / torch.outer(norm, norm)
-            weight = self.block.gate_up[first:last].float().mul_(norm)
+            weight = source.float().mul_(norm)
             weight[:, own.shape[1] :].div_(own.unsqueeze(2))
             result.put(0, first, self._round(weight, moments))
             del weight, moments
 
     def _fit_down(self, results: list[Rounded], first: int, last: int) -> None:
         middles, counts, seen = self._middles(first, last)
-        grams, rows = self._grams(1, first, last), self.block.down.shape[1]
+        source = self.block.down[first:last]
+        grams = _grams(source)
         for result in results:
             own = result.smoothing.inner[first:last]
             moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
             # Products of two have heavy tails: squares of few rows say little of a channel.
             squares = seen / own.square()
             squares = squares.add_(squares.mean(1, keepdim=True)).div_(2)
-            shrink(moments, counts, expected(grams.clone(), rows, squares, SQUARES), SHRINKAGE)
-            weight = self.block.down[first:last].float().mul_(own.unsqueeze(1))
+            shrink(moments, counts, expected(grams.clone(), source.shape[1], squares, SQUARES), SHRINKAGE)
+            weight = source.float().mul_(own.unsqueeze(1))
             result.put(1, first, self._round(weight, moments, self.outputs))
             del weight, moments
 
@@ -277,14 +279,6 @@ class Compensation:
             return descend(weight, moments, factor, round_compensated(weight, factor, scale, size, whole), whole)
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
-
-    def _grams(self, which: int, first: int, last: int) -> torch.Tensor:
-        """W^T W of gate and up (0) or down (1) of experts first..last, float32 [n, in, in]."""
-        weight = (self.block.gate_up, self.block.down)[which][first:last]
-        grams = self.pooled.new_zeros(last - first, weight.shape[2], weight.shape[2])
-        ends = torch.arange(1, last - first + 1, dtype=torch.int32, device=weight.device) * weight.shape[1]
-        second_moments(weight.flatten(0, 1), ends, grams)
-        return grams
 
     def _inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """X^T X of the inputs X of gate and up of experts first..last, float32 [n, H, H], and numbers of rows, float32
@@ -324,6 +318,15 @@ class Compensation:
         block = self.block
         own = token[piece.start : piece.stop]
         return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
+
+
+def _grams(weight: torch.Tensor) -> torch.Tensor:
+    """W^T W of stacked weights [n, out, in]: float32 [n, in, in]."""
+    count, rows, columns = weight.shape
+    grams = weight.new_zeros(count, columns, columns, dtype=torch.float32)
+    ends = torch.arange(1, count + 1, dtype=torch.int32, device=weight.device) * rows
+    second_moments(weight.flatten(0, 1), ends, grams)
+    return grams
 
 
 def _runs(which: torch.Tensor) -> list[tuple[int, int]]:
