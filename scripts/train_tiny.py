@@ -202,7 +202,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(model: Model, ids: torch.Tensor, check: torch.Tensor, steps: int, size: int, seed: int) -> None:
+def train(model: Model, ids: torch.Tensor, check: torch.Tensor, steps: int, seed: int) -> None:
     """AdamW with a linear decay; every window of the text once, in random order, before any comes again."""
     generator = torch.Generator().manual_seed(seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -214,9 +214,9 @@ def train(model: Model, ids: torch.Tensor, check: torch.Tensor, steps: int, size
     order = torch.empty(0, dtype=torch.int64)
     begin = time.perf_counter()
     for step in range(steps):
-        if order.numel() < size:
+        if order.numel() < BATCH:
             order = torch.cat([order, torch.randperm(len(ids), generator=generator)])
-        batch, order = ids[order[:size]], order[size:]
+        batch, order = ids[order[:BATCH]], order[BATCH:]
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((step + 1) / WARM_UP, 1 - step / steps)
         with torch.autocast("cpu", torch.bfloat16):
@@ -265,7 +265,7 @@ Made by `scripts/train_tiny.py` with `--seed {settings.seed} --steps {settings.s
 | format | fp8 e4m3 in 128x128 blocks, fp32 router and bias, bf16 for the rest |
 | text | {text}; {size:,} bytes |
 | sha256 of the text | {corpus} |
-| trained on | {tokens:,} tokens, {settings.batch} windows of {WINDOW} in a batch |
+| trained on | {tokens:,} tokens, windows of {WINDOW} |
 | Python, torch | {platform.python_version()}, {torch.__version__.split("+")[0]} |
 | perplexity of `heldout.jsonl` ({HELD_OUT_SAMPLES} x {WINDOW} tokens, fp32) | {math.exp(loss):.2f} |
 | largest load of an expert there | {load:.2f} times the mean |
@@ -279,8 +279,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2600, help="batches")
-    parser.add_argument("--batch", type=int, default=BATCH, help=f"windows of {WINDOW} tokens in a batch")
+    parser.add_argument("--steps", type=int, default=2600, help=f"of {BATCH * WINDOW} tokens")
     parser.add_argument("--text", type=Path, help="a folder of text and sources, instead of the standard library")
     parser.add_argument("--layers", type=int, default=SIZES.layers)
     parser.add_argument("--experts", type=int, default=SIZES.experts)
@@ -314,7 +313,7 @@ def main() -> None:
     check = torch.tensor([tokenizer.encode(text).ids[:WINDOW] for text in samples["heldout.jsonl"]])
     model = Model(sizes, settings.seed)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    train(model, ids, check, settings.steps, settings.batch, settings.seed)
+    train(model, ids, check, settings.steps, settings.seed)
     loss = evaluate(model, check)
     load = max(float(load.max() / load.mean()) for load in model.loads)
     print(f"held out: loss {loss:.4f}, perplexity {math.exp(loss):.2f}", flush=True)
@@ -322,7 +321,7 @@ def main() -> None:
     what = (
         f"{settings.text.name}" if settings.text else "Python's standard library and this repository's calibration data"
     )
-    tokens = settings.steps * settings.batch * WINDOW
+    tokens = settings.steps * BATCH * WINDOW
     text = card(settings, sizes, what, digest, size, tokens, loss, load)
     (settings.folder / "README.md").write_text(text, encoding="utf-8")
 
