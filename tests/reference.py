@@ -167,27 +167,31 @@ def of_a_choice(
     return own + (tipped - tipped.detach())[:, None] * (other - own).detach()
 
 
+def attended(
+    x: torch.Tensor, weights: Weights, prefix: str, config: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual stream after a layer's attention, and what its experts are given, [T, H] each."""
+    eps = config["rms_norm_eps"]
+    x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
+    return x, rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+
+
 def hidden_states(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -> list[torch.Tensor]:
     """The residual stream before each layer and after the last, [T, H] each."""
-    eps = config["rms_norm_eps"]
     states = [weights["model.embed_tokens.weight"][ids]]
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
-        x = states[-1]
-        x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
-        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
+        x, normed = attended(states[-1], weights, prefix, config)
         states.append(x + experts(normed, weights, prefix, config))
     return states
 
 
 def chosen_experts(ids: torch.Tensor, weights: Weights, config: dict[str, Any]) -> list[torch.Tensor]:
     """Each layer's choices, [T, k]."""
-    eps, found = config["rms_norm_eps"], []
+    found = []
     for layer, x in enumerate(hidden_states(ids, weights, config)[:-1]):
         prefix = f"model.layers.{layer}."
-        x = x + attention(rms_norm(x, weights[prefix + "input_layernorm.weight"], eps), weights, prefix, config)
-        normed = rms_norm(x, weights[prefix + "post_attention_layernorm.weight"], eps)
-        found.append(choices(normed, weights, prefix, config)[2])
+        found.append(choices(attended(x, weights, prefix, config)[1], weights, prefix, config)[2])
     return found
 
 

@@ -178,6 +178,12 @@ def test_every_eighth_sample_is_held_back() -> None:
     assert held_back([1]).tolist() == [False]
 
 
+def to_nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Each weight of [out, in] by itself, under given group scales."""
+    steps = scale.float().repeat_interleave(128, 1)
+    return (weight / steps).round().clamp(-8, 7) * steps
+
+
 @pytest.mark.parametrize("rare", [0.6, 0.99], ids=["few rows", "no rows"])
 def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> None:
     """An expert that the router hardly ever picks, or never: on the layer's other tokens its inner activations are
@@ -200,9 +206,7 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
     error = {name: float((x @ (other - weight)[0].T).square().mean()) for name, other in others.items()}
     assert error["compensated"] < 0.6 * error["nearest"]
     if not rows:
-        steps = found.scale[1][0].float().repeat_interleave(128, 1)
-        codes = (block.down[0].float() / steps).round().clamp(-8, 7)
-        assert torch.equal(found.stored(1, 0, 1)[0], codes * steps)
+        assert torch.equal(found.stored(1, 0, 1)[0], to_nearest(block.down[0].float(), found.scale[1][0]))
 
 
 def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> None:
@@ -229,8 +233,7 @@ def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> Non
         Compensation(block, torch.arange(len(block.x)), 1000).fit([found], which)
         gate, up = (x[own].float() @ content.gate_up[expert].float().T).chunk(2, dim=1)
         inner, down = torch.nn.functional.silu(gate) * up, content.down[expert].float()
-        steps = found.scale[1][expert].float().repeat_interleave(128, 1)
-        plain = (down / steps).round().clamp(-8, 7) * steps
+        plain = to_nearest(down, found.scale[1][expert])
         compensated += float((inner @ (found.stored(1, expert, expert + 1)[0] - down).T).square().sum())
         nearest += float((inner @ (plain - down).T).square().sum())
     assert compensated < 0.92 * nearest

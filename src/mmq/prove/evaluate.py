@@ -246,8 +246,8 @@ class _Evaluation(Streamed):
         seconds = round(time.perf_counter() - begin, 3)
         record = {"layer": layer, "relative_error": errors, "seconds": seconds}
         if choices:
-            own = {variant.name: choices[variant.name] for variant in self.variants}
-            record["other_experts"] = {name: other_experts(index, own[SOURCE.name]) for name, index in own.items()}
+            true = choices[SOURCE.name]
+            record["other_experts"] = {one.name: other_experts(choices[one.name], true) for one in self.variants}
         if self.team.leads:
             saved = save_tensors(self.files.hidden(layer), {key: states.cpu() for key, states in after.items()})
             self.finish_layer(layer, saved, record)

@@ -265,7 +265,7 @@ class Compensation:
             moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
             # Products of two have heavy tails: squares of few rows say little of a channel.
             squares = seen / own.square()
-            squares = squares.add_(squares.mean(1, keepdim=True)).div_(2)
+            squares.add_(squares.mean(1, keepdim=True)).div_(2)
             shrink(moments, counts, expected(grams.clone(), source.shape[1], squares, SQUARES), SHRINKAGE)
             weight = source.float().mul_(own.unsqueeze(1))
             result.put(1, first, self._round(weight, moments, self.outputs))

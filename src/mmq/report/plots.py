@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -28,6 +29,14 @@ class Plot:
     caption: str
     draw: Callable[[RunFacts], Figure | None]
     draw_upright: Callable[[RunFacts], Figure | None] | None = None
+
+
+def _of_layers(
+    draw: Callable[[list[dict[str, Any]]], Figure], report: dict[str, Any] | None, key: str
+) -> Figure | None:
+    """A plot of those of a report's layers that say something of `key`."""
+    layers = [layer for layer in (report or {}).get("layers", []) if key in layer]
+    return draw(layers) if layers else None
 
 
 PLOTS = (
@@ -84,11 +93,7 @@ PLOTS = (
         "other-experts",
         "result",
         "Share of each router's choices that are none of the source's for the same token, on held-out text.",
-        lambda facts: (
-            quality_plots.other_experts(layers)
-            if (layers := [layer for layer in (facts.evaluation or {}).get("layers", []) if "other_experts" in layer])
-            else None
-        ),
+        lambda facts: _of_layers(quality_plots.other_experts, facts.evaluation, "other_experts"),
     ),
     Plot(
         "layer-kl",
@@ -101,11 +106,7 @@ PLOTS = (
         "weight-errors",
         "result",
         "Root mean square of the rounding of each layer's expert weights, relative to the weights, found by verify.",
-        lambda facts: (
-            quality_plots.weight_errors(layers)
-            if (layers := [layer for layer in (facts.verify or {}).get("layers", []) if "expert_error" in layer])
-            else None
-        ),
+        lambda facts: _of_layers(quality_plots.weight_errors, facts.verify, "expert_error"),
     ),
     Plot(
         "stage-costs",
