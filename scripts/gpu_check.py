@@ -441,9 +441,10 @@ def _modifier() -> Any:
 
 # What of compensated rounding is timed apart, by the names that `quantize.rounding` calls it by.
 STEPS = {
-    "_inputs": "moments", "_middles": "moments", "_grams": "grams", "expected": "shrink", "shrink": "shrink",
-    "factorize": "factorize", "searched_scale": "scales", "round_compensated": "columns", "descend": "sweep",
-    "round_rows": "rows", "put": "put", "hear": "judging",
+    "_inputs": "moments", "_middles": "moments", "_costs": "slopes", "through_down": "through_down", "_grams": "grams",
+    "expected": "shrink", "shrink": "shrink", "factorize": "factorize", "fitted": "fitted",
+    "searched_scale": "scales", "round_twice": "columns", "descend": "sweep", "round_rows": "rows", "put": "put",
+    "hear": "judging",
 }  # fmt: skip
 
 
@@ -457,6 +458,7 @@ def _timed_apart(context: Context) -> Iterator[dict[str, float]]:
     owners = {
         "_inputs": rounding.Compensation,
         "_middles": rounding.Compensation,
+        "_costs": rounding.Compensation,
         "put": rounding.Rounded,
         "hear": rounding._Jury,
     }
@@ -527,24 +529,22 @@ def rounding(context: Context) -> Iterator[Facts]:
     """Compensated rounding: a step of experts part by part, ways to factorize, and a layer as a whole."""
     import torch
 
-    from mmq.quantize.rounding import Compensation, damping, held_back
-    from mmq.tensors.rounding import factorize
+    from mmq.quantize.rounding import Compensation, Metric, held_back
 
     block, reference = _block(context, 8 * (2**20 if context.small else GIB), False)
     fitted = (~held_back(_lengths(context, context.tokens))).nonzero().flatten().to(block.x.device)
     costs = _costs(context)
-    outputs = factorize(costs.clone().unsqueeze(0), damping(len(costs), context.tokens))
-    compensation = Compensation(block, fitted, context.tokens, outputs)
+    compensation = Compensation(block, fitted, context.tokens, Metric.of(costs, context.tokens))
     yield from _rounded_step(context, compensation)
     yield from _factorized(context, compensation)
-    del compensation, outputs
+    del compensation
     if context.is_gpu:
         torch.cuda.empty_cache()
     yield from _judged(context, block, reference, costs)
 
 
 def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
-    """As many experts as come together for down: seconds, rates, memory, and the codes again and in smaller steps."""
+    """As many experts as come together: seconds, rates, memory, and the codes again and in smaller steps."""
     import torch
 
     from mmq.quantize.rounding import PROBED, Rounded, Smoothing
@@ -552,7 +552,7 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
     shape, block = context.shape(), compensation.block
     hidden, inner, device = shape.hidden, shape.intermediate, block.x.device
     plain = Smoothing(torch.ones(hidden, device=device), torch.ones(shape.experts, inner, device=device))
-    count = max(compensation.steps)
+    count = compensation.step
     chosen = torch.arange(shape.experts) < count
     first, again, halves = (Rounded(block, plain) for _ in range(3))
     # Compiles.
@@ -565,28 +565,31 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
     share = shape.experts / count * (1 + 1 / PROBED)
     rows = sum(compensation.rows.counts[:count])
     yield {
-        "of": f"{count} experts, {rows} rows, in steps of {compensation.steps}",
+        "of": f"{count} experts, {rows} rows",
         "layer_seconds": {name: round(took * share, 3) for name, took in seconds.items()},
         "sum": round(sum(seconds.values()) * share, 2),
     }
     columns = count * (2 * inner * hidden**2 + hidden * inner**2)
     operations = {
-        "moments": rows * (2 * (hidden**2 + inner**2) + 4 * hidden * inner),
+        "moments": rows * (2 * hidden**2 + 8 * inner**2 + 8 * hidden * inner),
+        "slopes": rows * (8 * inner**2 + 4 * hidden * inner),
+        "through_down": 2 * count * (hidden**2 * inner + hidden * inner**2),
         "grams": 2 * columns,
-        "factorize": count * (hidden**3 + inner**3) / 3,
-        "columns": columns,
+        "factorize": count * (hidden**3 + 9 * inner**3) / 3,
+        "fitted": 4 * count * hidden * inner**2,
+        "columns": 2 * columns,
         "sweep": 2 * columns,
-        "rows": count * hidden**2 * inner,
+        "rows": count * (hidden**2 * inner + 4 * inner**2 * hidden),
     }
     rates = {name: round(number / max(1e-9, seconds[name]) / 1e12, 2) for name, number in operations.items()}
     weights = 3 * count * hidden * inner
     rates["scales_gweights_per_s"] = round(weights / seconds["scales"] / 1e9, 2)
-    planned = max(own * step for own, step in zip(compensation.least(hidden, inner), compensation.steps, strict=True))
+    planned = compensation.least(hidden, inner) * count
     yield {"of": "their TFLOP/s", **rates, **peak, "planned_gib": round(planned / GIB, 2)}
     # How many are rounded at a time: kernels may be chosen by it, and sums come in another order.
-    whole, compensation.steps = compensation.steps, [-(-step // 2) for step in compensation.steps]
+    compensation.step = -(-count // 2)
     compensation.fit([halves], chosen)
-    compensation.steps = whole
+    compensation.step = count
     differing = {}
     for name, other in (("again", again), ("halves", halves)):
         pairs = zip(first.packed, other.packed, strict=True)
@@ -596,9 +599,13 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
 
 def _factorized(context: Context, compensation: Any) -> Iterator[Facts]:
     """Ways to factorize a step's second moments: milliseconds a matrix, and how far they are off."""
-    for side, moments_of in enumerate((compensation._inputs, compensation._middles)):
-        count = compensation.steps[side]
-        moments = moments_of(0, count)[0]
+    count, block = compensation.step, compensation.block
+
+    def middles() -> Any:
+        return compensation._middles(block.gate_up[:count].float(), 0, count)[0]
+
+    for moments_of in (lambda: compensation._inputs(0, count)[0], middles, lambda: compensation._costs(0, count)):
+        moments = moments_of()
         moments /= moments.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-9).view(-1, 1, 1)
         moments.diagonal(dim1=1, dim2=2).add_(0.1)
         facts: Facts = {"of": f"factorizing {count} of {moments.shape[1]}, ms each"}
@@ -782,10 +789,9 @@ def profile(context: Context) -> Iterator[Facts]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from mmq.quantize.rounding import Compensation, Rounded, Smoothing
+    from mmq.quantize.rounding import Compensation, Metric, Rounded, Smoothing
     from mmq.quantize.routed_experts import SmoothedGateUp
     from mmq.tensors import experts
-    from mmq.tensors.rounding import factorize
 
     block, reference = _block(context, 16 * (2**20 if context.small else GIB), False)
     ones = torch.ones(block.x.shape[1], device=block.x.device)
@@ -796,10 +802,9 @@ def profile(context: Context) -> Iterator[Facts]:
             block.losses(share, SmoothedGateUp(block, ones), part)
 
     plain = Smoothing(ones, torch.ones(block.experts, block.down.shape[2], device=ones.device))
-    costs = _costs(context).unsqueeze(0)
     half = torch.arange(0, len(block.x), 2, device=ones.device)
-    compensation = Compensation(block, half, len(half), factorize(costs, 0.1))
-    chosen = torch.arange(block.experts) < max(compensation.steps)
+    compensation = Compensation(block, half, len(half), Metric.of(_costs(context), len(half)))
+    chosen = torch.arange(block.experts) < compensation.step
     with mock.patch.object(experts, "torch_multiplies_faster", lambda rows: False):
         seconds = timed(context, one_pass)
     yield {"of": "pass, down by Triton's kernel", "seconds": round(seconds, 4)}

@@ -6,7 +6,7 @@ Not a program: `scripts/gpu_check.py --parts kernels` goes through them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ FACTOR, SQUARES, JUDGED = 1e-4, 1e-3, 0.05
 # The share of codes or scales that may be others: one that lay on an edge, and those in its row that make up for it.
 OTHERS = 0.01
 GROUP = 128
+# Numbers of a matrix that a CPU rounds by compiled code.
+WHOLE = 2**30
 SHAPE = Shape(8, 256, 128, 2, 4, 2, 64)
 
 
@@ -234,14 +236,23 @@ def _of_rounding() -> list[Check]:
         weight[0, 3], weight[1, :, GROUP : 2 * GROUP], weight[2, 5, 7] = 0.0, 0.0, 1e-39
         factor = factorize(moments, 0.1)
         scale = rounding.searched_scale(weight, factor.diagonal, GROUP)
-        return [weight, moments, scale, factor.order, factor.unit_lower, factor.diagonal, factor.compensates]
+        return [weight, moments, scale, *parts_of(factor)]
+
+    def parts_of(factor: Factor) -> list[Any]:
+        return [getattr(factor, field.name) for field in fields(factor)]
 
     def rounded(weight: Any, moments: Any, scale: Any, *factor: Any) -> QuantizedStack:
-        return rounding.round_compensated(weight.clone(), Factor(*factor), scale, GROUP)
+        return rounding.round_compensated(weight, Factor(*factor), scale, GROUP)
+
+    def twice(weight: Any, moments: Any, scale: Any, *factor: Any) -> QuantizedStack:
+        return rounding.round_twice(weight, Factor(*factor), scale, GROUP, WHOLE)
+
+    def fitted(weight: Any, moments: Any, scale: Any, *factor: Any) -> Any:
+        return rounding.fitted(weight.clone(), moments * 0.1, Factor(*factor))
 
     def swept(weight: Any, moments: Any, scale: Any, *factor: Any) -> QuantizedStack:
-        stack = rounded(weight, moments, scale, *factor)
-        return rounding.descend(weight.clone(), moments, Factor(*factor), stack)
+        stack = twice(weight, moments, scale, *factor)
+        return rounding.descend(weight.clone(), moments, Factor(*factor), stack, WHOLE)
 
     def squares(stack: QuantizedStack, weight: Any, moments: Any) -> Any:
         change = stack.dequantize(torch.float64) - weight.double()
@@ -286,6 +297,10 @@ def _of_rounding() -> list[Check]:
     def step(*parts: Any) -> Compensation:
         return Compensation(block(*parts), torch.arange(0, 800, 3, device=parts[0].device), 800)
 
+    def middles(*parts: Any) -> Any:
+        own = step(*parts)
+        return own._middles(own.block.gate_up.float() * 1.1, 0, 6)
+
     def verdict(weighed: bool) -> Callable[..., Any]:
         def judged(x: Any, *parts: Any) -> Any:
             own, inner = block(x, *parts), x.new_ones(6, 256, dtype=torch.float32)
@@ -303,13 +318,13 @@ def _of_rounding() -> list[Check]:
         """What `ready` has, and the same of a factor of the outputs."""
         x = normal(g, 300, 96) @ (normal(g, 96, 96) / 96**0.5 + torch.eye(96))
         outputs = factorize((x.T @ x).unsqueeze(0) / 300, 0.1)
-        return [*ready(g), outputs.order, outputs.unit_lower, outputs.diagonal, outputs.compensates]
+        return [*ready(g), *parts_of(outputs)]
 
     def rounded_rows(weight: Any, moments: Any, scale: Any, *factors: Any) -> QuantizedStack:
         def by_columns(weight: Any, scale: Any) -> QuantizedStack:
-            return swept(weight, moments, scale, *factors[:4])
+            return swept(weight, moments, scale, *factors[: len(fields(Factor))])
 
-        return rounding.round_rows(weight, Factor(*factors[4:]), scale, GROUP, by_columns)
+        return rounding.round_rows(weight, Factor(*factors[len(fields(Factor)) :]), scale, GROUP, by_columns)
 
     def stack(g: Any) -> list[Any]:
         return [torch.randint(-8, 8, (3, 64, 512), generator=g, dtype=torch.int8), torch.rand(3, 64, 4, generator=g)]
@@ -321,21 +336,27 @@ def _of_rounding() -> list[Check]:
         Check("factorize, what is positive", odd, lambda m: factorize(m.clone(), 0.1).compensates),
         Check("factorize, order", odd, lambda m: factorize(m.clone(), 0.1).order),
         Check("factorize, factor", odd, lambda m: factorize(m.clone(), 0.1).unit_lower, FACTOR),
-        Check("searched_scale", ready, lambda w, m, s, o, u, d, c: rounding.searched_scale(w, d, GROUP), others=OTHERS),
-        Check("searched_scale, squares", ready, lambda w, m, s, o, u, d, c: searched(w, d), 1e-5),
+        Check(
+            "searched_scale", ready, lambda w, m, s, o, u, d, *_: rounding.searched_scale(w, d, GROUP), others=OTHERS
+        ),
+        Check("searched_scale, squares", ready, lambda w, m, s, o, u, d, *_: searched(w, d), 1e-5),
         Check("columns of a block", lambda g: columns(g, 64), column_by_column),
         Check("columns of a group", lambda g: columns(g, GROUP), column_by_column),
         Check("columns of an odd block", lambda g: columns(g, 40), column_by_column),
         Check("round_compensated, codes", ready, lambda *given: rounded(*given).values, others=OTHERS),
         Check("round_compensated, squares", ready, lambda *given: squares(rounded(*given), *given[:2]), SQUARES),
+        Check("round_twice, codes", ready, lambda *given: twice(*given).values, others=OTHERS),
+        Check("round_twice, squares", ready, lambda *given: squares(twice(*given), *given[:2]), SQUARES),
+        Check("fitted", ready, fitted, FACTOR),
         Check("descend, codes", ready, lambda *given: swept(*given).values, others=OTHERS),
         Check("descend, scales", ready, lambda *given: swept(*given).scale, others=OTHERS),
         Check("descend, squares", ready, lambda *given: squares(swept(*given), *given[:2]), SQUARES),
         Check("round_rows, codes", by_rows, lambda *given: rounded_rows(*given).values, others=OTHERS),
         Check("round_rows, squares", by_rows, lambda *given: squares(rounded_rows(*given), *given[:2]), SQUARES),
         Check("moments of a step, inputs", routed, lambda *parts: step(*parts)._inputs(0, 6)[0], SUMS),
-        Check("moments of a step, down's inputs", routed, lambda *parts: step(*parts)._middles(0, 6)[0], ROUNDED),
-        Check("moments of a step, squares", routed, lambda *parts: step(*parts)._middles(0, 6)[2], ROUNDED),
+        Check("moments of a step, down's inputs", routed, lambda *parts: middles(*parts)[0], ROUNDED),
+        Check("moments of a step, squares", routed, lambda *parts: middles(*parts)[3], ROUNDED),
+        Check("costs of a step", routed, lambda *parts: step(*parts)._costs(0, 6), ROUNDED),
         Check("judge, losses", routed, verdict(False), JUDGED),
         Check("judge, costs", routed, verdict(True), JUDGED),
         Check("pack", stack, lambda v, s: QuantizedStack(v.clone(), s.bfloat16(), GROUP).pack()),
@@ -555,7 +576,8 @@ def tails() -> list[tuple[str, float, Callable[[Any, int], tuple[Any, Any]]]]:
         lower = torch.randn(left.shape[0], rounding.COLUMNS, rounding.COLUMNS, device=device).mul_(0.1)
         scale = torch.rand(*left.shape[:2], rounding.COLUMNS, device=device) + 0.05
         aim = left[:, :, part].clone()
-        there = [aim[-1:].cpu(), lower[-1:].cpu(), scale[-1:].cpu(), aim[-1:].cpu(), torch.zeros(aim[-1:].shape).char()]
+        own = [aim[-1:].to("cpu", copy=True) for _ in range(2)]
+        there = [own[0], lower[-1:].cpu(), scale[-1:].cpu(), own[1], torch.zeros(own[0].shape).char()]
         rounding._columns_by(left)(aim, lower, scale, left[:, :, part], codes[:, :, part])
         rounding._columns_by(left[-1:].cpu())(*there)
         return torch.cat([codes[-1:, :, part].float(), left[-1:, :, part]]).cpu(), torch.cat(

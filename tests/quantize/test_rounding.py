@@ -13,14 +13,16 @@ import pytest
 import torch
 import yaml
 
+import mmq.quantize.rounding
 from cli.test_cli import cli, refused, succeed
 from conftest import DEVICE_NAME, digests
 from mmq.prove.findings import Report
 from mmq.prove.judged import judged_layer
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
+from mmq.quantize.layer import LayerContent
 from mmq.quantize.rounding import Compensation, Rounded, Smoothing, damping, held_back
-from mmq.quantize.routed_experts import ExpertBlock, top_up
+from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
 from mmq.recipe import load
 from mmq.source.calibration import load_tokens
 from mmq.tensors.int4 import quantize_stack
@@ -209,9 +211,9 @@ def test_a_rare_experts_gate_and_up_are_fitted_to_all_tokens(rare: float) -> Non
         assert torch.equal(found.stored(1, 0, 1)[0], to_nearest(block.down[0].float(), found.scale[1][0]))
 
 
-def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> None:
-    """Down layers of trained experts whose rows are kept from them but for a few that top up: on those rows they are
-    nearer than rounded to nearest under the same scales."""
+def first_layer(trained: Path) -> tuple[LayerContent, Any, list[torch.Tensor]]:
+    """The trained model's first layer, its activation, and what its experts read of the calibration: inputs, router's
+    scores, weights and choices."""
     workspace, cpu = Workspace.of(load(trained / "recipe.yaml")), torch.device("cpu")
     source, arch = workspace.source, workspace.architecture
     tokens = load_tokens(workspace.recipe, source.checkpoint.folder)
@@ -220,13 +222,19 @@ def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> Non
     with source.checkpoint.reader() as reader:
         hidden = embed(reader[arch.embedding], tokens.ids)
     x = decoder.block_input(decoder.attend(hidden, tokens.lengths))
-    logits, weight, index = decoder.route(x)
+    return content, decoder.activation, [x, *decoder.route(x)]
+
+
+def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> None:
+    """Down layers of trained experts whose rows are kept from them but for a few that top up: on those rows they are
+    nearer than rounded to nearest under the same scales."""
+    content, activation, (x, logits, weight, index) = first_layer(trained)
     compensated = nearest = 0.0
     for expert in range(4):
         own = (index == expert).any(1)
         given = (part[~own] for part in (x, index, weight))
         extra = top_up(logits[~own], index[~own], 128)
-        block = ExpertBlock(*given, content.gate_up, content.down, decoder.activation, 128, extra)
+        block = ExpertBlock(*given, content.gate_up, content.down, activation, 128, extra)
         assert not block.counts[expert] and own.sum() > 256
         found = Rounded(block, Smoothing(torch.ones(256), torch.ones(16, 128)))
         which = torch.arange(16) == expert
@@ -237,6 +245,30 @@ def test_weights_tell_what_an_expert_without_rows_will_see(trained: Path) -> Non
         compensated += float((inner @ (found.stored(1, expert, expert + 1)[0] - down).T).square().sum())
         nearest += float((inner @ (plain - down).T).square().sum())
     assert compensated < 0.92 * nearest
+
+
+def test_down_makes_up_for_gate_and_up(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On other tokens a block of trained experts is nearer for rows of gate and up that make up for each other through
+    down, and nearer again for a down layer that is fitted to what they leave."""
+    content, activation, (x, _, weight, index) = first_layer(trained)
+    block = ExpertBlock(x, index, weight, content.gate_up, content.down, activation, 128, None)
+    plain, other = Smoothing(torch.ones(256), torch.ones(16, 128)), torch.arange(1, len(x), 2)
+    wanted = block.in_order(block.outputs(Weights(block)))
+
+    def loss() -> float:
+        found = Rounded(block, plain)
+        Compensation(block, torch.arange(0, len(x), 2), 1000).fit([found], torch.ones(16, dtype=torch.bool))
+        return float((block.in_order(block.outputs(found)) - wanted)[other].square().mean())
+
+    both = loss()
+    monkeypatch.setattr(mmq.quantize.rounding, "fitted", lambda weight, crossed, factor: weight)
+    rows = loss()
+
+    def apart(slopes: torch.Tensor, down: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+        return torch.eye(slopes.shape[1]).expand_as(slopes)
+
+    monkeypatch.setattr(mmq.quantize.rounding, "through_down", apart)
+    assert both < 0.98 * rows < 0.98 * 0.99 * loss()
 
 
 def test_narrow_text_is_not_believed() -> None:
@@ -260,11 +292,14 @@ def test_narrow_text_is_not_believed() -> None:
 
 
 def test_moments_are_those_of_each_experts_rows() -> None:
-    """Of the fitted tokens alone, against a plain loop in fp64; down's mean squares with the rows that top up."""
+    """Of the fitted tokens alone, against a plain loop in fp64; down's inputs as rounded gate and up give them, their
+    mean squares with the rows that top up."""
     block = make_block(Shape(5, 256, 128, 700, 2, 400), 2**22)
     fitted = torch.arange(0, 700, 3)
     fit = Compensation(block, fitted, 700)
-    (inputs, counts), (middles, again, squares) = fit._inputs(0, 5), fit._middles(0, 5)
+    rounded = (block.gate_up * (1 + 0.2 * torch.randn(block.gate_up.shape))).bfloat16()
+    (inputs, counts), (middles, crossed, again, squares) = fit._inputs(0, 5), fit._middles(rounded.float(), 0, 5)
+    costs = fit._costs(0, 5)
     assert torch.equal(counts, again)
     assert block.extra is not None
     starts = [0, *block.extra.ends]
@@ -273,17 +308,28 @@ def test_moments_are_those_of_each_experts_rows() -> None:
         assert counts[expert] == len(own)
         x = block.x[own].double()
         assert torch.allclose(inputs[expert].double(), x.T @ x, rtol=1e-4, atol=1e-3)
-        gate, up = block.gate_up[expert].double().chunk(2)
         top = block.extra.token[starts[expert] : starts[expert + 1]]
 
-        def middle(rows: torch.Tensor, gate: torch.Tensor = gate, up: torch.Tensor = up) -> torch.Tensor:
-            return torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        def both(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            gate, up = (rows @ weight.double().T).chunk(2, 1)
+            return torch.nn.functional.silu(gate) * up
 
-        inner = middle(x)
+        source, inner = both(x, block.gate_up[expert]), both(x, rounded[expert])
         scale = float((inner.T @ inner).abs().max())
-        assert torch.allclose(middles[expert].double(), inner.T @ inner, rtol=0.02, atol=0.02 * scale)
-        every = torch.cat([inner, middle(block.x[top].double())])
+        for found, wanted in ((middles, inner.T @ inner), (crossed, (source - inner).T @ inner)):
+            assert torch.allclose(found[expert].double(), wanted, rtol=0.02, atol=0.02 * scale)
+        every = torch.cat([inner, both(block.x[top].double(), rounded[expert])])
         mean = every.square().sum(0) / max(1, len(every))
         assert torch.allclose(squares[expert].double(), mean, rtol=0.05, atol=0.02 * float(mean.max()))
+        # Small errors of gate's and up's outputs, and what they do to the expert's, row by row; their products with
+        # each other are drawn towards none.
+        gate, up = (x @ block.gate_up[expert].double().T).chunk(2, 1)
+        slope = torch.cat([torch.func.vmap(torch.func.vmap(torch.func.grad(torch.nn.functional.silu)))(gate) * up,
+                           torch.nn.functional.silu(gate)], 1)  # fmt: skip
+        down = block.down[expert].double()
+        through = slope.unsqueeze(1) * torch.cat([down, down], 1)
+        wanted = torch.einsum("rhi,rhj->ij", through, through) / (len(own) + 2 * 128)
+        wanted.diagonal().mul_((len(own) + 2 * 128) / max(1, len(own)))
+        assert torch.allclose(costs[expert].double(), wanted, rtol=0.03, atol=0.03 * float(wanted.abs().max()))
     everyone = block.x[fitted].double()
     assert torch.allclose(fit.pooled.double(), everyone.T @ everyone / len(fitted), rtol=1e-4, atol=1e-5)

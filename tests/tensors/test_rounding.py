@@ -23,10 +23,13 @@ from mmq.tensors.rounding import (
     descend,
     expected,
     factorize,
+    fitted,
     round_compensated,
     round_rows,
+    round_twice,
     searched_scale,
     shrink,
+    through_down,
 )
 
 GROUP = 128
@@ -343,7 +346,12 @@ def test_a_gpu_is_asked_for_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     def columns(*tensors: torch.Tensor) -> None:
         launches.count += 1
 
+    def searched(weight: torch.Tensor, importance: torch.Tensor, size: int, whole: int | None) -> torch.Tensor:
+        launches.count += 1
+        return empty(*weight.shape[:2], weight.shape[2] // size, dtype=torch.bfloat16)
+
     monkeypatch.setattr(rounding, "_columns_by", lambda weight, whole: columns)
+    monkeypatch.setattr(rounding, "searched_scale", searched)
     n, out, width = 38, 3072, 1536
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -351,12 +359,13 @@ def test_a_gpu_is_asked_for_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None
 
     def factor(count: int, size: int) -> Factor:
         order, compensates = empty(count, size, dtype=torch.int64), empty(count, dtype=torch.bool)
-        return Factor(order, empty(count, size, size), empty(count, size), compensates)
+        diagonal, unit = empty(count, size), empty(count)
+        return Factor(order, empty(count, size, size), diagonal, diagonal, unit, compensates)
 
     moments, own = empty(n, width, width), factor(n, width)
 
     def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
-        return descend(weight, moments, own, round_compensated(weight, own, scale, GROUP))
+        return descend(weight, moments, own, round_twice(weight, own, scale, GROUP))
 
     scale = empty(n, out, width // GROUP, dtype=torch.bfloat16)
     with launches:
@@ -423,3 +432,71 @@ def test_rows_that_make_up_for_each_other_cost_less() -> None:
     # Rows that have nothing to do with each other leave each other alone.
     apart = by_rows(weight, h, torch.eye(96, device=DEVICE).unsqueeze(0))
     assert torch.equal(apart.scale, alone.scale) and same_codes(apart.values, alone.values)
+
+
+def test_each_matrix_has_the_rows_of_its_own() -> None:
+    """With a moment of the outputs for each, as with one for all."""
+    weight, h, g = weights(3, 48, 256), moments(3, 256, 900), moments(3, 48, 200, seed=9)
+    together = by_rows(weight, h, g)
+    for number in range(3):
+        own = slice(number, number + 1)
+        alone = by_rows(weight[own], h[own], g[own])
+        assert torch.equal(together.scale[own], alone.scale) and same_codes(together.values[own], alone.values)
+    assert not torch.equal(by_rows(weight, h, g[:1]).values[1:], together.values[1:])
+
+
+def test_scales_searched_anew_lose_less() -> None:
+    """In no row more, in many less; and what a row loses is told by what it was rounded from."""
+    weight, h = weights(2, 64, 384), moments(2, 384, 900)
+    h[1] *= 0
+    damped_h = h.clone()
+    factor = factorize(damped_h, 0.1)
+    scale = searched_scale(weight, factor.diagonal, GROUP)
+    once, twice = (way(weight.clone(), factor, scale, GROUP) for way in (round_compensated, round_twice))
+
+    def rows(stack: QuantizedStack) -> torch.Tensor:
+        change = stack.dequantize(torch.float64) - weight.double()
+        return ((change @ damped_h.double()) * change).sum(2)
+
+    before, after = rows(once), rows(twice)
+    assert (after <= before * (1 + 1e-5)).all()
+    assert (after[0] < 0.99 * before[0]).double().mean() > 0.3 and after[0].sum() < 0.99 * before[0].sum()
+    stack, aims = rounding._by_columns(weight.clone(), factor, scale, GROUP, None)
+    told = (aims.double() - stack.dequantize(torch.float64)).square() * factor.pivots.double().unsqueeze(1)
+    assert torch.allclose(told.sum(2), before, rtol=1e-4)
+
+
+def test_weights_are_fitted_to_other_inputs() -> None:
+    """Against a least squares problem in float64 whose damping is rows of its own that W should do nothing else to."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 900, 128, generator=generator) @ torch.randn(128, 128, generator=generator) / 11
+    y, weight = x + 0.3 * torch.randn(x.shape, generator=generator), weights(2, 24, 128).cpu()
+    h, crossed = y.mT @ y / 900, (x - y).mT @ y / 900
+    unit = h.diagonal(dim1=1, dim2=2).mean(1)
+    factor = factorize(h.clone().to(DEVICE), 0.1)
+    found = fitted(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu()
+    for number in range(2):
+        edge = (0.1 * 900 * unit[number].double()) ** 0.5 * torch.eye(128, dtype=torch.float64)
+        inputs, wanted = torch.cat([y[number].double(), edge]), torch.cat([x[number].double(), edge])
+        best = np.linalg.lstsq(inputs.numpy(), (wanted @ weight[number].double().T).numpy(), rcond=None)[0].T
+        assert np.allclose(found[number].double().numpy(), best, rtol=1e-3, atol=1e-3)
+    # Where nothing is known, and where it is no number, they stay.
+    h[0], crossed[1, 0, 0] = 0, torch.inf
+    factor = factorize(h.to(DEVICE), 0.1)
+    assert torch.equal(fitted(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu(), weight)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["metric", "all outputs alike"])
+def test_what_errors_before_down_cost_is_what_they_do_to_the_output(known: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    down, slopes = torch.randn(2, 20, 6, generator=generator), torch.randn(2, 50, 12, generator=generator)
+    metric = moments(1, 20, 80, seed=8)[0].cpu() if known else torch.eye(20)
+    found = through_down(
+        (slopes.mT @ slopes / 50).to(DEVICE), down.to(DEVICE), metric.to(DEVICE) if known else None
+    ).cpu()
+    error = torch.randn(12, generator=generator).double()
+    for number in range(2):
+        before = (slopes[number].double() * error).unflatten(1, (2, 6)).sum(1)
+        outputs = before @ down[number].double().T
+        cost = ((outputs @ metric.double()) * outputs).sum(1).mean()
+        assert torch.allclose(error @ found[number].double() @ error, cost, rtol=1e-4)

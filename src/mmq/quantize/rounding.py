@@ -1,7 +1,8 @@
 """Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
 
 Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
-expert's weights let expect by how few rows there are. The loss on rows that were fitted falls whatever happens
+expert's weights let expect by how few rows there are. Down comes after gate and up, and reads what these make of the
+inputs once they are rounded. The loss on rows that were fitted falls whatever happens
 elsewhere, so every eighth sample takes no part in the moments: on those, smoothing and none, compensated and nearest
 are compared.
 """
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +18,19 @@ import xxhash
 
 from mmq.machine.threads import each
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
-from mmq.tensors.experts import Piece, Rows, gated_rows, row_squares, second_moments
+from mmq.tensors.experts import Rows, gated_rows, gated_slopes, row_squares, second_moments
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import (
     Factor,
     descend,
     expected,
     factorize,
-    round_compensated,
+    fitted,
     round_rows,
+    round_twice,
     searched_scale,
     shrink,
+    through_down,
 )
 
 # As many rows for each column count what is expected of a moment before its own rows are seen; the least share of the
@@ -43,7 +45,6 @@ PROBED = 4  # one expert in as many is rounded under each smoothing
 CPU_STEPS = 8  # steps that the experts are rounded in on a CPU, if there are as many
 GPU_RUNS = 2  # of probed experts on a GPU, which would rather have many at a time
 EVIDENCE = 256  # at most as many tokens are kept for verify to compute the block's loss from the files by
-SIDES = "gate and up", "down"
 ROUNDED = 0.9  # the share of the time that rounding takes, before judging
 
 
@@ -103,6 +104,13 @@ class Rounded(Weights):
         packed, scale = (tensors[which][first:last] for tensors in (self.packed, self.scale))
         return QuantizedStack.unpack(packed, scale, self.block.group_size).dequantize(torch.float32)
 
+    def gate_up(self, first: int, last: int) -> torch.Tensor:
+        """float32 [n, 2I, H], gate and up with the smoothing undone."""
+        inner = self.smoothing.inner[first:last]
+        weight = self.stored(0, first, last).div_(self.smoothing.norm)
+        weight[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
+        return weight
+
     def digests(self) -> list[str]:
         """xxh3-128 of all experts' codes and scales, one after the other: of gate and up, then of down."""
         found: list[str] = []
@@ -117,10 +125,9 @@ class Rounded(Weights):
         source, done = super().take(first, last), self.done[first:last]
         if not bool(done.any()):
             return source
-        inner = self.smoothing.inner[first:last]
-        gate_up = self.stored(0, first, last).div_(self.smoothing.norm)
-        gate_up[:, inner.shape[1] :].mul_(inner.unsqueeze(2))
-        rounded = gate_up.to(source[0].dtype), self.stored(1, first, last).div_(inner.unsqueeze(1)).to(source[1].dtype)
+        inner = self.smoothing.inner[first:last].unsqueeze(1)
+        gate_up, down = self.gate_up(first, last), self.stored(1, first, last).div_(inner)
+        rounded = gate_up.to(source[0].dtype), down.to(source[1].dtype)
         if bool(done.all()):
             return rounded
         mask = done.to(gate_up.device).view(-1, 1, 1)
@@ -135,14 +142,27 @@ def probed(block: ExpertBlock) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Experts first..last whose gate and up (0) or down (1) are rounded together; how far that is, and in words."""
+class Metric:
+    """What errors of a block's outputs cost together.
 
-    side: int
-    first: int
-    last: int
-    share: float
-    at: str
+    Attributes:
+        matrix: float32 [H, H], its mean diagonal about 1.
+        factor: of it.
+    """
+
+    matrix: torch.Tensor
+    factor: Factor
+
+    @classmethod
+    def of(cls, fisher: torch.Tensor, distinct: int) -> Metric:
+        """Args:
+        fisher: float32 [H, H], second moments of the loss's gradients at the outputs.
+        distinct: how many different tokens the calibration has.
+        """
+        matrix = fisher.clone()
+        # Becomes what is factorized.
+        factor = factorize(matrix.unsqueeze(0), damping(matrix.shape[0], distinct))
+        return cls(matrix, factor)
 
 
 @dataclass
@@ -152,23 +172,22 @@ class Compensation:
     Args:
         fitted: int64 [F], the tokens whose rows the moments are of.
         distinct: how many different tokens the calibration has.
-        outputs: of the loss's gradients at the block's outputs, by which the rows of down make up for each other; None
-            weighs all outputs alike.
+        metric: by which rows of down make up for each other; without, all outputs count alike.
 
     Attributes:
         rows: of the fitted tokens.
         pooled: float32 [H, H], the mean second moment of all fitted tokens.
-        steps: experts at a time: their gate and up, and their down.
+        step: experts at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
     """
 
     block: ExpertBlock
     fitted: torch.Tensor
     distinct: int
-    outputs: Factor | None = None
+    metric: Metric | None = None
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
-    steps: list[int] = field(init=False)
+    step: int = field(init=False)
     workers: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,21 +204,22 @@ class Compensation:
         # On a CPU small steps, so that there are some for every thread; their size depends on no number of threads.
         cpu = block.x.device.type == "cpu"
         most = -(-experts // CPU_STEPS) if cpu else experts
-        self.steps = [max(1, min(most, room // own)) for own in needed]
-        fit = min(room // (step * own) for step, own in zip(self.steps, needed, strict=True))
-        self.workers = max(1, min(torch.get_num_threads(), -(-experts // min(self.steps)), fit)) if cpu else 1
+        self.step = max(1, min(most, room // needed))
+        fit = room // (self.step * needed)
+        self.workers = max(1, min(torch.get_num_threads(), -(-experts // self.step), fit)) if cpu else 1
 
     @staticmethod
-    def least(hidden: int, inner: int) -> tuple[int, int]:
-        """Bytes for one expert's gate and up, and for its down: its moments, their smoothed copy, of down W^T W too,
-        the factor in the making, and the weights' fp32 copies."""
-        return 20 * hidden**2 + 28 * inner * hidden, 24 * inner**2 + 14 * inner * hidden
+    def least(hidden: int, inner: int) -> int:
+        """Bytes for one expert. For gate and up: the inputs' moments, their smoothed copy and the factor in the making,
+        the same of the slopes, and the weights' fp32 copies. For down: moments of both inputs, what is expected of
+        them, their smoothed copy and the factor in the making, and the weights' fp32 copies."""
+        return max(20 * hidden**2 + 80 * inner**2 + 48 * inner * hidden, 56 * inner**2 + 36 * inner * hidden)
 
     @property
     def _slice(self) -> int:
-        """Rows at a time: their inputs, gate and up, product, and the fp32 copies that a CPU multiplies."""
+        """Rows at a time: their inputs, gate and up, product, its slopes, and the fp32 copies that a CPU multiplies."""
         hidden, inner = self.block.gate_up.shape[2], self.block.down.shape[2]
-        return max(1, self.block.working_memory // 8 // (6 * hidden + 12 * inner))
+        return max(1, self.block.working_memory // 8 // (6 * hidden + 24 * inner))
 
     def fit(
         self, results: list[Rounded], which: torch.Tensor, say: Callable[[float, str], None] = lambda *_: None
@@ -212,19 +232,21 @@ class Compensation:
             say: told the share of the experts that are done, and which come next; also from threads that compute.
         """
         wanted = which & ~results[0].done
-        count, before, added = len(wanted), int(results[0].done.sum()), int(wanted.sum())
-        steps = []
-        for side, size in enumerate(self.steps):
-            begun = before
-            for first, last in _runs(wanted):
-                for start in range(first, last, size):
-                    stop = min(start + size, last)
-                    share = (begun + before + added * side) / (2 * count)
-                    steps.append(
-                        _Step(side, start, stop, share, f"rounding {SIDES[side]} of expert {begun + 1} of {count}")
-                    )
-                    begun += stop - start
-        fit = partial(self._fit_step, results, say)
+        count, begun, steps = len(wanted), int(results[0].done.sum()), []
+        for first, last in _runs(wanted):
+            for start in range(first, last, self.step):
+                stop = min(start + self.step, last)
+                steps.append((start, stop, begun))
+                begun += stop - start
+
+        def fit(step: tuple[int, int, int]) -> None:
+            first, last, before = step
+            at = f"of expert {before + 1} of {count}"
+            say(before / count, f"rounding gate and up {at}")
+            self._fit_gate_up(results, first, last)
+            say((before + (last - first) / 2) / count, f"rounding down {at}")
+            self._fit_down(results, first, last)
+
         if self.block.x.device.type != "cpu":
             for step in steps:
                 fit(step)
@@ -239,44 +261,51 @@ class Compensation:
         for result in results:
             result.done |= wanted
 
-    def _fit_step(self, results: list[Rounded], say: Callable[[float, str], None], step: _Step) -> None:
-        say(step.share, step.at)
-        fit = self._fit_down if step.side else self._fit_gate_up
-        fit(results, step.first, step.last)
-
     def _fit_gate_up(self, results: list[Rounded], first: int, last: int) -> None:
         inputs, counts = self._inputs(first, last)
         source = self.block.gate_up[first:last]
         shrink(inputs, counts, expected(_grams(source), source.shape[1], self.pooled, POOLED), SHRINKAGE)
+        costs = self._costs(first, last)
         for result in results:
             norm, own = result.smoothing.norm, result.smoothing.inner[first:last]
             moments = inputs / torch.outer(norm, norm)
-            weight = source.float().mul_(norm)
-            weight[:, own.shape[1] :].div_(own.unsqueeze(2))
-            result.put(0, first, self._round(weight, moments))
-            del weight, moments
+            # Up's rows are divided by what down's columns are multiplied by, gate's stay as they are.
+            rows = torch.cat([torch.ones_like(own), own], 1)
+            weight = source.float().mul_(norm).div_(rows.unsqueeze(2))
+            outputs = factorize(costs * rows.unsqueeze(2) * rows.unsqueeze(1), damping(rows.shape[1], self.distinct))
+            result.put(0, first, self._round(weight, moments, self._factor(moments), outputs))
+            del weight, moments, outputs
 
     def _fit_down(self, results: list[Rounded], first: int, last: int) -> None:
-        middles, counts, seen = self._middles(first, last)
         source = self.block.down[first:last]
         grams = _grams(source)
         for result in results:
             own = result.smoothing.inner[first:last]
-            moments = middles / (own.unsqueeze(2) * own.unsqueeze(1))
+            moments, crossed, counts, squares = self._middles(result.gate_up(first, last), first, last)
+            for sums in (moments, crossed):
+                sums.div_(own.unsqueeze(2)).div_(own.unsqueeze(1))
             # Products of two have heavy tails: squares of few rows say little of a channel.
-            squares = seen / own.square()
+            squares.div_(own.square())
             squares.add_(squares.mean(1, keepdim=True)).div_(2)
             shrink(moments, counts, expected(grams.clone(), source.shape[1], squares, SQUARES), SHRINKAGE)
-            weight = source.float().mul_(own.unsqueeze(1))
-            result.put(1, first, self._round(weight, moments, self.outputs))
-            del weight, moments
+            # Before any row is seen, nothing is expected of what gate and up leave.
+            shrink(crossed, counts, crossed.new_zeros(1), SHRINKAGE)
+            factor = self._factor(moments)
+            weight = fitted(source.float().mul_(own.unsqueeze(1)), crossed, factor)
+            result.put(1, first, self._round(weight, moments, factor, self.metric.factor if self.metric else None))
+            del weight, moments, crossed, factor
 
-    def _round(self, weight: torch.Tensor, moments: torch.Tensor, outputs: Factor | None = None) -> QuantizedStack:
-        factor, size = factorize(moments, damping(weight.shape[2], self.distinct)), self.block.group_size
-        scale, whole = searched_scale(weight, factor.diagonal, size), weight.shape[1] * weight.shape[2]
+    def _factor(self, moments: torch.Tensor) -> Factor:
+        return factorize(moments, damping(moments.shape[1], self.distinct))
+
+    def _round(
+        self, weight: torch.Tensor, moments: torch.Tensor, factor: Factor, outputs: Factor | None
+    ) -> QuantizedStack:
+        size, whole = self.block.group_size, weight.shape[1] * weight.shape[2]
+        scale = searched_scale(weight, factor.diagonal, size)
 
         def by_columns(weight: torch.Tensor, scale: torch.Tensor) -> QuantizedStack:
-            return descend(weight, moments, factor, round_compensated(weight, factor, scale, size, whole), whole)
+            return descend(weight, moments, factor, round_twice(weight, factor, scale, size, whole), whole)
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
 
@@ -288,36 +317,61 @@ class Compensation:
         for piece in self.rows.pieces(first, last, self._slice):
             x = self.block.x.index_select(0, self.rows.token[piece.start : piece.stop])
             second_moments(x, piece.ends, moments)
-        return moments, self._counts(self.rows, first, last).float()
+        return moments, self._counts(self.rows, first, last)
 
-    def _middles(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """X^T X of the inputs X of down, float32 [n, I, I], and numbers of rows, float32 [n]; mean squares over these
-        rows and those that top up, float32 [n, I]."""
-        block, inner = self.block, self.block.down.shape[2]
-        moments = self.pooled.new_zeros(last - first, inner, inner)
-        counts = total = self._counts(self.rows, first, last)
+    def _costs(self, first: int, last: int) -> torch.Tensor:
+        """What errors of gate's and up's outputs cost together, of experts first..last: float32 [n, 2I, 2I]."""
+        block, count = self.block, last - first
+        slopes = self.pooled.new_zeros(count, block.gate_up.shape[1], block.gate_up.shape[1])
         for piece in self.rows.pieces(first, last, self._slice):
-            second_moments(self._middle(self.rows.token, piece), piece.ends, moments)
+            token = self.rows.token[piece.start : piece.stop]
+            own = gated_slopes(block.x, token, block.gate_up[first:last], piece.ends, block.activation)
+            second_moments(own, piece.ends, slopes)
+        counts = self._counts(self.rows, first, last)
+        squares = slopes.diagonal(dim1=1, dim2=2) / counts.clamp(min=1).unsqueeze(1)
+        shrink(slopes, counts, torch.diag_embed(squares), SHRINKAGE)
+        return through_down(slopes, block.down[first:last].float(), self.metric.matrix if self.metric else None)
+
+    def _middles(
+        self, rounded: torch.Tensor, first: int, last: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the inputs of down of experts first..last, X by the source's gate and up, Y by rounded ones.
+
+        Args:
+            rounded: float32 [n, 2I, H], gate and up.
+
+        Returns:
+            sums of Y Y^T and of (X - Y) Y^T, float32 [n, I, I]; numbers of rows, float32 [n]; mean squares of Y over
+            these rows and those that top up, float32 [n, I].
+        """
+        block, inner = self.block, self.block.down.shape[2]
+        rounded = rounded.to(block.gate_up.dtype)
+        sums = self.pooled.new_zeros(last - first, 2 * inner, 2 * inner)
+        for piece in self.rows.pieces(first, last, self._slice):
+            token = self.rows.token[piece.start : piece.stop]
+            both = [
+                gated_rows(block.x, token, weight, piece.ends, block.activation)
+                for weight in (block.gate_up[first:last], rounded)
+            ]
+            second_moments(torch.cat(both, 1), piece.ends, sums)
+        moments = sums[:, inner:, inner:].contiguous()
+        crossed = sums[:, :inner, inner:] - moments
+        counts = total = self._counts(self.rows, first, last)
         squares = moments.diagonal(dim1=1, dim2=2).clone()
         if block.extra is not None:
             total = total + self._counts(block.extra, first, last)
             for piece in block.extra.pieces(first, last, self._slice):
-                middle = self._middle(block.extra.token, piece).float().square_()
+                token = block.extra.token[piece.start : piece.stop]
+                middle = gated_rows(block.x, token, rounded, piece.ends, block.activation).float().square_()
                 owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
                 # Of each expert a plain sum, in one order on every device.
                 chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
                 squares += chosen.T @ middle
-        return moments, counts.float(), squares / total.clamp(min=1).unsqueeze(1)
+        return moments, crossed, counts, squares / total.clamp(min=1).unsqueeze(1)
 
     def _counts(self, rows: Rows, first: int, last: int) -> torch.Tensor:
-        """int64 [n] of experts first..last."""
-        return torch.tensor(rows.counts[first:last], device=self.pooled.device)
-
-    def _middle(self, token: torch.Tensor, piece: Piece) -> torch.Tensor:
-        """What goes into the down layers of a piece's rows: [R, I]."""
-        block = self.block
-        own = token[piece.start : piece.stop]
-        return gated_rows(block.x, own, block.gate_up[piece.first : piece.last], piece.ends, block.activation)
+        """float32 [n], numbers of rows of experts first..last."""
+        return torch.tensor(rows.counts[first:last], dtype=torch.float32, device=self.pooled.device)
 
 
 def _grams(weight: torch.Tensor) -> torch.Tensor:
@@ -431,12 +485,8 @@ def judge(
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
-    outputs, metric = None, None
-    if fisher is not None:
-        # Becomes what is factorized: damped, in units of its mean diagonal.
-        metric = fisher.clone()
-        outputs = factorize(metric.unsqueeze(0), damping(metric.shape[0], distinct))
-    jury = _Jury.of(block, reference, judging, metric)
+    metric = None if fisher is None else Metric.of(fisher, distinct)
+    jury = _Jury.of(block, reference, judging, metric.matrix if metric else None)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
     changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])
@@ -446,7 +496,7 @@ def judge(
     nearest = {f"{name}nearest": smoothing for name, smoothing in smoothings.items()}
     for way, smoothing in nearest.items():
         jury.hear(way, Smoothed(jury.block, smoothing.norm, smoothing.inner))
-    compensation = Compensation(block, fitted, distinct, outputs)
+    compensation = Compensation(block, fitted, distinct, metric)
     results = {name: Rounded(block, smoothing) for name, smoothing in smoothings.items()}
 
     def progress(share: float, at: str) -> None:

@@ -92,7 +92,7 @@ def round_columns(
     aim: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, codes: torch.Tensor
 ) -> None:
     """`rounding._round_columns`, bit for bit."""
-    _round_columns(aim.numpy(), lower.contiguous().numpy(), scale.numpy(), left.numpy(), codes.numpy())
+    _round_columns(aim.numpy(), lower.numpy(), scale.numpy(), left.numpy(), codes.numpy())
 
 
 def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -270,7 +270,7 @@ def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: 
     experts, rows, columns = aim.shape
     # Rows side by side: one alone would wait for each of its codes.
     aims = np.zeros((columns, _SIDE_BY_SIDE), np.float32)
-    steps, lefts = np.ones_like(aims), np.zeros_like(aims)
+    steps, lefts, found = np.ones_like(aims), np.zeros_like(aims), np.zeros_like(aims)
     for expert in range(experts):
         for first in range(0, rows, _SIDE_BY_SIDE):
             count = min(_SIDE_BY_SIDE, rows - first)
@@ -284,14 +284,15 @@ def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: 
                     step = steps[column, row]
                     code = min(max(np.rint(aims[column, row] / step), _Q_MIN), _Q_MAX)
                     lefts[column, row] -= code * step
-                    aims[column, row] = code
+                    found[column, row] = code
                 for i in range(column):
                     factor = lower[expert, column, i]
                     for row in range(_SIDE_BY_SIDE):
                         aims[i, row] += lefts[column, row] * factor
             for row in range(count):
                 for i in range(columns):
-                    codes[expert, first + row, i] = np.int8(aims[i, row])
+                    codes[expert, first + row, i] = np.int8(found[i, row])
+                    aim[expert, first + row, i] = aims[i, row]
                     left[expert, first + row, i] = lefts[i, row]
 
 

@@ -180,6 +180,17 @@ def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     return activation(gate).mul_(up)
 
 
+def gated_slopes(
+    x: torch.Tensor, token: torch.Tensor, gate_up: torch.Tensor, ends: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """Derivatives of `gated_rows` by the outputs of gate and of up: [R, 2I] in the dtype of x, given the same."""
+    with torch.enable_grad():
+        both = grouped_linear(x.index_select(0, token), gate_up, ends).requires_grad_()
+        # Each product has its own gate and up.
+        (slopes,) = torch.autograd.grad(gated(both, activation).sum(), both)
+    return slopes
+
+
 @cache
 def _is_silu(activation: Activation) -> bool:
     """Libraries name and wrap it differently; what it computes tells."""

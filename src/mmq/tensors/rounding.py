@@ -14,6 +14,9 @@ Where a second moment G of the loss's gradients at the outputs says which of the
 trace(G (Q - W) H (Q - W)^T) (YAQA, arXiv 2505.22988). The Cholesky factor of both is the Kronecker product of theirs,
 so that with G = M M^T and U = M / diag(M) rows make up for each other as columns do: row r, the last one first, is
 rounded by H alone, but from w_r + sum over s > r of U_sr (w_s - q_s). `round_rows` does.
+
+An expert's down layer reads what its gate and up make of the inputs, and these are rounded too. `through_down` tells
+from G which errors of gate's and up's outputs matter together, and `fitted` lets down make up for what they leave.
 """
 
 from __future__ import annotations
@@ -44,6 +47,9 @@ class Factor:
         order: int64 [n, in], columns by ascending diagonal.
         unit_lower: float32 [n, in, in], L / diag(L) of H with its columns in that order.
         diagonal: float32 [n, in], H's, in file order; never all zero.
+        pivots: float32 [n, in], squares of L's diagonal, in file order: what an error of a column costs once those that
+            are rounded after it have made up for it.
+        unit: float32 [n], the mean diagonal that H is in units of.
         compensates: bool [n]; where False, H was no positive matrix, and its place is taken by the identity, by which
             every code is the nearest.
     """
@@ -51,6 +57,8 @@ class Factor:
     order: torch.Tensor
     unit_lower: torch.Tensor
     diagonal: torch.Tensor
+    pivots: torch.Tensor
+    unit: torch.Tensor
     compensates: torch.Tensor
 
 
@@ -127,8 +135,10 @@ def factorize(moments: torch.Tensor, damping: float) -> Factor:
         else:
             moments.diagonal(dim1=1, dim2=2).add_(failed.unsqueeze(1) * more)
         lower, info = torch.linalg.cholesky_ex(moments)
-    lower.div_(lower.diagonal(dim1=1, dim2=2).clone().unsqueeze(1))
-    return Factor(order, lower, diagonal, usable)
+    pivots = lower.diagonal(dim1=1, dim2=2).clone()
+    lower.div_(pivots.unsqueeze(1))
+    pivots = torch.empty_like(pivots).scatter_(1, order, pivots.square())
+    return Factor(order, lower, diagonal, pivots, mean, usable)
 
 
 def _identity_where(matrices: torch.Tensor, where: torch.Tensor) -> None:
@@ -137,16 +147,64 @@ def _identity_where(matrices: torch.Tensor, where: torch.Tensor) -> None:
     matrices.diagonal(dim1=1, dim2=2).add_(where.unsqueeze(1).to(matrices.dtype))
 
 
-def searched_scale(weight: torch.Tensor, importance: torch.Tensor, group_size: int) -> torch.Tensor:
+def through_down(slopes: torch.Tensor, down: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+    """Which errors of gate's and up's outputs matter together, given which of the block's outputs do.
+
+    With D the weights of down and j the derivatives of its inputs by gate's and up's outputs, errors e of these cost
+    e^T ((D^T G D) o j j^T) e. In the mean over rows, G is taken to go with no row more than with another: a matrix of
+    all tokens then serves an expert that has few.
+
+    Args:
+        slopes: float32 [n, 2I, 2I], E[j j^T], gate above up; overwritten.
+        down: float32 [n, H, I].
+        metric: float32 [H, H], G; without, the identity.
+
+    Returns:
+        float32 [n, 2I, 2I].
+    """
+    inner = down.shape[2]
+    weighed = down if metric is None else torch.bmm(metric.expand(down.shape[0], -1, -1), down)
+    outputs = torch.bmm(down.transpose(1, 2), weighed)
+    slopes.unflatten(2, (2, inner)).unflatten(1, (2, inner)).mul_(outputs.unsqueeze(2).unsqueeze(1))
+    return slopes
+
+
+def fitted(weight: torch.Tensor, crossed: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """What stacked weights W should be where they read rounded inputs Y in place of X: float32 [n, out, in].
+
+    E|W X - V Y|^2 is least for V = W E[X Y^T] H^-1 with H = E[Y Y^T] (as in GPTAQ, arXiv 2504.02692), which is
+    W + W C H^-1 with C = E[(X - Y) Y^T].
+
+    Args:
+        weight: float32 [n, out, in]; overwritten.
+        crossed: float32 [n, in, in], C.
+        factor: of H. Where it does not compensate, and of what is no number, W stays as it is.
+    """
+    order = factor.order.unsqueeze(1).expand_as(weight)
+    pull = torch.bmm(weight, crossed).gather(2, order)
+    pull = torch.linalg.solve_triangular(
+        factor.unit_lower.transpose(1, 2), pull, upper=True, left=False, unitriangular=True
+    )
+    pull.div_((factor.pivots.gather(1, factor.order) * factor.unit.unsqueeze(1)).unsqueeze(1))
+    pull = torch.linalg.solve_triangular(factor.unit_lower, pull, upper=False, left=False, unitriangular=True)
+    usable = factor.compensates & torch.isfinite(pull).all(2).all(1)
+    pull.masked_fill_(~usable.view(-1, 1, 1), 0.0)
+    return weight.scatter_add_(2, order, pull)
+
+
+def searched_scale(
+    weight: torch.Tensor, importance: torch.Tensor, group_size: int, whole: int | None = None
+) -> torch.Tensor:
     """Group scales under which rounding to nearest changes the weighted squares least: bfloat16 [n, out, in/group].
 
     Args:
         weight: float32 [n, out, in].
         importance: float32 [n, in], weights of the squares: the diagonal of the inputs' second moments.
+        whole: numbers of one of the matrices, where these are some of their rows.
 
     All are positive. With equal squares the larger share of max|w| wins; where no share gives a number, it is 1.
     """
-    match way_of_columns(weight):
+    match way_of_columns(weight, whole):
         case Way.NUMBA:
             from mmq.tensors import compiled
 
@@ -187,27 +245,56 @@ def round_compensated(
     """Round stacked weights, each column from what the ones before it left over.
 
     Args:
-        weight: float32 [n, out, in]; overwritten.
+        weight: float32 [n, out, in].
         factor: of the second moments of the weights' inputs.
         scale: bfloat16 [n, out, in/group], positive.
         whole: numbers of one of the matrices, where these are some of their rows.
     """
-    order = factor.order.unsqueeze(1)
+    stack, _ = _by_columns(weight, factor, scale, group_size, whole)
+    return stack
+
+
+def round_twice(
+    weight: torch.Tensor, factor: Factor, scale: torch.Tensor, group_size: int, whole: int | None = None
+) -> QuantizedStack:
+    """`round_compensated`, and again by scales that are searched for what columns were rounded from the first time.
+
+    That is not the weights, by which scales were found: errors made up for add to them. Rounded from c, a row loses
+    `sum of pivots_j (c_j - q_j)^2`; of each row, what loses less is kept.
+    """
+    first, aims = _by_columns(weight, factor, scale, group_size, whole)
+    anew = searched_scale(aims, factor.pivots, group_size, whole)
+    loss = _row_losses(aims, first, factor)
+    second, aims = _by_columns(weight, factor, anew, group_size, whole)
+    better = _row_losses(aims, second, factor) < loss
+    return QuantizedStack(
+        torch.where(better, second.values, first.values), torch.where(better, second.scale, first.scale), group_size
+    )
+
+
+def _row_losses(aims: torch.Tensor, stack: QuantizedStack, factor: Factor) -> torch.Tensor:
+    """trace((Q - W) H (Q - W)^T) of each row, by what it was rounded from; overwritten: float32 [n, out, 1]."""
+    return aims.sub_(stack.dequantize(torch.float32)).square_().mul_(factor.pivots.unsqueeze(1)).sum(2, keepdim=True)
+
+
+def _by_columns(
+    weight: torch.Tensor, factor: Factor, scale: torch.Tensor, group_size: int, whole: int | None
+) -> tuple[QuantizedStack, torch.Tensor]:
+    """`round_compensated`, and what each column was rounded from: float32 [n, out, in]."""
+    order = factor.order.unsqueeze(1).expand_as(weight)
     # From here on in the factor's order. What is left of a column becomes its error once it is rounded.
-    left = weight.gather(2, order.expand_as(weight))
-    codes = torch.empty_like(left, dtype=torch.int8)
-    wide = scale.float()
+    left = weight.gather(2, order)
+    aims, codes = left.clone(), torch.empty_like(left, dtype=torch.int8)
+    steps = scale.float().gather(2, order.div(group_size, rounding_mode="floor"))
     round_columns = _columns_by(weight, whole)
     for stop in range(left.shape[2], 0, -COLUMNS):
         part = slice(max(0, stop - COLUMNS), stop)
-        block, lower = left[:, :, part], factor.unit_lower[:, part, part]
-        aim = block.clone()
+        aim = aims[:, :, part]
         if stop < left.shape[2]:
             aim.baddbmm_(left[:, :, stop:], factor.unit_lower[:, stop:, part])
-        places = order[:, :, part].div(group_size, rounding_mode="floor").expand_as(aim)
-        round_columns(aim, lower, wide.gather(2, places), block, codes[:, :, part])
-    values = torch.empty_like(codes).scatter_(2, order.expand_as(codes), codes)
-    return QuantizedStack(values, scale, group_size)
+        round_columns(aim, factor.unit_lower[:, part, part], steps[:, :, part], left[:, :, part], codes[:, :, part])
+    values = torch.empty_like(codes).scatter_(2, order, codes)
+    return QuantizedStack(values, scale, group_size), left.scatter_(2, order, aims)
 
 
 def _columns_by(weight: torch.Tensor, whole: int | None = None) -> Callable[..., None]:
@@ -230,7 +317,7 @@ def _round_columns(
     """Round the columns of one block, the last one first, passing each one's error on to those before it.
 
     Args:
-        aim: float32 [n, out, b], what to round but for the errors within the block; overwritten.
+        aim: float32 [n, out, b], what to round but for the errors within the block; becomes what was rounded.
         lower: float32 [n, b, b], the factor's part.
         scale: float32 [n, out, b].
         left: float32 [n, out, b], the weights; becomes their errors.
@@ -305,20 +392,21 @@ def round_rows(
 
     Args:
         weight: float32 [n, out, in].
-        factor: of one second moment [1, out, out] of the gradients at the outputs, for all n.
+        factor: of second moments [n, out, out] of the gradients at the outputs, or of one for all.
         scale: bfloat16 [n, out, in/group].
         round_some: rounds rows float32 [n, r, in], which it may overwrite, by group scales like these.
     """
-    order, lower = factor.order[0], factor.unit_lower[0]
+    order = factor.order.unsqueeze(2).expand(weight.shape[0], -1, -1)
     # In the factor's order. What is left of a row becomes its error once it is rounded.
-    left, scales = weight[:, order], scale[:, order]
+    left, scales = weight.gather(1, order.expand_as(weight)), scale.gather(1, order.expand_as(scale))
+    lower = factor.unit_lower.transpose(1, 2).expand(weight.shape[0], -1, -1)
     values, found = torch.empty_like(left, dtype=torch.int8), torch.empty_like(scales)
     height = max(ROWS, -(-left.shape[1] // ROW_BLOCKS))
     for stop in range(left.shape[1], 0, -height):
         part = slice(max(0, stop - height), stop)
-        passed_on = lower[stop:, part].T.expand(left.shape[0], -1, -1)
-        aim = torch.baddbmm(left[:, part], passed_on, left[:, stop:])
+        aim = torch.baddbmm(left[:, part], lower[:, part, stop:], left[:, stop:])
         stack = round_some(aim, scales[:, part])
         left[:, part] -= stack.dequantize(torch.float32)
-        values[:, order[part]], found[:, order[part]] = stack.values, stack.scale
+        values.scatter_(1, order[:, part].expand_as(stack.values), stack.values)
+        found.scatter_(1, order[:, part].expand_as(stack.scale), stack.scale)
     return QuantizedStack(values, found, group_size)

@@ -97,6 +97,12 @@ def _round_columns(
     codes,
     rows,
     columns,
+    aim_expert,
+    aim_row,
+    lower_expert,
+    lower_row,
+    scale_expert,
+    scale_row,
     left_expert,
     left_row,
     codes_expert,
@@ -111,10 +117,10 @@ def _round_columns(
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    here = (expert * rows + row) * columns + column
+    here = aim + expert * aim_expert + row * aim_row + column
     there = left + expert * left_expert + row * left_row + column
-    aims = tl.load(aim + here, mask=inside, other=0.0)
-    steps = tl.load(scale + here, mask=inside, other=1.0)
+    aims = tl.load(here, mask=inside, other=0.0)
+    steps = tl.load(scale + expert * scale_expert + row * scale_row + column, mask=inside, other=1.0)
     lefts = tl.load(there, mask=inside, other=0.0)
     found = tl.zeros([ROWS, COLUMNS], tl.float32)
     for passed in range(0, columns):
@@ -127,8 +133,9 @@ def _round_columns(
         error = tl.sum(tl.where(own, lefts, 0.0), axis=1) - code * step
         found = tl.where(own, code[:, None], found)
         lefts = tl.where(own, error[:, None], lefts)
-        passing = tl.load(lower + (expert * columns + now) * columns + column, mask=column < now, other=0.0)
+        passing = tl.load(lower + expert * lower_expert + now * lower_row + column, mask=column < now, other=0.0)
         aims += error[:, None] * passing
+    tl.store(here, aims, mask=inside)
     tl.store(there, lefts, mask=inside)
     tl.store(codes + expert * codes_expert + row * codes_row + column, found.to(tl.int8), mask=inside)
 
@@ -136,21 +143,18 @@ def _round_columns(
 def round_columns(
     aim: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, codes: torch.Tensor
 ) -> None:
-    """`rounding._round_columns`, bit for bit; columns of `left` and of `codes` lie together. `aim` stays as it is."""
+    """`rounding._round_columns`, bit for bit; columns lie together."""
     experts, rows, columns = aim.shape
     with torch.cuda.device_of(aim):
         _round_columns[(programs(rows, ROUNDED_ROWS), experts)](
-            aim.contiguous(),
-            lower.contiguous(),
-            scale.contiguous(),
+            aim,
+            lower,
+            scale,
             left,
             codes,
             rows,
             columns,
-            left.stride(0),
-            left.stride(1),
-            codes.stride(0),
-            codes.stride(1),
+            *(stride for tensor in (aim, lower, scale, left, codes) for stride in tensor.stride()[:2]),
             LOWEST=_FORMAT["LOWEST"],
             HIGHEST=_FORMAT["HIGHEST"],
             ROWS=ROUNDED_ROWS,
