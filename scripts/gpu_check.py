@@ -442,7 +442,7 @@ def _modifier() -> Any:
 # What of compensated rounding is timed apart, by the names that `quantize.rounding` calls it by.
 STEPS = {
     "_inputs": "moments", "_middles": "moments", "_costs": "slopes", "through_down": "through_down", "_grams": "grams",
-    "expected": "shrink", "shrink": "shrink", "factorize": "factorize", "fitted": "fitted",
+    "expected": "shrink", "shrink": "shrink", "factorize": "factorize", "corrected": "corrected",
     "searched_scale": "scales", "round_twice": "columns", "descend": "sweep", "round_rows": "rows", "put": "put",
     "hear": "judging",
 }  # fmt: skip
@@ -576,7 +576,7 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
         "through_down": 2 * count * (hidden**2 * inner + hidden * inner**2),
         "grams": 2 * columns,
         "factorize": count * (hidden**3 + 9 * inner**3) / 3,
-        "fitted": 4 * count * hidden * inner**2,
+        "corrected": 4 * count * hidden * inner**2,
         "columns": 2 * columns,
         "sweep": 2 * columns,
         "rows": count * (hidden**2 * inner + 4 * inner**2 * hidden),

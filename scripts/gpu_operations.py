@@ -247,8 +247,8 @@ def _of_rounding() -> list[Check]:
     def twice(weight: Any, moments: Any, scale: Any, *factor: Any) -> QuantizedStack:
         return rounding.round_twice(weight, Factor(*factor), scale, GROUP, WHOLE)
 
-    def fitted(weight: Any, moments: Any, scale: Any, *factor: Any) -> Any:
-        return rounding.fitted(weight.clone(), moments * 0.1, Factor(*factor))
+    def corrected(weight: Any, moments: Any, scale: Any, *factor: Any) -> Any:
+        return rounding.corrected(weight.clone(), moments * 0.1, Factor(*factor))
 
     def swept(weight: Any, moments: Any, scale: Any, *factor: Any) -> QuantizedStack:
         stack = twice(weight, moments, scale, *factor)
@@ -347,7 +347,7 @@ def _of_rounding() -> list[Check]:
         Check("round_compensated, squares", ready, lambda *given: squares(rounded(*given), *given[:2]), SQUARES),
         Check("round_twice, codes", ready, lambda *given: twice(*given).values, others=OTHERS),
         Check("round_twice, squares", ready, lambda *given: squares(twice(*given), *given[:2]), SQUARES),
-        Check("fitted", ready, fitted, FACTOR),
+        Check("corrected", ready, corrected, FACTOR),
         Check("descend, codes", ready, lambda *given: swept(*given).values, others=OTHERS),
         Check("descend, scales", ready, lambda *given: swept(*given).scale, others=OTHERS),
         Check("descend, squares", ready, lambda *given: squares(swept(*given), *given[:2]), SQUARES),

@@ -261,7 +261,7 @@ def test_down_makes_up_for_gate_and_up(trained: Path, monkeypatch: pytest.Monkey
         return float((block.in_order(block.outputs(found)) - wanted)[other].square().mean())
 
     both = loss()
-    monkeypatch.setattr(mmq.quantize.rounding, "fitted", lambda weight, crossed, factor: weight)
+    monkeypatch.setattr(mmq.quantize.rounding, "corrected", lambda weight, crossed, factor: weight)
     rows = loss()
 
     def apart(slopes: torch.Tensor, down: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:

@@ -20,10 +20,10 @@ from mmq.tensors import rounding
 from mmq.tensors.int4 import QuantizedStack, quantize_stack, weight_args
 from mmq.tensors.rounding import (
     Factor,
+    corrected,
     descend,
     expected,
     factorize,
-    fitted,
     round_compensated,
     round_rows,
     round_twice,
@@ -475,7 +475,7 @@ def test_weights_are_fitted_to_other_inputs() -> None:
     h, crossed = y.mT @ y / 900, (x - y).mT @ y / 900
     unit = h.diagonal(dim1=1, dim2=2).mean(1)
     factor = factorize(h.clone().to(DEVICE), 0.1)
-    found = fitted(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu()
+    found = corrected(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu()
     for number in range(2):
         edge = (0.1 * 900 * unit[number].double()) ** 0.5 * torch.eye(128, dtype=torch.float64)
         inputs, wanted = torch.cat([y[number].double(), edge]), torch.cat([x[number].double(), edge])
@@ -484,7 +484,7 @@ def test_weights_are_fitted_to_other_inputs() -> None:
     # Where nothing is known, and where it is no number, they stay.
     h[0], crossed[1, 0, 0] = 0, torch.inf
     factor = factorize(h.to(DEVICE), 0.1)
-    assert torch.equal(fitted(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu(), weight)
+    assert torch.equal(corrected(weight.clone().to(DEVICE), crossed.to(DEVICE), factor).cpu(), weight)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["metric", "all outputs alike"])

@@ -22,10 +22,10 @@ from mmq.tensors.experts import Rows, gated_rows, gated_slopes, row_squares, sec
 from mmq.tensors.int4 import QuantizedStack
 from mmq.tensors.rounding import (
     Factor,
+    corrected,
     descend,
     expected,
     factorize,
-    fitted,
     round_rows,
     round_twice,
     searched_scale,
@@ -291,7 +291,7 @@ class Compensation:
             # Before any row is seen, nothing is expected of what gate and up leave.
             shrink(crossed, counts, crossed.new_zeros(1), SHRINKAGE)
             factor = self._factor(moments)
-            weight = fitted(source.float().mul_(own.unsqueeze(1)), crossed, factor)
+            weight = corrected(source.float().mul_(own.unsqueeze(1)), crossed, factor)
             result.put(1, first, self._round(weight, moments, factor, self.metric.factor if self.metric else None))
             del weight, moments, crossed, factor
 

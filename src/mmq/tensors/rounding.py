@@ -16,7 +16,7 @@ so that with G = M M^T and U = M / diag(M) rows make up for each other as column
 rounded by H alone, but from w_r + sum over s > r of U_sr (w_s - q_s). `round_rows` does.
 
 An expert's down layer reads what its gate and up make of the inputs, and these are rounded too. `through_down` tells
-from G which errors of gate's and up's outputs matter together, and `fitted` lets down make up for what they leave.
+from G which errors of gate's and up's outputs matter together, and `corrected` lets down make up for what they leave.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def through_down(slopes: torch.Tensor, down: torch.Tensor, metric: torch.Tensor 
     return slopes
 
 
-def fitted(weight: torch.Tensor, crossed: torch.Tensor, factor: Factor) -> torch.Tensor:
+def corrected(weight: torch.Tensor, crossed: torch.Tensor, factor: Factor) -> torch.Tensor:
     """What stacked weights W should be where they read rounded inputs Y in place of X: float32 [n, out, in].
 
     E|W X - V Y|^2 is least for V = W E[X Y^T] H^-1 with H = E[Y Y^T] (as in GPTAQ, arXiv 2504.02692), which is
