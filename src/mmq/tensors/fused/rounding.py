@@ -101,6 +101,7 @@ def _round_columns(
     aim_row,
     lower_expert,
     lower_row,
+    lower_column,
     scale_expert,
     scale_row,
     left_expert,
@@ -133,7 +134,8 @@ def _round_columns(
         error = tl.sum(tl.where(own, lefts, 0.0), axis=1) - code * step
         found = tl.where(own, code[:, None], found)
         lefts = tl.where(own, error[:, None], lefts)
-        passing = tl.load(lower + expert * lower_expert + now * lower_row + column, mask=column < now, other=0.0)
+        factors = lower + expert * lower_expert + now * lower_row + column * lower_column
+        passing = tl.load(factors, mask=column < now, other=0.0)
         aims += error[:, None] * passing
     tl.store(here, aims, mask=inside)
     tl.store(there, lefts, mask=inside)
@@ -143,7 +145,7 @@ def _round_columns(
 def round_columns(
     aim: torch.Tensor, lower: torch.Tensor, scale: torch.Tensor, left: torch.Tensor, codes: torch.Tensor
 ) -> None:
-    """`rounding._round_columns`, bit for bit; columns lie together."""
+    """`rounding._round_columns`, bit for bit; columns lie together, those of `lower` as a factorization leaves them."""
     experts, rows, columns = aim.shape
     with torch.cuda.device_of(aim):
         _round_columns[(programs(rows, ROUNDED_ROWS), experts)](
@@ -154,7 +156,11 @@ def round_columns(
             codes,
             rows,
             columns,
-            *(stride for tensor in (aim, lower, scale, left, codes) for stride in tensor.stride()[:2]),
+            *aim.stride()[:2],
+            *lower.stride(),
+            *scale.stride()[:2],
+            *left.stride()[:2],
+            *codes.stride()[:2],
             LOWEST=_FORMAT["LOWEST"],
             HIGHEST=_FORMAT["HIGHEST"],
             ROWS=ROUNDED_ROWS,
