@@ -2,9 +2,8 @@
 
 Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
 expert's weights let expect by how few rows there are. Down comes after gate and up, and reads what these make of the
-inputs once they are rounded. The loss on rows that were fitted falls whatever happens
-elsewhere, so every eighth sample takes no part in the moments: on those, smoothing and none, compensated and nearest
-are compared.
+inputs once they are rounded. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth sample
+takes no part in the moments: on those, smoothing and none, compensated and nearest are compared.
 """
 
 from __future__ import annotations
@@ -172,7 +171,8 @@ class Compensation:
     Args:
         fitted: int64 [F], the tokens whose rows the moments are of.
         distinct: how many different tokens the calibration has.
-        metric: by which rows of down make up for each other; without, all outputs count alike.
+        metric: by which rows of down make up for each other, and through down those of gate and up; without, all
+            outputs count alike.
 
     Attributes:
         rows: of the fitted tokens.
@@ -272,7 +272,7 @@ class Compensation:
             # Up's rows are divided by what down's columns are multiplied by, gate's stay as they are.
             rows = torch.cat([torch.ones_like(own), own], 1)
             weight = source.float().mul_(norm).div_(rows.unsqueeze(2))
-            outputs = factorize(costs * rows.unsqueeze(2) * rows.unsqueeze(1), damping(rows.shape[1], self.distinct))
+            outputs = self._factor(costs * rows.unsqueeze(2) * rows.unsqueeze(1))
             result.put(0, first, self._round(weight, moments, self._factor(moments), outputs))
             del weight, moments, outputs
 
@@ -296,6 +296,7 @@ class Compensation:
             del weight, moments, crossed, factor
 
     def _factor(self, moments: torch.Tensor) -> Factor:
+        """Of float32 [n, in, in], which become what is factorized."""
         return factorize(moments, damping(moments.shape[1], self.distinct))
 
     def _round(
