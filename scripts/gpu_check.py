@@ -554,7 +554,7 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
     plain = Smoothing(torch.ones(hidden, device=device), torch.ones(shape.experts, inner, device=device))
     count = compensation.step
     chosen = torch.arange(shape.experts) < count
-    first, again, halves = (Rounded(block, plain) for _ in range(3))
+    first, again, halves, exact = (Rounded(block, plain) for _ in range(4))
     # Compiles.
     compensation.fit([first], chosen)
     before = _reset_peak(context)
@@ -590,8 +590,13 @@ def _rounded_step(context: Context, compensation: Any) -> Iterator[Facts]:
     compensation.step = -(-count // 2)
     compensation.fit([halves], chosen)
     compensation.step = count
+    with mock.patch("mmq.quantize.rounding.tensor_cores", lambda device: contextlib.nullcontext()):
+        begun = time.perf_counter()
+        compensation.fit([exact], chosen)
+        synchronize(context)
+        yield {"of": "their layer, products in fp32", "sum": round((time.perf_counter() - begun) * share, 2)}
     differing = {}
-    for name, other in (("again", again), ("halves", halves)):
+    for name, other in (("again", again), ("halves", halves), ("fp32", exact)):
         pairs = zip(first.packed, other.packed, strict=True)
         differing[name] = sum(_other_codes(one[:count], two[:count]) for one, two in pairs) / weights
     yield {"of": "other codes", "ok": differing["again"] == 0, **differing}

@@ -19,6 +19,7 @@ SHARED = {80: 163 * 2**10, 86: 99 * 2**10, 90: 227 * 2**10, 100: 227 * 2**10, 12
 KERNELS = {
     "_combine",
     "_dequantize",
+    "_descend_group",
     "_double",
     "_fake_quantize",
     "_grouped_product",
@@ -96,6 +97,9 @@ def compile_all() -> list[dict[str, Any]]:
             aim = torch.empty(1, 2 * inner, columns)
             codes = torch.empty(1, 2 * inner, hidden, dtype=torch.int8)[:, :, -columns:]
             rounding.round_columns(aim, torch.empty(1, columns, columns), aim, aim, codes)
+        slope, own = torch.empty(1, 2 * inner, group), torch.empty(1, hidden, hidden)[:, :group, :group]
+        error, codes = torch.empty(1, 2 * inner, hidden)[:, :, -group:], codes[:, :, -group:]
+        rounding.descend_group(slope, own, error, codes, bf16(1, 2 * inner, hidden // group)[:, :, 0])
         ends = torch.ones(experts, dtype=torch.int32)
         token = torch.zeros(count, dtype=torch.int64)
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)

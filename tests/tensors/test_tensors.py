@@ -233,15 +233,16 @@ def test_rows_sort_tokens_by_expert_and_combine_adds_them_back() -> None:
 
 
 def test_sums_over_an_experts_rows_add_up() -> None:
-    rows, counts = torch.randn(30, 12).to(torch.bfloat16), [5, 0, 24, 1]
+    rows, counts = torch.randn(30, 13).to(torch.bfloat16), [5, 0, 24, 1]
     ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
     wide = [part.double() for part in rows.split(counts)]
-    moments, magnitudes = torch.ones(4, 12, 12), torch.ones(4, 12)
+    moments, magnitudes = torch.ones(4, 13, 13), torch.ones(4, 13)
     second_moments(rows, ends, moments)
     magnitude_sums(rows, ends, magnitudes)
     squares = squares_by_expert(rows, ends)
     for expert, own in enumerate(wide):
         torch.testing.assert_close(moments[expert], (1 + own.T @ own).float(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(moments[expert], moments[expert].T)
         torch.testing.assert_close(magnitudes[expert], (1 + own.abs().sum(0)).float(), rtol=1e-6, atol=0)
         torch.testing.assert_close(squares[expert], own.square().sum(), rtol=1e-6, atol=0)
 

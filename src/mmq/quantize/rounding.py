@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
+from mmq.machine.device import tensor_cores
 from mmq.machine.threads import each
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights
 from mmq.tensors.experts import Rows, gated_rows, gated_slopes, row_squares, second_moments
@@ -247,9 +248,12 @@ class Compensation:
             say((before + (last - first) / 2) / count, f"rounding down {at}")
             self._fit_down(results, first, last)
 
-        if self.block.x.device.type != "cpu":
-            for step in steps:
-                fit(step)
+        device = self.block.x.device
+        if device.type != "cpu":
+            # An error that is passed on to three digits is made up for as well as to seven (docs/quality.md).
+            with tensor_cores(device):
+                for step in steps:
+                    fit(step)
         else:
             # A worker has one of torch's threads: MKL's Cholesky gives other last bits on two.
             threads = torch.get_num_threads()

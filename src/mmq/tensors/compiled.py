@@ -21,7 +21,9 @@ _HALF_RANGE, _Q_MIN, _Q_MAX = np.float32(HALF_RANGE), np.float32(Q_MIN), np.floa
 _SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item())
 # bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
 _HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
-_SIDE_BY_SIDE = 32
+# Rows at most, and of how many the vectors are that take them.
+_SIDE_BY_SIDE, _VECTOR = 32, 8
+_TWO = np.float32(2)
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 # e4m3: a sign, four bits of exponent with a bias of 7 (fp32: 127), three of mantissa, which lie 20 bits lower in fp32.
 _BLOCK = 128
@@ -93,6 +95,14 @@ def round_columns(
 ) -> None:
     """`rounding._round_columns`, bit for bit."""
     _round_columns(aim.numpy(), lower.numpy(), scale.numpy(), left.numpy(), codes.numpy())
+
+
+def descend_group(
+    slope: torch.Tensor, own: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """`rounding._descend_group`."""
+    curved = torch.bmm(codes.float(), own)
+    _descend_group(slope.numpy(), own.numpy(), curved.numpy(), error.numpy(), codes.numpy(), _bits(scale))
 
 
 def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -265,35 +275,127 @@ def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> 
         begin = ends[expert]
 
 
+# Columns whose errors are passed on to all before them in one pass; the functions below spell them out.
+_PASSED = 8
+
+
 @numba.njit(nogil=True, error_model="numpy")
 def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray) -> None:
     experts, rows, columns = aim.shape
-    # Rows side by side: one alone would wait for each of its codes.
-    aims = np.zeros((columns, _SIDE_BY_SIDE), np.float32)
-    steps, lefts, found = np.ones_like(aims), np.zeros_like(aims), np.zeros_like(aims)
+    aims, steps, lefts, found = _side_by_side(rows, columns)
+    factors = np.empty((columns, columns), np.float32)
     for expert in range(experts):
-        for first in range(0, rows, _SIDE_BY_SIDE):
-            count = min(_SIDE_BY_SIDE, rows - first)
+        for column in range(columns):
+            for i in range(columns):
+                factors[column, i] = lower[expert, column, i]
+        for first in range(0, rows, aims.shape[1]):
+            count = min(aims.shape[1], rows - first)
             for row in range(count):
                 for i in range(columns):
                     aims[i, row] = aim[expert, first + row, i]
                     steps[i, row] = scale[expert, first + row, i]
                     lefts[i, row] = left[expert, first + row, i]
-            for column in range(columns - 1, -1, -1):
-                for row in range(_SIDE_BY_SIDE):
-                    step = steps[column, row]
-                    code = min(max(np.rint(aims[column, row] / step), _Q_MIN), _Q_MAX)
-                    lefts[column, row] -= code * step
-                    found[column, row] = code
-                for i in range(column):
-                    factor = lower[expert, column, i]
-                    for row in range(_SIDE_BY_SIDE):
-                        aims[i, row] += lefts[column, row] * factor
+            _round_rows(aims, steps, lefts, found, factors)
             for row in range(count):
                 for i in range(columns):
                     codes[expert, first + row, i] = np.int8(found[i, row])
                     aim[expert, first + row, i] = aims[i, row]
                     left[expert, first + row, i] = lefts[i, row]
+
+
+@numba.njit(nogil=True, error_model="numpy", fastmath={"reassoc"})
+def _descend_group(
+    slope: np.ndarray,
+    own: np.ndarray,
+    curved: np.ndarray,
+    error: np.ndarray,
+    codes: np.ndarray,
+    scale: np.ndarray,
+) -> None:
+    experts, rows, columns = slope.shape
+    aims, steps, lefts, found = _side_by_side(rows, columns)
+    factors, diagonal = np.empty((columns, columns), np.float32), np.empty(columns, np.float32)
+    for expert in range(experts):
+        for i in range(columns):
+            diagonal[i] = own[expert, i, i]
+        for column in range(columns):
+            for i in range(columns):
+                factors[column, i] = own[expert, column, i] / diagonal[i]
+        for first in range(0, rows, aims.shape[1]):
+            count = min(aims.shape[1], rows - first)
+            for row in range(count):
+                place = first + row
+                by_scale, curvature = np.float32(0), np.float32(0)
+                for i in range(columns):
+                    code = np.float32(codes[expert, place, i])
+                    by_scale += slope[expert, place, i] * code
+                    curvature += curved[expert, place, i] * code
+                step, change = _wide(scale[expert, place]), np.float32(0)
+                bits = _rounded(step + by_scale / curvature)
+                moved = _wide(bits) - step
+                # NaN, of a group of zeros, is no gain.
+                if _wide(bits) >= _TINY and moved * (_TWO * by_scale - moved * curvature) > 0:
+                    change, step = moved, _wide(bits)
+                    scale[expert, place] = bits
+                for i in range(columns):
+                    code = np.float32(codes[expert, place, i])
+                    error[expert, place, i] -= change * code
+                    lefts[i, row] = code * step
+                    down = slope[expert, place, i] - change * curved[expert, place, i]
+                    aims[i, row] = down / diagonal[i] + lefts[i, row]
+                    steps[i, row] = step
+            _round_rows(aims, steps, lefts, found, factors)
+            for row in range(count):
+                for i in range(columns):
+                    codes[expert, first + row, i] = np.int8(found[i, row])
+                    error[expert, first + row, i] += lefts[i, row]
+
+
+@numba.njit
+def _side_by_side(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Room for some rows side by side, [columns, rows]: one alone would wait for each of its codes."""
+    shape = (columns, min(-(-rows // _VECTOR) * _VECTOR, _SIDE_BY_SIDE))
+    return (
+        np.zeros(shape, np.float32),
+        np.ones(shape, np.float32),
+        np.zeros(shape, np.float32),
+        np.empty(shape, np.float32),
+    )
+
+
+# No product and sum in one rounding, as torch has them.
+@numba.njit(nogil=True, error_model="numpy")
+def _round_rows(aims: np.ndarray, steps: np.ndarray, lefts: np.ndarray, found: np.ndarray, factors: np.ndarray) -> None:
+    """Columns of rows side by side, the last one first, each one's error passed on to those before it."""
+    columns, rows = aims.shape
+    for stop in range(columns, 0, -_PASSED):
+        start = max(0, stop - _PASSED)
+        for column in range(stop - 1, start - 1, -1):
+            aim, step, error, code = aims[column], steps[column], lefts[column], found[column]
+            for row in range(rows):
+                code[row] = min(max(np.rint(aim[row] / step[row]), _Q_MIN), _Q_MAX)
+                error[row] -= code[row] * step[row]
+            for i in range(start, column):
+                before, factor = aims[i], factors[column, i]
+                for row in range(rows):
+                    before[row] += error[row] * factor
+        if start == 0:
+            break
+        e0, e1, e2, e3 = lefts[start], lefts[start + 1], lefts[start + 2], lefts[start + 3]
+        e4, e5, e6, e7 = lefts[start + 4], lefts[start + 5], lefts[start + 6], lefts[start + 7]
+        for i in range(start):
+            before = aims[i]
+            f0, f1, f2, f3 = factors[start, i], factors[start + 1, i], factors[start + 2, i], factors[start + 3, i]
+            f4, f5, f6, f7 = factors[start + 4, i], factors[start + 5, i], factors[start + 6, i], factors[start + 7, i]
+            for row in range(rows):
+                aim = before[row] + e7[row] * f7
+                aim += e6[row] * f6
+                aim += e5[row] * f5
+                aim += e4[row] * f4
+                aim += e3[row] * f3
+                aim += e2[row] * f2
+                aim += e1[row] * f1
+                before[row] = aim + e0[row] * f0
 
 
 # As above: sums in another order.

@@ -14,6 +14,9 @@ import torch
 
 from mmq.tensors.dispatch import Way, grouped_mm_works, torch_multiplies_faster, way, way_of_products
 
+# Parts of a second moment's columns on a CPU, each multiplied with itself and those before it.
+STRIPS = 4
+
 
 @dataclass(frozen=True)
 class ClampedGate:
@@ -322,8 +325,17 @@ def second_moments(rows: torch.Tensor, ends: torch.Tensor, out: torch.Tensor) ->
         if rows.device.type == "cuda" and rows.dtype == torch.bfloat16:
             total += torch.mm(own.T, own, out_dtype=torch.float32)
         else:
-            wide = own.float()
-            total.addmm_(wide.T, wide)
+            _add_moments(own.float(), total)
+
+
+def _add_moments(rows: torch.Tensor, total: torch.Tensor) -> None:
+    """total += X^T X of rows X, float32 [R, n]. Of many rows, what lies above the diagonal is copied from below."""
+    width = total.shape[0]
+    strip = width if len(rows) < width else -(-width // STRIPS)
+    for start in range(0, width, strip):
+        stop = min(start + strip, width)
+        total[start:stop, :stop].addmm_(rows[:, start:stop].T, rows[:, :stop])
+        total[:start, start:stop] = total[start:stop, :start].T
 
 
 def quadratic_form(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

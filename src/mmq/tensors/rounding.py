@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -348,37 +349,71 @@ def descend(
 
     Source: QuantEase (arXiv 2309.01885) for the codes.
     """
-    size, least = stack.group_size, torch.finfo(torch.bfloat16).tiny
-    round_columns = _columns_by(weight, whole)
+    size = stack.group_size
+    descend_group = _groups_by(weight, size, whole)
     values, scales = stack.values.clone(), stack.scale.clone()
     error = weight.sub_(stack.dequantize(torch.float32))
     for group in range(scales.shape[2]):
         part = slice(group * size, (group + 1) * size)
-        own, codes, step = moments[:, part, part], values[:, :, part].float(), scales[:, :, group].float()
         # Of the trace, half of the slope by each quantized weight, downward.
-        slope = error @ moments[:, :, part]
-        curved = codes @ own
-        by_scale, curvature = (slope * codes).sum(-1), (curved * codes).sum(-1)
-        found = (step + by_scale / curvature).to(torch.bfloat16).float()
-        change = found - step
-        # NaN, of a group of zeros, is no gain.
-        gain = (found >= least) & (change * (2 * by_scale - change * curvature) > 0)
-        change = torch.where(gain, change, 0.0).unsqueeze(2)
-        step = torch.where(gain, found, step)
-        scales[:, :, group] = step.to(torch.bfloat16)
-        error[:, :, part] -= change * codes
-        slope -= change * curved
-        # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
-        moved = codes.mul_(step.unsqueeze(2))
-        diagonal = own.diagonal(dim1=1, dim2=2).unsqueeze(1)
-        aim = slope.div_(diagonal).add_(moved)
-        wide = step.unsqueeze(2).expand_as(aim).contiguous()
-        round_columns(aim, own / diagonal, wide, moved, values[:, :, part])
-        error[:, :, part] += moved
+        slope = torch.bmm(error, moments[:, :, part])
+        descend_group(slope, moments[:, part, part], error[:, :, part], values[:, :, part], scales[:, :, group])
     compensates = factor.compensates.view(-1, 1, 1)
     return QuantizedStack(
         torch.where(compensates, values, stack.values), torch.where(compensates, scales, stack.scale), size
     )
+
+
+def _groups_by(weight: torch.Tensor, group_size: int, whole: int | None) -> Callable[..., None]:
+    """`_descend_group`, or what takes its place."""
+    match way_of_columns(weight, whole):
+        case Way.NUMBA:
+            from mmq.tensors import compiled
+
+            return compiled.descend_group
+        case Way.TRITON if group_size >= 16 and group_size & (group_size - 1) == 0:
+            from mmq.tensors.fused import rounding
+
+            return rounding.descend_group
+    return partial(_descend_group, round_columns=_columns_by(weight, whole))
+
+
+def _descend_group(
+    slope: torch.Tensor,
+    own: torch.Tensor,
+    error: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    round_columns: Callable[..., None],
+) -> None:
+    """One group of the sweep.
+
+    Args:
+        slope: float32 [n, out, g], the errors of all columns times H's columns of the group; overwritten.
+        own: float32 [n, g, g], H's part.
+        error: float32 [n, out, g], of the group's weights; become those that are left.
+        codes: int8 [n, out, g]; become what they are changed to.
+        scale: bfloat16 [n, out], as well.
+        round_columns: `_round_columns`, or what takes its place.
+    """
+    code, step = codes.float(), scale.float()
+    curved = torch.bmm(code, own)
+    by_scale, curvature = (slope * code).sum(-1), (curved * code).sum(-1)
+    found = (step + by_scale / curvature).to(torch.bfloat16).float()
+    change = found - step
+    # NaN, of a group of zeros, is no gain.
+    gain = (found >= torch.finfo(torch.bfloat16).tiny) & (change * (2 * by_scale - change * curvature) > 0)
+    change = torch.where(gain, change, 0.0).unsqueeze(2)
+    step = torch.where(gain, found, step)
+    scale.copy_(step)
+    error -= change * code
+    slope -= change * curved
+    # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
+    moved = code.mul_(step.unsqueeze(2))
+    diagonal = own.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    aim = slope.div_(diagonal).add_(moved)
+    round_columns(aim, own / diagonal, step.unsqueeze(2).expand_as(aim).contiguous(), moved, codes)
+    error += moved
 
 
 def round_rows(

@@ -1,6 +1,8 @@
-"""`rounding.searched_scale` and the columns of `rounding.round_compensated`, each in one kernel.
+"""`rounding.searched_scale`, the columns of `rounding.round_compensated` and a group of `rounding.descend`, each in one
+kernel.
 
-Torch takes some ten passes over the weights for each share of a scale, and launches some seven kernels for each column.
+Torch takes some ten passes over the weights for each share of a scale, and launches some seven kernels for each column,
+for a group thirty beside them.
 """
 
 from __future__ import annotations
@@ -165,6 +167,106 @@ def round_columns(
             HIGHEST=_FORMAT["HIGHEST"],
             ROWS=ROUNDED_ROWS,
             COLUMNS=triton.next_power_of_2(columns),
+            num_warps=WARPS,
+            **UNFUSED,
+        )
+
+
+@triton.jit
+def _descend_group(
+    slope,
+    own,
+    error,
+    codes,
+    scale,
+    rows,
+    slope_expert,
+    slope_row,
+    own_expert,
+    own_row,
+    own_column,
+    error_expert,
+    error_row,
+    codes_expert,
+    codes_row,
+    scale_expert,
+    scale_row,
+    TINY: tl.constexpr,
+    LOWEST: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """The scales of ROWS rows of an expert, then their codes."""
+    expert = tl.program_id(1).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, GROUP)
+    there = row < rows
+    inside = there[:, None] & (column[None, :] >= 0)
+    places = codes + expert * codes_expert + row[:, None] * codes_row + column[None, :]
+    code = tl.load(places, mask=inside, other=0).to(tl.float32)
+    slopes = tl.load(slope + expert * slope_expert + row[:, None] * slope_row + column[None, :], mask=inside, other=0.0)
+    steps = scale + expert * scale_expert + row * scale_row
+    step = to_fp32(tl.load(steps, mask=there, other=1.0))
+    part = own + expert * own_expert
+    block = tl.load(part + column[:, None] * own_row + column[None, :] * own_column)
+    curved = tl.dot(code, block, input_precision="ieee")
+    by_scale = tl.sum(slopes * code, axis=1)
+    curvature = tl.sum(curved * code, axis=1)
+    found = to_fp32(to_bf16(step + tl.div_rn(by_scale, curvature), INTERPRETED))
+    change = found - step
+    # NaN, of a group of zeros, is no gain.
+    gain = (found >= TINY) & (change * (2 * by_scale - change * curvature) > 0)
+    change = tl.where(gain, change, 0.0)
+    step = tl.where(gain, found, step)
+    tl.store(steps, to_bf16(step, INTERPRETED), mask=there)
+    place = error + expert * error_expert + row[:, None] * error_row + column[None, :]
+    errors = tl.load(place, mask=inside, other=0.0) - change[:, None] * code
+    diagonal = tl.load(part + column * (own_row + own_column))
+    # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
+    lefts = code * step[:, None]
+    across = tl.broadcast_to(diagonal[None, :], (ROWS, GROUP))
+    aims = tl.div_rn(slopes - change[:, None] * curved, across) + lefts
+    for passed in range(0, GROUP):
+        now = GROUP - 1 - passed
+        mine = column[None, :] == now
+        # Of one number and zeros, the sum is the number.
+        chosen = _rint(tl.div_rn(tl.sum(tl.where(mine, aims, 0.0), axis=1), step))
+        chosen = tl.minimum(tl.maximum(chosen, LOWEST), HIGHEST)
+        left = tl.sum(tl.where(mine, lefts, 0.0), axis=1) - chosen * step
+        code = tl.where(mine, chosen[:, None], code)
+        lefts = tl.where(mine, left[:, None], lefts)
+        passing = tl.load(part + now * own_row + column * own_column, mask=column < now, other=0.0)
+        aims += left[:, None] * tl.div_rn(passing, diagonal)[None, :]
+    tl.store(places, code.to(tl.int8), mask=inside)
+    tl.store(place, errors + lefts, mask=inside)
+
+
+def descend_group(
+    slope: torch.Tensor, own: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """`rounding._descend_group`; a group's size is a power of two, and sixteen at least."""
+    experts, rows, group = slope.shape
+    with torch.cuda.device_of(slope):
+        _descend_group[(programs(rows, ROUNDED_ROWS), experts)](
+            slope,
+            own,
+            error,
+            codes,
+            scale,
+            rows,
+            *slope.stride()[:2],
+            *own.stride(),
+            *error.stride()[:2],
+            *codes.stride()[:2],
+            *scale.stride(),
+            TINY=_FORMAT["TINY"],
+            LOWEST=_FORMAT["LOWEST"],
+            HIGHEST=_FORMAT["HIGHEST"],
+            ROWS=ROUNDED_ROWS,
+            GROUP=group,
+            INTERPRETED=INTERPRETED,
             num_warps=WARPS,
             **UNFUSED,
         )
