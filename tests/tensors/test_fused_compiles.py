@@ -99,7 +99,7 @@ def compile_all() -> list[dict[str, Any]]:
             rounding.round_columns(aim, torch.empty(1, columns, columns), aim, aim, codes)
         slope, own = torch.empty(1, 2 * inner, group), torch.empty(1, hidden, hidden)[:, :group, :group]
         error, codes = torch.empty(1, 2 * inner, hidden)[:, :, -group:], codes[:, :, -group:]
-        rounding.descend_group(slope, own, error, codes, bf16(1, 2 * inner, hidden // group)[:, :, 0])
+        rounding.descend_group(slope, own, error, codes, bf16(1, 2 * inner, hidden // group)[:, :, 0], 32, 1e-5)
         ends = torch.ones(experts, dtype=torch.int32)
         token = torch.zeros(count, dtype=torch.int64)
         grouped.gated_rows(bf16(count, hidden), token, gate_up, ends)

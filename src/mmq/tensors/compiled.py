@@ -21,9 +21,13 @@ _HALF_RANGE, _Q_MIN, _Q_MAX = np.float32(HALF_RANGE), np.float32(Q_MIN), np.floa
 _SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item())
 # bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
 _HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
-# Rows at most, and of how many the vectors are that take them.
-_SIDE_BY_SIDE, _VECTOR = 32, 8
-_TWO = np.float32(2)
+_UNIT, _TWO = np.float32(1), np.float32(2)
+# Rows whose columns are rounded at a time, at most, in vectors of eight; columns whose errors are passed on to all
+# before them in one pass, which `_round_side_by_side` spells out.
+_SIDE_BY_SIDE, _VECTOR, _PASSED = 32, 8, 8
+# Numbers that the largest is looked for among at a time. Bits of those below zero turned around have their order.
+_SEARCHED = 32
+_SIGN, _ALL_BUT_SIGN, _LEAST = np.int32(31), np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 # e4m3: a sign, four bits of exponent with a bias of 7 (fp32: 127), three of mantissa, which lie 20 bits lower in fp32.
 _BLOCK = 128
@@ -98,11 +102,18 @@ def round_columns(
 
 
 def descend_group(
-    slope: torch.Tensor, own: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    slope: torch.Tensor,
+    own: torch.Tensor,
+    error: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    tries: int,
+    slack: float,
 ) -> None:
     """`rounding._descend_group`."""
-    curved = torch.bmm(codes.float(), own)
-    _descend_group(slope.numpy(), own.numpy(), curved.numpy(), error.numpy(), codes.numpy(), _bits(scale))
+    curved = torch.bmm(codes.float(), own).numpy()
+    given = slope.numpy(), own.numpy(), curved, error.numpy(), codes.numpy(), _bits(scale)
+    _descend_group(*given, tries, np.float32(slack))
 
 
 def dequantize_block(weight: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
@@ -275,27 +286,26 @@ def _squares_by_expert(rows: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> 
         begin = ends[expert]
 
 
-# Columns whose errors are passed on to all before them in one pass; the functions below spell them out.
-_PASSED = 8
-
-
 @numba.njit(nogil=True, error_model="numpy")
 def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: np.ndarray, codes: np.ndarray) -> None:
     experts, rows, columns = aim.shape
-    aims, steps, lefts, found = _side_by_side(rows, columns)
+    # Rows side by side: one alone would wait for each of its codes.
+    shape = (columns, min(-(-rows // _VECTOR) * _VECTOR, _SIDE_BY_SIDE))
+    aims, steps = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    lefts, found = np.zeros(shape, np.float32), np.empty(shape, np.float32)
     factors = np.empty((columns, columns), np.float32)
     for expert in range(experts):
         for column in range(columns):
             for i in range(columns):
                 factors[column, i] = lower[expert, column, i]
-        for first in range(0, rows, aims.shape[1]):
-            count = min(aims.shape[1], rows - first)
+        for first in range(0, rows, shape[1]):
+            count = min(shape[1], rows - first)
             for row in range(count):
                 for i in range(columns):
                     aims[i, row] = aim[expert, first + row, i]
                     steps[i, row] = scale[expert, first + row, i]
                     lefts[i, row] = left[expert, first + row, i]
-            _round_rows(aims, steps, lefts, found, factors)
+            _round_side_by_side(aims, steps, lefts, found, factors)
             for row in range(count):
                 for i in range(columns):
                     codes[expert, first + row, i] = np.int8(found[i, row])
@@ -311,61 +321,125 @@ def _descend_group(
     error: np.ndarray,
     codes: np.ndarray,
     scale: np.ndarray,
+    tries: int,
+    slack: np.float32,
 ) -> None:
     experts, rows, columns = slope.shape
-    aims, steps, lefts, found = _side_by_side(rows, columns)
-    factors, diagonal = np.empty((columns, columns), np.float32), np.empty(columns, np.float32)
+    square = np.empty((columns, columns), np.float32)
+    least, reach = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    code, pull = np.empty(columns, np.float32), np.empty(columns, np.float32)
     for expert in range(experts):
         for i in range(columns):
-            diagonal[i] = own[expert, i, i]
-        for column in range(columns):
+            reach[i] = 0
+            for j in range(columns):
+                square[i, j] = own[expert, i, j]
+                if i != j:
+                    reach[i] = max(reach[i], _TWO * abs(square[i, j]))
+            least[i] = (_UNIT + slack) * square[i, i]
+        for row in range(rows):
+            by_scale, curvature = np.float32(0), np.float32(0)
             for i in range(columns):
-                factors[column, i] = own[expert, column, i] / diagonal[i]
-        for first in range(0, rows, aims.shape[1]):
-            count = min(aims.shape[1], rows - first)
-            for row in range(count):
-                place = first + row
-                by_scale, curvature = np.float32(0), np.float32(0)
-                for i in range(columns):
-                    code = np.float32(codes[expert, place, i])
-                    by_scale += slope[expert, place, i] * code
-                    curvature += curved[expert, place, i] * code
-                step, change = _wide(scale[expert, place]), np.float32(0)
-                bits = _rounded(step + by_scale / curvature)
-                moved = _wide(bits) - step
-                # NaN, of a group of zeros, is no gain.
-                if _wide(bits) >= _TINY and moved * (_TWO * by_scale - moved * curvature) > 0:
-                    change, step = moved, _wide(bits)
-                    scale[expert, place] = bits
-                for i in range(columns):
-                    code = np.float32(codes[expert, place, i])
-                    error[expert, place, i] -= change * code
-                    lefts[i, row] = code * step
-                    down = slope[expert, place, i] - change * curved[expert, place, i]
-                    aims[i, row] = down / diagonal[i] + lefts[i, row]
-                    steps[i, row] = step
-            _round_rows(aims, steps, lefts, found, factors)
-            for row in range(count):
-                for i in range(columns):
-                    codes[expert, first + row, i] = np.int8(found[i, row])
-                    error[expert, first + row, i] += lefts[i, row]
+                code[i] = np.float32(codes[expert, row, i])
+                by_scale += slope[expert, row, i] * code[i]
+                curvature += curved[expert, row, i] * code[i]
+            step, change = _wide(scale[expert, row]), np.float32(0)
+            bits = _rounded(step + by_scale / curvature)
+            moved = _wide(bits) - step
+            # NaN, of a group of zeros, is no gain.
+            if _wide(bits) >= _TINY and moved * (_TWO * by_scale - moved * curvature) > 0:
+                change, step = moved, _wide(bits)
+                scale[expert, row] = bits
+            for i in range(columns):
+                pull[i] = (slope[expert, row, i] - change * curved[expert, row, i]) / step
+                # The weight, for a moment.
+                error[expert, row, i] += code[i] * (step - change)
+            _settle(pull, square, least, reach, code, tries)
+            for i in range(columns):
+                codes[expert, row, i] = np.int8(code[i])
+                error[expert, row, i] -= code[i] * step
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _settle(
+    pull: np.ndarray, square: np.ndarray, least: np.ndarray, reach: np.ndarray, code: np.ndarray, tries: int
+) -> None:
+    """`rounding._settle` of one row."""
+    columns = pull.shape[0]
+    gain, left = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    for _ in range(columns):
+        _gains(pull, least, code, gain)
+        place = _most(gain)
+        if not gain[place] > 0:
+            break
+        way = _way(pull[place])
+        code[place] += way
+        of_place = square[place]
+        for i in range(columns):
+            pull[i] -= way * of_place[i]
+    tried = np.zeros(columns, np.float32)
+    for _ in range(min(tries, columns)):
+        _gains(pull, least, code, gain)
+        for i in range(columns):
+            gain[i] = gain[i] + tried[i] if gain[i] + reach[i] > 0 else -np.inf
+        one = _most(gain)
+        first, way = gain[one], _way(pull[one])
+        if not first > -np.inf:
+            break
+        tried[one] = -np.inf
+        of_one = square[one]
+        for i in range(columns):
+            left[i] = pull[i] - way * of_one[i]
+        code[one] += way
+        _gains(left, least, code, gain)
+        gain[one] = -np.inf
+        other = _most(gain)
+        if not first + gain[other] > 0:
+            code[one] -= way
+            continue
+        back = _way(left[other])
+        code[other] += back
+        of_other = square[other]
+        for i in range(columns):
+            pull[i] = left[i] - back * of_other[i]
 
 
 @numba.njit
-def _side_by_side(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Room for some rows side by side, [columns, rows]: one alone would wait for each of its codes."""
-    shape = (columns, min(-(-rows // _VECTOR) * _VECTOR, _SIDE_BY_SIDE))
-    return (
-        np.zeros(shape, np.float32),
-        np.ones(shape, np.float32),
-        np.zeros(shape, np.float32),
-        np.empty(shape, np.float32),
-    )
+def _way(pull: np.float32) -> np.float32:
+    return np.float32(-1) if pull < 0 else np.float32(1)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _gains(pull: np.ndarray, least: np.ndarray, code: np.ndarray, gain: np.ndarray) -> None:
+    for i in range(pull.shape[0]):
+        after = code[i] + _way(pull[i])
+        gain[i] = _TWO * abs(pull[i]) - least[i] if _Q_MIN <= after <= _Q_MAX else -np.inf
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _most(gain: np.ndarray) -> int:
+    """Where the first of the largest is. Vectors find the largest of integers, not of floats, which may be NaN."""
+    bits, place, most = gain.view(np.int32), 0, _LEAST
+    for first in range(0, bits.shape[0], _SEARCHED):
+        some, largest = bits[first : first + _SEARCHED], _LEAST
+        for i in range(some.shape[0]):
+            largest = max(largest, _ordered(some[i]))
+        if largest > most:
+            most, place = largest, first
+    while _ordered(bits[place]) != most:
+        place += 1
+    return place
+
+
+@numba.njit
+def _ordered(bits: np.int32) -> np.int32:
+    return bits ^ ((bits >> _SIGN) & _ALL_BUT_SIGN)
 
 
 # No product and sum in one rounding, as torch has them.
 @numba.njit(nogil=True, error_model="numpy")
-def _round_rows(aims: np.ndarray, steps: np.ndarray, lefts: np.ndarray, found: np.ndarray, factors: np.ndarray) -> None:
+def _round_side_by_side(
+    aims: np.ndarray, steps: np.ndarray, lefts: np.ndarray, found: np.ndarray, factors: np.ndarray
+) -> None:
     """Columns of rows side by side, the last one first, each one's error passed on to those before it."""
     columns, rows = aims.shape
     for stop in range(columns, 0, -_PASSED):

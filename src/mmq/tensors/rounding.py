@@ -36,6 +36,9 @@ COLUMNS = 64
 # Where the errors of rows make up for each other, rows that are rounded at one time, at least, and into how many such
 # blocks a matrix is cut at most (docs/quality.md, docs/performance.md).
 ROWS, ROW_BLOCKS = 8, 24
+# Pairs of codes of a group that a sweep tries to move, and how much a move must take off at least, as a share of what
+# it adds by itself: rounding could move a code forth and back otherwise.
+TRIES, SLACK = 32, 1e-5
 # Shares of max|w| / 7.5 that a group's scale is chosen from.
 SHARES = tuple((104 - 2 * step) / 100 for step in range(28))
 
@@ -338,8 +341,8 @@ def descend(
 ) -> QuantizedStack:
     """One sweep of coordinate descent on trace((Q - W) H (Q - W)^T), from a rounding on: it rises nowhere.
 
-    Group by group: the scale of a row's group by least squares, rounded to bf16 and taken where that helps, then its
-    codes one after the other, each with all others fixed.
+    Group by group: the scale of a row's group by least squares, rounded to bf16 and taken where that helps, then codes,
+    each with all others fixed and the one that helps most first, then two codes at a time.
 
     Args:
         weight: float32 [n, out, in], what was rounded; overwritten.
@@ -370,21 +373,16 @@ def _groups_by(weight: torch.Tensor, group_size: int, whole: int | None) -> Call
         case Way.NUMBA:
             from mmq.tensors import compiled
 
-            return compiled.descend_group
+            return partial(compiled.descend_group, tries=TRIES, slack=SLACK)
         case Way.TRITON if group_size >= 16 and group_size & (group_size - 1) == 0:
             from mmq.tensors.fused import rounding
 
-            return rounding.descend_group
-    return partial(_descend_group, round_columns=_columns_by(weight, whole))
+            return partial(rounding.descend_group, tries=TRIES, slack=SLACK)
+    return _descend_group
 
 
 def _descend_group(
-    slope: torch.Tensor,
-    own: torch.Tensor,
-    error: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    round_columns: Callable[..., None],
+    slope: torch.Tensor, own: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
 ) -> None:
     """One group of the sweep.
 
@@ -394,7 +392,6 @@ def _descend_group(
         error: float32 [n, out, g], of the group's weights; become those that are left.
         codes: int8 [n, out, g]; become what they are changed to.
         scale: bfloat16 [n, out], as well.
-        round_columns: `_round_columns`, or what takes its place.
     """
     code, step = codes.float(), scale.float()
     curved = torch.bmm(code, own)
@@ -406,14 +403,61 @@ def _descend_group(
     change = torch.where(gain, change, 0.0).unsqueeze(2)
     step = torch.where(gain, found, step)
     scale.copy_(step)
-    error -= change * code
-    slope -= change * curved
-    # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
-    moved = code.mul_(step.unsqueeze(2))
+    step = step.unsqueeze(2)
+    slope.sub_(change * curved).div_(step)
+    # The weights, for a moment.
+    error += code * (step - change)
+    _settle(slope, own, code)
+    codes.copy_(code)
+    error -= code * step
+
+
+def _settle(slope: torch.Tensor, own: torch.Tensor, code: torch.Tensor) -> None:
+    """Move codes by one while that takes something off the loss, then pairs of them.
+
+    Moving code j by d = 1 or -1 takes 2 d slope_j - H_jj off it, in units of the scale's square, and d H_j off the
+    slope.
+
+    Args:
+        slope: float32 [n, out, g], half of the loss's, downward, by each code; overwritten.
+        own: float32 [n, g, g], H's part.
+        code: float32 [n, out, g]; become what they are moved to.
+    """
     diagonal = own.diagonal(dim1=1, dim2=2).unsqueeze(1)
-    aim = slope.div_(diagonal).add_(moved)
-    round_columns(aim, own / diagonal, step.unsqueeze(2).expand_as(aim).contiguous(), moved, codes)
-    error += moved
+
+    def gains(slope: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of moving each code as its slope has it, and which way that is."""
+        way = torch.where(slope < 0, -1.0, 1.0)
+        room = ((code + way) >= Q_MIN) & ((code + way) <= Q_MAX)
+        return torch.where(room, 2 * slope.abs() - (1 + SLACK) * diagonal, -torch.inf), way
+
+    def moved(place: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
+        """What the slope loses."""
+        return own.gather(1, place.expand(-1, -1, own.shape[2])) * way
+
+    for _ in range(code.shape[2]):
+        gain, way = gains(slope, code)
+        most, place = gain.max(2, keepdim=True)
+        if not bool((most > 0).any()):
+            break
+        way = torch.where(most > 0, way.gather(2, place), 0.0)
+        code.scatter_add_(2, place, way)
+        slope -= moved(place, way)
+    # No move gains by itself now, and none by more than this because of another.
+    reach = 2 * (own - torch.diag_embed(own.diagonal(dim1=1, dim2=2))).abs().amax(2).unsqueeze(1)
+    untried = torch.ones_like(code, dtype=torch.bool)
+    for _ in range(min(TRIES, code.shape[2])):
+        gain, way = gains(slope, code)
+        first, one = torch.where(untried & (gain + reach > 0), gain, -torch.inf).max(2, keepdim=True)
+        untried.scatter_(2, one, False)
+        way = way.gather(2, one)
+        left, there = slope - moved(one, way), code.scatter_add(2, one, way)
+        gain, back = gains(left, there)
+        second, other = gain.scatter_(2, one, -torch.inf).max(2, keepdim=True)
+        better = first + second > 0
+        back = torch.where(better, back.gather(2, other), 0.0)
+        slope.copy_(torch.where(better, left - moved(other, back), slope))
+        code.copy_(torch.where(better, there.scatter_add(2, other, back), code))
 
 
 def round_rows(

@@ -173,6 +173,28 @@ def round_columns(
 
 
 @triton.jit
+def _gains(slope, code, least, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """Of moving each code as its slope has it."""
+    after = code + _way(slope)
+    return tl.where((after >= LOWEST) & (after <= HIGHEST), 2.0 * tl.abs(slope) - least[None, :], float("-inf"))
+
+
+@triton.jit
+def _way(slope):
+    return tl.where(slope < 0.0, -1.0, 1.0)
+
+
+@triton.jit
+def _move(slope, code, place, column, allowed, of_columns, own_row, own_column):
+    """Move one code of each row, where that is allowed: slope and code then, of what `rounding._settle` has of them."""
+    mine = column[None, :] == place[:, None]
+    # Of one number and zeros, the sum is the number.
+    way = tl.where(allowed, _way(tl.sum(tl.where(mine, slope, 0.0), axis=1)), 0.0)
+    of_place = tl.load(of_columns + place.to(tl.int64)[:, None] * own_row + column[None, :] * own_column)
+    return slope - way[:, None] * of_place, code + tl.where(mine, way[:, None], 0.0)
+
+
+@triton.jit
 def _descend_group(
     slope,
     own,
@@ -180,6 +202,8 @@ def _descend_group(
     codes,
     scale,
     rows,
+    tries,
+    slack,
     slope_expert,
     slope_row,
     own_expert,
@@ -221,30 +245,49 @@ def _descend_group(
     change = tl.where(gain, change, 0.0)
     step = tl.where(gain, found, step)
     tl.store(steps, to_bf16(step, INTERPRETED), mask=there)
+    slopes = tl.div_rn(slopes - change[:, None] * curved, tl.broadcast_to(step[:, None], (ROWS, GROUP)))
     place = error + expert * error_expert + row[:, None] * error_row + column[None, :]
-    errors = tl.load(place, mask=inside, other=0.0) - change[:, None] * code
-    diagonal = tl.load(part + column * (own_row + own_column))
-    # What is left of a column is how far its quantized weight moved, which the codes after it make up for.
-    lefts = code * step[:, None]
-    across = tl.broadcast_to(diagonal[None, :], (ROWS, GROUP))
-    aims = tl.div_rn(slopes - change[:, None] * curved, across) + lefts
-    for passed in range(0, GROUP):
-        now = GROUP - 1 - passed
-        mine = column[None, :] == now
-        # Of one number and zeros, the sum is the number.
-        chosen = _rint(tl.div_rn(tl.sum(tl.where(mine, aims, 0.0), axis=1), step))
-        chosen = tl.minimum(tl.maximum(chosen, LOWEST), HIGHEST)
-        left = tl.sum(tl.where(mine, lefts, 0.0), axis=1) - chosen * step
-        code = tl.where(mine, chosen[:, None], code)
-        lefts = tl.where(mine, left[:, None], lefts)
-        passing = tl.load(part + now * own_row + column * own_column, mask=column < now, other=0.0)
-        aims += left[:, None] * tl.div_rn(passing, diagonal)[None, :]
+    weight = tl.load(place, mask=inside, other=0.0) + code * (step - change)[:, None]
+    least = (1.0 + slack) * tl.load(part + column * (own_row + own_column))
+    reach = 2.0 * tl.max(tl.where(column[:, None] == column[None, :], 0.0, tl.abs(block)), axis=1)
+    left, moving = GROUP, 1
+    while moving > 0:
+        gains = _gains(slopes, code, least, LOWEST, HIGHEST)
+        better = tl.max(gains, axis=1) > 0.0
+        one = tl.argmax(gains, axis=1)
+        slopes, code = _move(slopes, code, one, column, better, part, own_row, own_column)
+        left -= 1
+        moving = tl.where(left > 0, tl.max(better.to(tl.int32), axis=0), 0)
+    tried = tl.zeros([ROWS, GROUP], tl.int1)
+    left, moving = tries, tries
+    while moving > 0:
+        gains = _gains(slopes, code, least, LOWEST, HIGHEST)
+        gains = tl.where(tried | (gains + reach[None, :] <= 0.0), float("-inf"), gains)
+        first = tl.max(gains, axis=1)
+        one = tl.argmax(gains, axis=1)
+        mine = column[None, :] == one[:, None]
+        tried |= mine
+        possible = first > float("-inf")
+        on, beyond = _move(slopes, code, one, column, possible, part, own_row, own_column)
+        gains = tl.where(mine, float("-inf"), _gains(on, beyond, least, LOWEST, HIGHEST))
+        better = possible & (first + tl.max(gains, axis=1) > 0.0)
+        on, beyond = _move(on, beyond, tl.argmax(gains, axis=1), column, better, part, own_row, own_column)
+        slopes = tl.where(better[:, None], on, slopes)
+        code = tl.where(better[:, None], beyond, code)
+        left -= 1
+        moving = tl.where(left > 0, tl.max(possible.to(tl.int32), axis=0), 0)
     tl.store(places, code.to(tl.int8), mask=inside)
-    tl.store(place, errors + lefts, mask=inside)
+    tl.store(place, weight - code * step[:, None], mask=inside)
 
 
 def descend_group(
-    slope: torch.Tensor, own: torch.Tensor, error: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    slope: torch.Tensor,
+    own: torch.Tensor,
+    error: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    tries: int,
+    slack: float,
 ) -> None:
     """`rounding._descend_group`; a group's size is a power of two, and sixteen at least."""
     experts, rows, group = slope.shape
@@ -256,6 +299,8 @@ def descend_group(
             codes,
             scale,
             rows,
+            min(tries, group),
+            slack,
             *slope.stride()[:2],
             *own.stride(),
             *error.stride()[:2],
