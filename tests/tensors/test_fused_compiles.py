@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,6 +64,17 @@ def compile_all() -> list[dict[str, Any]]:
         def get_current_stream(self, device: int) -> int:
             return 0
 
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+    def stack(cubin: bytes) -> int:
+        """Bytes a thread keeps in memory for want of registers."""
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(cubin)
+            file.flush()
+            command = [str(tools / "cuobjdump"), "-res-usage", file.name]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return max(int(number) for number in re.findall(r"STACK:(\d+)", told))
+
     compiled: list[dict[str, Any]] = []
     run = triton.runtime.jit.JITFunction.run
 
@@ -75,6 +89,7 @@ def compile_all() -> list[dict[str, Any]]:
                 "flushes": ".ftz" in text,
                 "fused": "fma.rn" in text,
                 "cubin": len(kernel.asm["cubin"]),
+                "stack": stack(kernel.asm["cubin"]),
             }
         )
 
@@ -144,6 +159,7 @@ def test_every_kernel_compiles(capability: int, compiled: list[dict[str, Any]]) 
     assert {kernel["name"] for kernel in kernels} == KERNELS
     for kernel in kernels:
         assert kernel["cubin"] > 0 and kernel["shared"] <= SHARED[capability]
+        assert kernel["stack"] == 0, kernel["name"]
         # Denormal numbers are kept, as torch keeps them.
         assert not kernel["flushes"]
         # A product and a sum that are rounded once would be other bits than torch's.

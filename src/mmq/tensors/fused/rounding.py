@@ -15,7 +15,9 @@ from mmq.tensors.fused.launch import FUSED, INTERPRETED, UNFUSED, programs, to_b
 from mmq.tensors.fused.quantize import _FORMAT, _rint
 
 # Rows of a program.
-SEARCHED_ROWS, ROUNDED_ROWS, WARPS = 16, 32, 4
+SEARCHED_ROWS, ROUNDED_ROWS, WARPS = 16, 16, 4
+# Rows of H at a time.
+DEPTH = 16
 
 
 @triton.jit
@@ -220,6 +222,7 @@ def _descend_group(
     HIGHEST: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
+    DEPTH: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """The scales of ROWS rows of an expert, then their codes."""
@@ -234,8 +237,17 @@ def _descend_group(
     steps = scale + expert * scale_expert + row * scale_row
     step = to_fp32(tl.load(steps, mask=there, other=1.0))
     part = own + expert * own_expert
-    block = tl.load(part + column[:, None] * own_row + column[None, :] * own_column)
-    curved = tl.dot(code, block, input_precision="ieee")
+    # A few of H's rows at a time: all of them would not fit into registers.
+    curved = tl.zeros([ROWS, GROUP], tl.float32)
+    reach = tl.zeros([GROUP], tl.float32)
+    for begin in range(0, GROUP, DEPTH):
+        some = begin + tl.arange(0, DEPTH)
+        block = tl.load(part + some[:, None] * own_row + column[None, :] * own_column)
+        few = codes + expert * codes_expert + row[:, None] * codes_row + some[None, :]
+        few = tl.load(few, mask=there[:, None] & (some[None, :] >= 0), other=0).to(tl.float32)
+        curved = tl.dot(few, block, curved, input_precision="ieee")
+        others = tl.where(some[:, None] == column[None, :], 0.0, tl.abs(block))
+        reach = tl.maximum(reach, 2.0 * tl.max(others, axis=0))
     by_scale = tl.sum(slopes * code, axis=1)
     curvature = tl.sum(curved * code, axis=1)
     found = to_fp32(to_bf16(step + tl.div_rn(by_scale, curvature), INTERPRETED))
@@ -249,7 +261,6 @@ def _descend_group(
     place = error + expert * error_expert + row[:, None] * error_row + column[None, :]
     weight = tl.load(place, mask=inside, other=0.0) + code * (step - change)[:, None]
     least = (1.0 + slack) * tl.load(part + column * (own_row + own_column))
-    reach = 2.0 * tl.max(tl.where(column[:, None] == column[None, :], 0.0, tl.abs(block)), axis=1)
     left, moving = GROUP, 1
     while moving > 0:
         gains = _gains(slopes, code, least, LOWEST, HIGHEST)
@@ -311,6 +322,7 @@ def descend_group(
             HIGHEST=_FORMAT["HIGHEST"],
             ROWS=ROUNDED_ROWS,
             GROUP=group,
+            DEPTH=DEPTH,
             INTERPRETED=INTERPRETED,
             num_warps=WARPS,
             **UNFUSED,
