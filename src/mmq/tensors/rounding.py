@@ -32,7 +32,7 @@ from mmq.tensors.dispatch import Way, way_of_columns
 from mmq.tensors.int4 import CPU_TILE, QuantizedStack, stored_scale
 
 # Columns whose rounding errors are passed on one by one; to all later ones they go in one product.
-COLUMNS = 64
+COLUMNS = 128
 # Where the errors of rows make up for each other, rows that are rounded at one time, at least, and into how many such
 # blocks a matrix is cut at most (docs/quality.md, docs/performance.md).
 ROWS, ROW_BLOCKS = 8, 24
