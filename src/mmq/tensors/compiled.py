@@ -21,12 +21,11 @@ _HALF_RANGE, _Q_MIN, _Q_MAX = np.float32(HALF_RANGE), np.float32(Q_MIN), np.floa
 _SMALLEST_GROUP = np.float32(torch.tensor(SMALLEST_GROUP, dtype=torch.bfloat16).item())
 # bf16 is the upper half of fp32; rounding to nearest even adds just under half of the last kept bit, and that bit.
 _HALF, _SHIFT, _ONE = np.uint32(0x7FFF), np.uint32(16), np.uint32(1)
-_UNIT, _TWO = np.float32(1), np.float32(2)
+_UNIT, _TWO, _NO_GAIN = np.float32(1), np.float32(2), np.float32(-np.inf)
 # Rows whose columns are rounded at a time, at most, in vectors of eight; columns whose errors are passed on to all
 # before them in one pass, which `_round_side_by_side` spells out.
 _SIDE_BY_SIDE, _VECTOR, _PASSED = 32, 8, 8
-# Numbers that the largest is looked for among at a time. Bits of those below zero turned around have their order.
-_SEARCHED = 32
+# Bits of numbers below zero, turned around, have the numbers' order.
 _SIGN, _ALL_BUT_SIGN, _LEAST = np.int32(31), np.int32(0x7FFFFFFF), np.int32(-0x80000000)
 _MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 # e4m3: a sign, four bits of exponent with a bias of 7 (fp32: 127), three of mantissa, which lie 20 bits lower in fp32.
@@ -365,42 +364,44 @@ def _settle(
 ) -> None:
     """`rounding._settle` of one row."""
     columns = pull.shape[0]
-    gain, left = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    gain, second, tried = np.empty(columns, np.float32), np.empty(columns, np.float32), np.zeros(columns, np.float32)
     for _ in range(columns):
         _gains(pull, least, code, gain)
-        place = _most(gain)
-        if not gain[place] > 0:
+        most = _largest(gain)
+        if not most > 0:
             break
+        place = _first(gain, most)
         way = _way(pull[place])
         code[place] += way
         of_place = square[place]
         for i in range(columns):
             pull[i] -= way * of_place[i]
-    tried = np.zeros(columns, np.float32)
+    _gains(pull, least, code, gain)
+    _leave_out(gain, reach, tried)
     for _ in range(min(tries, columns)):
-        _gains(pull, least, code, gain)
-        for i in range(columns):
-            gain[i] = gain[i] + tried[i] if gain[i] + reach[i] > 0 else -np.inf
-        one = _most(gain)
-        first, way = gain[one], _way(pull[one])
-        if not first > -np.inf:
+        most = _largest(gain)
+        if not most > _NO_GAIN:
             break
-        tried[one] = -np.inf
-        of_one = square[one]
+        one = _first(gain, most)
+        gain[one] = _NO_GAIN
+        tried[one] = _NO_GAIN
+        way, of_one = _way(pull[one]), square[one]
         for i in range(columns):
-            left[i] = pull[i] - way * of_one[i]
-        code[one] += way
-        _gains(left, least, code, gain)
-        gain[one] = -np.inf
-        other = _most(gain)
-        if not first + gain[other] > 0:
-            code[one] -= way
+            left = pull[i] - way * of_one[i]
+            second[i] = _gain(left, least[i], code[i])
+        second[one] = _NO_GAIN
+        more = _largest(second)
+        if not most + more > 0:
             continue
-        back = _way(left[other])
+        other = _first(second, more)
+        back, of_other = _way(pull[other] - way * of_one[other]), square[other]
+        code[one] += way
         code[other] += back
-        of_other = square[other]
         for i in range(columns):
-            pull[i] = left[i] - back * of_other[i]
+            left = pull[i] - way * of_one[i]
+            pull[i] = left - back * of_other[i]
+        _gains(pull, least, code, gain)
+        _leave_out(gain, reach, tried)
 
 
 @numba.njit
@@ -408,30 +409,46 @@ def _way(pull: np.float32) -> np.float32:
     return np.float32(-1) if pull < 0 else np.float32(1)
 
 
+@numba.njit
+def _gain(pull: np.float32, least: np.float32, code: np.float32) -> np.float32:
+    """Of moving a code as it is pulled."""
+    after = code + _way(pull)
+    return _TWO * abs(pull) - least if _Q_MIN <= after <= _Q_MAX else _NO_GAIN
+
+
 @numba.njit(nogil=True, error_model="numpy")
 def _gains(pull: np.ndarray, least: np.ndarray, code: np.ndarray, gain: np.ndarray) -> None:
     for i in range(pull.shape[0]):
-        after = code[i] + _way(pull[i])
-        gain[i] = _TWO * abs(pull[i]) - least[i] if _Q_MIN <= after <= _Q_MAX else -np.inf
+        gain[i] = _gain(pull[i], least[i], code[i])
 
 
 @numba.njit(nogil=True, error_model="numpy")
-def _most(gain: np.ndarray) -> int:
-    """Where the first of the largest is. Vectors find the largest of integers, not of floats, which may be NaN."""
-    bits, place, most = gain.view(np.int32), 0, _LEAST
-    for first in range(0, bits.shape[0], _SEARCHED):
-        some, largest = bits[first : first + _SEARCHED], _LEAST
-        for i in range(some.shape[0]):
-            largest = max(largest, _ordered(some[i]))
-        if largest > most:
-            most, place = largest, first
-    while _ordered(bits[place]) != most:
+def _leave_out(gain: np.ndarray, reach: np.ndarray, tried: np.ndarray) -> None:
+    """Codes that were tried, and those that no other's move could help."""
+    for i in range(gain.shape[0]):
+        gain[i] = gain[i] + tried[i] if gain[i] + reach[i] > 0 else _NO_GAIN
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _largest(gain: np.ndarray) -> np.float32:
+    """By integers: numba takes no vectors for floats, which may be NaN."""
+    bits, most = gain.view(np.int32), _LEAST
+    for i in range(bits.shape[0]):
+        most = max(most, _ordered(bits[i]))
+    return np.int32(_ordered(most)).view(np.float32)
+
+
+@numba.njit(nogil=True, error_model="numpy")
+def _first(gain: np.ndarray, number: np.float32) -> int:
+    place = 0
+    while gain[place] != number:
         place += 1
     return place
 
 
 @numba.njit
 def _ordered(bits: np.int32) -> np.int32:
+    """Integers in the order of the numbers whose bits they have, and back."""
     return bits ^ ((bits >> _SIGN) & _ALL_BUT_SIGN)
 
 
