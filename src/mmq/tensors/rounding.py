@@ -423,17 +423,19 @@ def _settle(slope: torch.Tensor, own: torch.Tensor, code: torch.Tensor) -> None:
         own: float32 [n, g, g], H's part.
         code: float32 [n, out, g]; become what they are moved to.
     """
-    diagonal = own.diagonal(dim1=1, dim2=2).unsqueeze(1)
+    least = (1 + SLACK) * own.diagonal(dim1=1, dim2=2)
 
     def gains(slope: torch.Tensor, code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of moving each code as its slope has it, and which way that is."""
         way = torch.where(slope < 0, -1.0, 1.0)
-        room = ((code + way) >= Q_MIN) & ((code + way) <= Q_MAX)
-        return torch.where(room, 2 * slope.abs() - (1 + SLACK) * diagonal, -torch.inf), way
+        after = code + way
+        gain = 2 * slope.abs() - least.view(len(own), *(1,) * (slope.dim() - 2), -1)
+        return torch.where((after >= Q_MIN) & (after <= Q_MAX), gain, -torch.inf), way
 
     def moved(place: torch.Tensor, way: torch.Tensor) -> torch.Tensor:
-        """What the slope loses."""
-        return own.gather(1, place.expand(-1, -1, own.shape[2])) * way
+        """What the slope [n, out, g] loses by moves of codes [n, out, k]: [n, out, k, g]."""
+        rows = own.gather(1, place.flatten(1).unsqueeze(2).expand(-1, -1, own.shape[2]))
+        return rows.unflatten(1, place.shape[1:]) * way.unsqueeze(3)
 
     for _ in range(code.shape[2]):
         gain, way = gains(slope, code)
@@ -442,22 +444,34 @@ def _settle(slope: torch.Tensor, own: torch.Tensor, code: torch.Tensor) -> None:
             break
         way = torch.where(most > 0, way.gather(2, place), 0.0)
         code.scatter_add_(2, place, way)
-        slope -= moved(place, way)
+        slope -= moved(place, way).squeeze(2)
     # No move gains by itself now, and none by more than this because of another.
     reach = 2 * (own - torch.diag_embed(own.diagonal(dim1=1, dim2=2))).abs().amax(2).unsqueeze(1)
     untried = torch.ones_like(code, dtype=torch.bool)
-    for _ in range(min(TRIES, code.shape[2])):
+    rank = torch.arange(min(TRIES, code.shape[2]), device=code.device)
+    left = rank.new_full((*code.shape[:2], 1), len(rank))
+    while len(rank):
         gain, way = gains(slope, code)
-        first, one = torch.where(untried & (gain + reach > 0), gain, -torch.inf).max(2, keepdim=True)
-        untried.scatter_(2, one, False)
+        gain = torch.where(untried & (gain + reach > 0), gain, -torch.inf)
+        first, one = (part[:, :, : len(rank)] for part in gain.sort(dim=2, descending=True, stable=True))
         way = way.gather(2, one)
-        left, there = slope - moved(one, way), code.scatter_add(2, one, way)
-        gain, back = gains(left, there)
-        second, other = gain.scatter_(2, one, -torch.inf).max(2, keepdim=True)
-        better = first + second > 0
-        back = torch.where(better, back.gather(2, other), 0.0)
-        slope.copy_(torch.where(better, left - moved(other, back), slope))
-        code.copy_(torch.where(better, there.scatter_add(2, other, back), code))
+        slopes = slope.unsqueeze(2) - moved(one, way)
+        gain, back = gains(slopes, code.unsqueeze(2))
+        second, other = gain.scatter_(3, one.unsqueeze(3), -torch.inf).max(3)
+        helps = (first + second > 0) & (rank < left)
+        found, place = helps.max(2, keepdim=True)
+        if not bool(found.any()):
+            break
+        # Of each row the first that helps; those before it were tried in vain.
+        untried.scatter_(2, one, untried.gather(2, one) & (rank > place))
+        left = torch.where(found, left - place - 1, 0)
+        one, other = one.gather(2, place), other.gather(2, place)
+        way = torch.where(found, way.gather(2, place), 0.0)
+        back = back.gather(2, place.unsqueeze(3).expand(-1, -1, -1, back.shape[3])).squeeze(2).gather(2, other)
+        back = torch.where(found, back, 0.0)
+        slope -= moved(one, way).squeeze(2)
+        slope -= moved(other, back).squeeze(2)
+        code.scatter_add_(2, one, way).scatter_add_(2, other, back)
 
 
 def round_rows(
