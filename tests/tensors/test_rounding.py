@@ -53,10 +53,11 @@ def nearest(weight: torch.Tensor) -> QuantizedStack:
     return quantize_stack(weight.clone(), GROUP)
 
 
-def loss(stack: QuantizedStack, weight: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """trace((Q - W) H (Q - W)^T) of each matrix: float64 [n]."""
+def loss(stack: QuantizedStack, weight: torch.Tensor, h: torch.Tensor, g: torch.Tensor | None = None) -> torch.Tensor:
+    """trace(G (Q - W) H (Q - W)^T) of each matrix, without G of all outputs alike: float64 [n]."""
     change = stack.dequantize(torch.float64) - weight.double()
-    return ((change @ h.double()) * change).sum((1, 2))
+    weighed = change if g is None else g.double() @ change
+    return ((weighed @ h.double()) * change).sum((1, 2))
 
 
 def same_codes(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -301,11 +302,12 @@ def test_a_sweep_is_a_plain_one() -> None:
                 steps = tried
 
             def moves(codes: torch.Tensor, steps: torch.Tensor = steps, start: int = start) -> torch.Tensor:
-                """Codes after each move of one of the group, down and up; infinite where there is no room."""
+                """Codes after each move of one of the group, down and up."""
                 units = torch.eye(256, dtype=torch.float64)[start : start + GROUP]
                 return torch.cat([codes - units, codes + units])
 
             def losses(moved: torch.Tensor, steps: torch.Tensor = steps) -> torch.Tensor:
+                """Infinite where there is no room."""
                 room = (moved >= -8).all(1) & (moved <= 7).all(1)
                 return torch.where(room, squares(moved, steps), torch.inf)
 
@@ -344,9 +346,8 @@ def test_pairs_of_moves_lower_the_loss_further(monkeypatch: pytest.MonkeyPatch) 
     for tries in (0, rounding.TRIES):
         monkeypatch.setattr(rounding, "TRIES", tries)
         damped = h.clone()
-        factor = factorize(damped, 0.1)
-        stack = round_compensated(weight.clone(), factor, searched_scale(weight, factor.diagonal, GROUP), GROUP)
-        costs.append(loss(descend(weight.clone(), damped, factor, stack), weight, damped))
+        _, after = swept(weight, damped)
+        costs.append(loss(after, weight, damped))
     assert (costs[1] < 0.999 * costs[0]).all()
 
 
@@ -462,12 +463,8 @@ def test_rows_and_columns_together_are_columns_of_the_kronecker_product(monkeypa
 def test_rows_that_make_up_for_each_other_cost_less() -> None:
     weight, h, g = weights(2, 96, 256), moments(2, 256, 900), moments(1, 96, 400, seed=7)
 
-    def cost(stack: QuantizedStack) -> torch.Tensor:
-        change = stack.dequantize(torch.float64) - weight.double()
-        return ((g.double() @ change @ h.double()) * change).sum((1, 2))
-
     alone = rounded(weight, h, damping=0.1)
-    assert bool((cost(by_rows(weight, h, g)) < 0.8 * cost(alone)).all())
+    assert bool((loss(by_rows(weight, h, g), weight, h, g) < 0.8 * loss(alone, weight, h, g)).all())
     # Rows that have nothing to do with each other leave each other alone.
     apart = by_rows(weight, h, torch.eye(96, device=DEVICE).unsqueeze(0))
     assert torch.equal(apart.scale, alone.scale) and same_codes(apart.values, alone.values)
@@ -502,15 +499,11 @@ def test_products_of_ten_bits_serve_as_well() -> None:
         scale = searched_scale(weight, factor.diagonal, GROUP)
         return round_rows(weight.clone(), factorize(g.clone(), 0.1), scale, GROUP, some)
 
-    def cost(stack: QuantizedStack) -> torch.Tensor:
-        change = stack.dequantize(torch.float64) - weight.double()
-        return ((g.double() @ change @ h.double()) * change).sum((1, 2))
-
     exact = found()
     with TenBits():
         short = found()
     assert not torch.equal(exact.values, short.values)
-    torch.testing.assert_close(cost(short), cost(exact), rtol=0.02, atol=0)
+    torch.testing.assert_close(loss(short, weight, h, g), loss(exact, weight, h, g), rtol=0.02, atol=0)
 
 
 def test_each_matrix_has_the_rows_of_its_own() -> None:

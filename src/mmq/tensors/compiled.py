@@ -292,11 +292,7 @@ def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: 
     shape = (columns, min(-(-rows // _VECTOR) * _VECTOR, _SIDE_BY_SIDE))
     aims, steps = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     lefts, found = np.zeros(shape, np.float32), np.empty(shape, np.float32)
-    factors = np.empty((columns, columns), np.float32)
     for expert in range(experts):
-        for column in range(columns):
-            for i in range(columns):
-                factors[column, i] = lower[expert, column, i]
         for first in range(0, rows, shape[1]):
             count = min(shape[1], rows - first)
             for row in range(count):
@@ -304,7 +300,7 @@ def _round_columns(aim: np.ndarray, lower: np.ndarray, scale: np.ndarray, left: 
                     aims[i, row] = aim[expert, first + row, i]
                     steps[i, row] = scale[expert, first + row, i]
                     lefts[i, row] = left[expert, first + row, i]
-            _round_side_by_side(aims, steps, lefts, found, factors)
+            _round_side_by_side(aims, steps, lefts, found, lower[expert])
             for row in range(count):
                 for i in range(columns):
                     codes[expert, first + row, i] = np.int8(found[i, row])
