@@ -509,14 +509,15 @@ def _peak_since(context: Context, before: int) -> Facts:
 
 
 def _costs(context: Context) -> Any:
-    """A matrix [H, H] as a gradient would give it: what errors of a block's output cost together."""
+    """What errors of a block's output cost, as a gradient would give it."""
     import torch
+
+    from mmq.quantize.fisher import fisher
 
     hidden = context.shape().hidden
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2 * hidden, hidden, generator=generator).to(context.torch_device())
-    rows = rows @ torch.randn(hidden, hidden, generator=generator).to(rows.device) / hidden**0.5 + rows
-    return rows.T @ rows / len(rows)
+    rows = torch.randn(context.tokens, hidden, generator=generator).to(context.torch_device())
+    return fisher(rows @ torch.randn(hidden, hidden, generator=generator).to(rows.device) / hidden**0.5 + rows)
 
 
 def _lengths(context: Context, tokens: int) -> list[int]:

@@ -306,7 +306,7 @@ def _of_rounding() -> list[Check]:
             own, inner = block(x, *parts), x.new_ones(6, 256, dtype=torch.float32)
             inner[:, ::3] = 1.5
             norm = torch.linspace(0.5, 2.0, 512, device=x.device)
-            costs = x.float().T @ x.float() if weighed else None
+            costs = fisher(x) if weighed else None
             found = judge(own, own.outputs(Weights(own)), [80] * 10, 800, Smoothing(norm, inner), fisher=costs)
             stated = {**found.statistics["losses"], **found.statistics.get("costs", {})}
             losses = [loss for way, loss in stated.items() if not way.endswith("compensated")]
@@ -440,7 +440,7 @@ def _of_the_gradient() -> list[Check]:
         Check("the loss's gradient", predicted, by_states, ROUNDED),
         Check("a layer, forward", layer, lambda h, *parts: spread(through(h, *parts).forward(h)), ROUNDED),
         Check("a layer, back", layer, lambda h, *parts: middle(through(h, *parts).back(h, h.flip(0))), ROUNDED),
-        Check("second moments of gradients", layer, lambda h, *parts: fisher(h), SUMS),
+        Check("second moments of gradients", layer, lambda h, *parts: fisher(h).matrix, SUMS),
     ]
 
 

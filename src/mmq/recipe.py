@@ -154,7 +154,7 @@ class Awq(Section):
     fisher_tokens: Annotated[int, Field(strict=True, ge=0, lt=2**53)] = Field(
         32768,
         description="of rounding: compensated: calibration tokens whose loss's gradient says which errors of a block's"
-        " output matter together; 0 weighs all outputs alike",
+        " output matter together, and at which tokens; 0 weighs all alike",
     )
     shared_experts: Literal["scaled", "source"] = Field(
         "scaled",

@@ -18,7 +18,7 @@ import stock_awq
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.quantize.layer import LayerQuantizer
 from mmq.quantize.race import PARTS
-from mmq.quantize.rounding import Compensation, Rounded, Smoothing, judge
+from mmq.quantize.rounding import Compensation, Fisher, Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, SmoothedGateUp, Weights, top_up
 from mmq.quantize.search import StackedAWQModifier, awq_mappings
 from mmq.recipe import Awq
@@ -132,7 +132,7 @@ def test_compensated_rounding_stays_within_its_budget(shape: Shape, budget: int)
     lengths, gradients = [shape.tokens // 10] * 10, torch.randn(shape.tokens, shape.hidden)
     # Two ways, four bits a weight and two bytes a group.
     packed = 2 * (block.gate_up.numel() + block.down.numel()) * (64 + 2) // 128
-    for fisher in (None, gradients.T @ gradients)[: 2 if budget == 8 else 1]:
+    for fisher in (None, Fisher(gradients.T @ gradients, gradients.norm(dim=1)))[: 2 if budget == 8 else 1]:
         most, _, verdict = peak(
             lambda fisher=fisher: judge(block, reference, lengths, shape.tokens, smoothing, fisher=fisher)
         )

@@ -21,8 +21,8 @@ from mmq.prove.judged import judged_layer
 from mmq.prove.weights import SourceWeights, read_layer
 from mmq.quantize.decoder_layer import DecoderLayer, embed, transformers_config
 from mmq.quantize.layer import LayerContent
-from mmq.quantize.rounding import Compensation, Rounded, Smoothing, damping, held_back
-from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
+from mmq.quantize.rounding import Compensation, Fisher, Metric, Rounded, Smoothing, damping, held_back, judge
+from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, top_up
 from mmq.recipe import load
 from mmq.source.calibration import load_tokens
 from mmq.tensors.int4 import quantize_stack
@@ -180,6 +180,33 @@ def test_every_eighth_sample_is_held_back() -> None:
     assert held_back([1]).tolist() == [False]
 
 
+def test_few_rows_count_alike() -> None:
+    """Rows that count unlike are worth fewer: no weights where there are hardly as many rows as channels."""
+    block, gradients = make_block(Shape(5, 256, 128, 700, 2, 0), 2**22), torch.randn(700, 256)
+    metric = Metric.of(Fisher(gradients.T @ gradients, gradients.norm(dim=1)), 700)
+    few, none = (Compensation(block, torch.arange(700), 700, given) for given in (metric, None))
+    assert torch.equal(few.pooled, none.pooled)
+    assert torch.equal(few._inputs(0, 5)[0], none._inputs(0, 5)[0])
+
+
+def test_what_judges_is_what_errors_cost_at_their_tokens() -> None:
+    """Of the samples held back: e^T G e of each token's error, times its gradient's norm; squares count alike."""
+    block, gradients = make_block(Shape(5, 256, 128, 700, 2, 0), 2**24), torch.randn(700, 256)
+    gradients *= torch.randn(700, 1).exp()
+    fisher = Fisher(gradients.T @ gradients / 700, gradients.norm(dim=1))
+    ones = Smoothing(torch.ones(256), torch.ones(5, 128))
+    reference, lengths = block.outputs(Weights(block)), [70] * 10
+    verdict = judge(block, reference, lengths, 700, ones, fisher=fisher)
+    nearest = block.in_order(block.outputs(Smoothed(block, ones.norm, ones.inner)))
+    held = held_back(lengths)
+    error = (nearest - block.in_order(reference))[held].double()
+    matrix = fisher.matrix.double() / fisher.matrix.diagonal().mean() + 0.1 * torch.eye(256)
+    counts = (fisher.norms / fisher.norms.mean())[held]
+    wanted = float((((error @ matrix) * error).sum(1) * counts).mean() / 256)
+    assert verdict.statistics["costs"]["nearest"] == pytest.approx(wanted, rel=1e-3)
+    assert verdict.statistics["losses"]["nearest"] == pytest.approx(float(error.square().mean()), rel=1e-3)
+
+
 def to_nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Each weight of [out, in] by itself, under given group scales."""
     steps = scale.float().repeat_interleave(128, 1)
@@ -291,12 +318,24 @@ def test_narrow_text_is_not_believed() -> None:
     assert losses[1] < 0.8 * losses[0] and losses[1] < 1.05 * losses[2]
 
 
-def test_moments_are_those_of_each_experts_rows() -> None:
+@pytest.mark.parametrize("weighed", [False, True], ids=["alike", "weighed"])
+def test_moments_are_those_of_each_experts_rows(weighed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the fitted tokens alone, against a plain loop in fp64; down's inputs as rounded gate and up give them, their
-    mean squares with the rows that top up."""
+    mean squares with the rows that top up. Where there are enough rows a token counts by its gradient's norm, one
+    without a gradient as in the mean."""
     block = make_block(Shape(5, 256, 128, 700, 2, 400), 2**22)
-    fitted = torch.arange(0, 700, 3)
-    fit = Compensation(block, fitted, 700)
+    fitted, metric, each = torch.arange(0, 700, 3), None, torch.ones(700, dtype=torch.float64)
+    outputs = torch.eye(256, dtype=torch.float64)
+    if weighed:
+        monkeypatch.setattr(mmq.quantize.rounding, "ENOUGH", len(fitted) * 2 / 5 / 256)
+        gradients = torch.randn(700, 256) * torch.randn(700, 1).exp()
+        norms = gradients.norm(dim=1)
+        norms[::7] = torch.nan
+        metric = Metric.of(Fisher(gradients.T @ gradients, norms), 700)
+        outputs = metric.matrix.double()
+        each = (norms.double() / norms.nanmean()).nan_to_num(1.0)
+        assert float(each.min()) < 0.2 and float(each.max()) > 4
+    fit = Compensation(block, fitted, 700, metric)
     rounded = (block.gate_up * (1 + 0.2 * torch.randn(block.gate_up.shape))).bfloat16()
     (inputs, counts), (middles, crossed, again, squares) = fit._inputs(0, 5), fit._middles(rounded.float(), 0, 5)
     costs = fit._costs(0, 5)
@@ -306,8 +345,10 @@ def test_moments_are_those_of_each_experts_rows() -> None:
     for expert in range(5):
         own = fitted[(block.index[fitted] == expert).any(1)]
         assert counts[expert] == len(own)
-        x = block.x[own].double()
-        assert torch.allclose(inputs[expert].double(), x.T @ x, rtol=1e-4, atol=1e-3)
+        x, count = block.x[own].double(), each[own].unsqueeze(1)
+        wanted = x.T @ (count * x)
+        near = 3e-3 * float(wanted.abs().max()) if weighed else 1e-3
+        assert torch.allclose(inputs[expert].double(), wanted, rtol=1e-4, atol=near)
         top = block.extra.token[starts[expert] : starts[expert + 1]]
 
         def both(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -316,10 +357,10 @@ def test_moments_are_those_of_each_experts_rows() -> None:
 
         source, inner = both(x, block.gate_up[expert]), both(x, rounded[expert])
         scale = float((inner.T @ inner).abs().max())
-        for found, wanted in ((middles, inner.T @ inner), (crossed, (source - inner).T @ inner)):
+        for found, wanted in ((middles, inner.T @ (count * inner)), (crossed, (source - inner).T @ (count * inner))):
             assert torch.allclose(found[expert].double(), wanted, rtol=0.02, atol=0.02 * scale)
         every = torch.cat([inner, both(block.x[top].double(), rounded[expert])])
-        mean = every.square().sum(0) / max(1, len(every))
+        mean = (torch.cat([count, each[top].unsqueeze(1)]) * every.square()).sum(0) / max(1, len(every))
         assert torch.allclose(squares[expert].double(), mean, rtol=0.05, atol=0.02 * float(mean.max()))
         # Small errors of gate's and up's outputs, and what they do to the expert's, row by row; their products with
         # each other are drawn towards none.
@@ -328,8 +369,9 @@ def test_moments_are_those_of_each_experts_rows() -> None:
                            torch.nn.functional.silu(gate)], 1)  # fmt: skip
         down = block.down[expert].double()
         through = slope.unsqueeze(1) * torch.cat([down, down], 1)
-        wanted = torch.einsum("rhi,rhj->ij", through, through) / (len(own) + 2 * 128)
+        wanted = torch.einsum("r,rhi,hk,rkj->ij", count[:, 0], through, outputs, through) / (len(own) + 2 * 128)
         wanted.diagonal().mul_((len(own) + 2 * 128) / max(1, len(own)))
         assert torch.allclose(costs[expert].double(), wanted, rtol=0.03, atol=0.03 * float(wanted.abs().max()))
     everyone = block.x[fitted].double()
-    assert torch.allclose(fit.pooled.double(), everyone.T @ everyone / len(fitted), rtol=1e-4, atol=1e-5)
+    wanted = everyone.T @ (each[fitted].unsqueeze(1) * everyone) / len(fitted)
+    assert torch.allclose(fit.pooled.double(), wanted, rtol=1e-4, atol=3e-3 if weighed else 1e-5)

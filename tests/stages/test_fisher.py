@@ -17,6 +17,7 @@ from cli.test_cli import refused, succeed
 from conftest import SAMPLES, digests, write_recipe
 from mmq.prove.verify import verify_checkpoint
 from mmq.quantize.fisher import fisher, following, spread_samples
+from mmq.quantize.rounding import Fisher
 from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages.awq_checks import calibration_tokens
@@ -46,7 +47,7 @@ def weighed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     gradients: list[torch.Tensor] = []
 
-    def note(gradient: torch.Tensor) -> torch.Tensor:
+    def note(gradient: torch.Tensor) -> Fisher:
         gradients.insert(0, gradient.float())
         return fisher(gradient)
 
@@ -83,8 +84,12 @@ def test_the_matrices_are_those_of_a_plain_models_gradients(weighed: Path) -> No
         off = (rows - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-9)
         # bf16 moves every margin a little, and turns over a few choices.
         assert float(off.median()) < 0.1 and float(off.quantile(0.9)) < 0.5, layer
-        matrix = load_file(weighed / f"fisher/fisher-{layer:05d}.safetensors")["fisher"]
+        found_of_all = Fisher(**load_file(weighed / f"fisher/fisher-{layer:05d}.safetensors"))
+        matrix, norms = found_of_all.matrix, found_of_all.norms.split(tokens.lengths)
         assert torch.allclose(matrix, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5 * float(matrix.abs().max()))
+        of_chosen = torch.cat([norms[sample] for sample in chosen])
+        assert torch.allclose(of_chosen, rows.norm(dim=1), rtol=1e-3)
+        assert found_of_all.norms.isnan().sum() == sum(tokens.lengths) - len(of_chosen)
 
 
 def test_nothing_is_left_over_and_verify_passes(weighed: Path) -> None:

@@ -16,6 +16,7 @@ from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, in_batches
 from mmq.quantize.layer import LayerContent
 from mmq.quantize.memory import FISHER_BATCH
+from mmq.quantize.rounding import Fisher
 from mmq.tensors.experts import second_moments
 from mmq.tensors.experts_gradient import block_output, contested
 
@@ -83,10 +84,11 @@ class SourceLayer:
         return result
 
 
-def fisher(gradient: torch.Tensor) -> torch.Tensor:
-    """Mean of g g^T over the rows of [T, H] that are numbers: float32 [H, H]."""
+def fisher(gradient: torch.Tensor) -> Fisher:
+    """Of the rows of [T, H]; those that are no numbers count in no mean."""
     finite = gradient[torch.isfinite(gradient).all(1)]
     result = torch.zeros(1, gradient.shape[1], gradient.shape[1], dtype=torch.float32, device=gradient.device)
     for rows in finite.split(FISHER_BATCH):
         second_moments(rows, torch.tensor([len(rows)], dtype=torch.int32, device=gradient.device), result)
-    return result[0] / max(1, len(finite))
+    norms = gradient.norm(dim=1, dtype=torch.float32)
+    return Fisher(result[0] / max(1, len(finite)), norms.masked_fill_(~torch.isfinite(norms), torch.nan))

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmq.machine.team import ALONE, Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.kv_cache import KvObserver
 from mmq.quantize.race import Runner, parts, surely_worse
-from mmq.quantize.rounding import Rounded, Smoothing, judge
+from mmq.quantize.rounding import Fisher, Rounded, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Smoothed, Weights, default_budget, top_up
 from mmq.quantize.search import Found, StackedAWQModifier, awq_mappings, unscaled, unsmoothed
 from mmq.recipe import Awq
@@ -166,12 +166,12 @@ class LayerQuantizer:
 
     @torch.no_grad()
     def quantize(
-        self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: torch.Tensor | None = None
+        self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: Fisher | None = None
     ) -> LayerResult:
         """Quantize a layer. `content`'s experts are overwritten.
 
         Args:
-            fisher: float32 [H, H], of the loss's gradients at the layer's output; of compensated rounding.
+            fisher: of all samples, also those that were left out; of compensated rounding.
 
         With `nonfinite: exclude` a sample for which NaN or infinity appears leaves `samples`, and the layer is begun
         anew without it: the result is that of a run whose hidden states never held it from this layer on.
@@ -197,6 +197,11 @@ class LayerQuantizer:
             self._check_finite(result.hidden, f"the output of layer {layer}'s quantized experts is")
         result.statistics["excluded_samples"] = sorted(excluded)
         return result
+
+    def _present(self, fisher: Fisher) -> Fisher:
+        """With the tokens of samples that are still in the run."""
+        parts = fisher.norms.split([len(ids) for ids in self._ids.values()])
+        return replace(fisher, norms=torch.cat([parts[number - 1] for number in self.samples]))
 
     def _decoder(self, layer: int, rest: dict[str, torch.Tensor]) -> DecoderLayer:
         """A layer without its experts, attention as it will be served."""
@@ -232,9 +237,7 @@ class LayerQuantizer:
         reason = self.arch.without_kv_scales(layer) if self.settings.kv_cache_scheme else None
         return found | ({"no_kv_scales": reason} if reason else {})
 
-    def _quantize(
-        self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: torch.Tensor | None
-    ) -> LayerResult:
+    def _quantize(self, layer: int, content: LayerContent, hidden: torch.Tensor, fisher: Fisher | None) -> LayerResult:
         arch, settings = self.arch, self.settings
         if not arch.has_experts(layer):
             return self._pass(layer, content, hidden)
@@ -275,9 +278,8 @@ class LayerQuantizer:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                verdict = judge(
-                    block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step, fisher
-                )
+                found_scales, present = Smoothing(applied, inner), None if fisher is None else self._present(fisher)
+                verdict = judge(block, reference, self.lengths, self.distinct, found_scales, clock.step, present)
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
                 evidence = verdict.evidence

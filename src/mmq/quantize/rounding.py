@@ -1,15 +1,16 @@
 """Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
 
 Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
-expert's weights let expect by how few rows there are. Down comes after gate and up, and reads what these make of the
-inputs once they are rounded. The loss on rows that were fitted falls whatever happens elsewhere, so every eighth sample
-takes no part in the moments: on those, smoothing and none, compensated and nearest are compared.
+expert's weights let expect by how few rows there are. Tokens at which errors cost more count more. Down comes after
+gate and up, and reads what these make of the inputs once they are rounded. The loss on rows that were fitted falls
+whatever happens elsewhere, so every eighth sample takes no part in the moments: on those, smoothing and none,
+compensated and nearest are compared.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ from mmq.tensors.rounding import (
     through_down,
 )
 
+# Rows for each column that an expert has on average where they count by what errors cost at their tokens. Rows that
+# count unlike are worth fewer, and where there are few that takes more than it brings.
+ENOUGH = 8
 # As many rows for each column count what is expected of a moment before its own rows are seen; the least share of the
 # mean diagonal that is added to it, and that share where the text has as many different tokens as there are columns.
 # docs/quality.md has what other values give.
@@ -142,27 +146,43 @@ def probed(block: ExpertBlock) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Fisher:
+    """What the loss's gradients g by a layer's output say.
+
+    Attributes:
+        matrix: float32 [H, H], E[g g^T].
+        norms: float32 [T], |g| at each calibration token; NaN where no gradient was taken.
+    """
+
+    matrix: torch.Tensor
+    norms: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Metric:
-    """What errors of a block's outputs cost together.
+    """What errors of a block's outputs cost: those of a token together, and of which tokens.
 
     Attributes:
         matrix: float32 [H, H], its mean diagonal about 1.
         factor: of it.
+        weights: float32 [T], of each token, one in the mean.
     """
 
     matrix: torch.Tensor
     factor: Factor
+    weights: torch.Tensor
 
     @classmethod
-    def of(cls, fisher: torch.Tensor, distinct: int) -> Metric:
+    def of(cls, fisher: Fisher, distinct: int) -> Metric:
         """Args:
-        fisher: float32 [H, H], second moments of the loss's gradients at the outputs.
         distinct: how many different tokens the calibration has.
         """
-        matrix = fisher.clone()
+        matrix = fisher.matrix.clone()
         # Becomes what is factorized.
         factor = factorize(matrix.unsqueeze(0), damping(matrix.shape[0], distinct))
-        return cls(matrix, factor)
+        # By the norm and not its square: one text's next token is one draw of many. Without a gradient as in the mean.
+        weights = fisher.norms / fisher.norms.nanmean()
+        return cls(matrix, factor, torch.where(torch.isfinite(weights), weights, 1.0))
 
 
 @dataclass
@@ -178,6 +198,8 @@ class Compensation:
     Attributes:
         rows: of the fitted tokens.
         pooled: float32 [H, H], the mean second moment of all fitted tokens.
+        roots: float32 [T], by which rows of each token are multiplied to count what the metric says; None where all
+            count alike.
         step: experts at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
     """
@@ -188,6 +210,7 @@ class Compensation:
     metric: Metric | None = None
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
+    roots: torch.Tensor | None = field(init=False)
     step: int = field(init=False)
     workers: int = field(init=False)
 
@@ -196,10 +219,13 @@ class Compensation:
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
         rows = Rows.of(block.index[fitted], block.experts).of_experts(block.own.start, block.own.stop)
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
+        enough = fitted.numel() * block.index.shape[1] >= ENOUGH * hidden * block.experts
+        self.roots = self.metric.weights.sqrt() if self.metric and enough else None
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
             ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
-            second_moments(block.x.index_select(0, tokens), ends, self.pooled.unsqueeze(0))
+            x = self._weighed(block.x.index_select(0, tokens), tokens)
+            second_moments(x, ends, self.pooled.unsqueeze(0))
         self.pooled /= max(1, len(fitted))
         room, needed = block.working_memory // 2, self.least(hidden, inner)
         # On a CPU small steps, so that there are some for every thread; their size depends on no number of threads.
@@ -314,14 +340,18 @@ class Compensation:
 
         return round_rows(weight, outputs, scale, size, by_columns) if outputs else by_columns(weight, scale)
 
+    def _weighed(self, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """Rows [r, n] of so many tokens, to count what these do; overwritten."""
+        return rows if self.roots is None else rows.mul_(self.roots[token].unsqueeze(1))
+
     def _inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """X^T X of the inputs X of gate and up of experts first..last, float32 [n, H, H], and numbers of rows, float32
         [n]."""
         hidden = self.block.gate_up.shape[2]
         moments = self.pooled.new_zeros(last - first, hidden, hidden)
         for piece in self.rows.pieces(first, last, self._slice):
-            x = self.block.x.index_select(0, self.rows.token[piece.start : piece.stop])
-            second_moments(x, piece.ends, moments)
+            token = self.rows.token[piece.start : piece.stop]
+            second_moments(self._weighed(self.block.x.index_select(0, token), token), piece.ends, moments)
         return moments, self._counts(self.rows, first, last)
 
     def _costs(self, first: int, last: int) -> torch.Tensor:
@@ -331,7 +361,7 @@ class Compensation:
         for piece in self.rows.pieces(first, last, self._slice):
             token = self.rows.token[piece.start : piece.stop]
             own = gated_slopes(block.x, token, block.gate_up[first:last], piece.ends, block.activation)
-            second_moments(own, piece.ends, slopes)
+            second_moments(self._weighed(own, token), piece.ends, slopes)
         counts = self._counts(self.rows, first, last)
         squares = slopes.diagonal(dim1=1, dim2=2) / counts.clamp(min=1).unsqueeze(1)
         shrink(slopes, counts, torch.diag_embed(squares), SHRINKAGE)
@@ -358,7 +388,7 @@ class Compensation:
                 gated_rows(block.x, token, weight, piece.ends, block.activation)
                 for weight in (block.gate_up[first:last], rounded)
             ]
-            second_moments(torch.cat(both, 1), piece.ends, sums)
+            second_moments(self._weighed(torch.cat(both, 1), token), piece.ends, sums)
         moments = sums[:, inner:, inner:].contiguous()
         crossed = sums[:, :inner, inner:] - moments
         counts = total = self._counts(self.rows, first, last)
@@ -367,7 +397,8 @@ class Compensation:
             total = total + self._counts(block.extra, first, last)
             for piece in block.extra.pieces(first, last, self._slice):
                 token = block.extra.token[piece.start : piece.stop]
-                middle = gated_rows(block.x, token, rounded, piece.ends, block.activation).float().square_()
+                middle = gated_rows(block.x, token, rounded, piece.ends, block.activation)
+                middle = self._weighed(middle, token).float().square_()
                 owner = torch.bucketize(torch.arange(len(middle), device=middle.device), piece.ends, right=True)
                 # Of each expert a plain sum, in one order on every device.
                 chosen = torch.nn.functional.one_hot(owner, last - first).to(middle.dtype)
@@ -421,8 +452,7 @@ class _Jury:
     Attributes:
         block: the layer's experts with these tokens alone.
         wanted: float32 [t, H], the unquantized block's outputs for this rank's share of them.
-        metric: float32 [H, H], what errors of the outputs cost together, its mean diagonal about 1; None where all cost
-            alike, and each by itself.
+        metric: what errors of the outputs cost, of these tokens alone; None where all cost alike, and each by itself.
         losses: float32 [n] of each way, squared errors of these tokens' outputs.
         values: their mean per element; infinity where it is not a number.
         costs: the same of the errors as the metric has them.
@@ -430,14 +460,14 @@ class _Jury:
 
     block: ExpertBlock
     wanted: torch.Tensor
-    metric: torch.Tensor | None
+    metric: Metric | None
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     values: dict[str, float] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor, metric: torch.Tensor | None
+        cls, block: ExpertBlock, reference: list[torch.Tensor], tokens: torch.Tensor, metric: Metric | None
     ) -> _Jury:
         heard = ExpertBlock(
             block.x[tokens], block.index[tokens], block.weight[tokens], block.gate_up, block.down, block.activation,
@@ -446,7 +476,8 @@ class _Jury:
         chosen = torch.zeros(block.x.shape[0], dtype=torch.bool, device=block.x.device)
         chosen[tokens] = True
         (share,) = heard.shares
-        return cls(heard, block.in_order(reference, chosen)[share.mine], metric)
+        own = metric and replace(metric, weights=metric.weights[tokens])
+        return cls(heard, block.in_order(reference, chosen)[share.mine], own)
 
     def hear(self, way: str, weights: Weights) -> None:
         (share,), width = self.block.shares, self.wanted.shape[1]
@@ -457,7 +488,7 @@ class _Jury:
         (outputs,) = self.block.outputs(weights)
         # Of all tokens at once: what a product of rows rounds to may depend on how many there are.
         error = self.block.team.gather_parts(outputs.sub_(self.wanted), share.tokens.numel())
-        self.costs[way] = _mean((error @ self.metric).mul_(error).sum(1), width)
+        self.costs[way] = _mean((error @ self.metric.matrix).mul_(error).sum(1).mul_(self.metric.weights), width)
         self.losses[way] = row_squares(error)
         self.values[way] = _mean(self.losses[way], width)
 
@@ -475,7 +506,7 @@ def judge(
     distinct: int,
     found: Smoothing,
     say: Callable[[float, str], None] = lambda *_: None,
-    fisher: torch.Tensor | None = None,
+    fisher: Fisher | None = None,
 ) -> Verdict:
     """Round with and without smoothing, compensated and to nearest, and take what is best on samples held back.
 
@@ -484,14 +515,14 @@ def judge(
         lengths: tokens of each sample.
         distinct: how many different tokens there are.
         found: the smoothing that a search for rounding to nearest chose.
-        fisher: float32 [H, H], of the loss's gradients at the block's outputs; without, all outputs count alike.
+        fisher: of the gradients at the block's outputs; without, all outputs and all tokens count alike.
     """
     mask = held_back(lengths).to(block.x.device)
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
     metric = None if fisher is None else Metric.of(fisher, distinct)
-    jury = _Jury.of(block, reference, judging, metric.matrix if metric else None)
+    jury = _Jury.of(block, reference, judging, metric)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
     changed = torch.stack([(found.norm != 1).any(), (found.inner != 1).any()])

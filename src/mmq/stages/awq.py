@@ -35,7 +35,7 @@ from mmq.machine.threads import one_thread
 from mmq.machine.transfer import Lane
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
 from mmq.quantize.memory import awq_memory, fisher_state
-from mmq.quantize.rounding import EVIDENCE
+from mmq.quantize.rounding import EVIDENCE, Fisher
 from mmq.quantize.routed_experts import LEAST_BUDGET, SPARE_MEMORY, default_budget
 from mmq.serve.quantization_config import output_config
 from mmq.source.model import SourceModel
@@ -44,7 +44,7 @@ from mmq.source.tokens import CACHE_NAME, Tokens, save_tokens
 from mmq.stages import awq_fisher
 from mmq.stages.awq_checks import calibration_tokens, check_groups, gradient_memory, widest_layer
 from mmq.stages.awq_checks import checks as checks
-from mmq.stages.awq_fisher import FisherPass, load_tensor, remove_fisher
+from mmq.stages.awq_fisher import FisherPass, load_fisher, remove_fisher
 from mmq.stages.base import BASE_MEMORY, Plan, Unit
 from mmq.stages.layer_reader import LayerReader
 from mmq.storage.atomic import FileRecord, make_folder, write_json
@@ -335,11 +335,11 @@ class _Stage:
             )
             content = self.layer_reader.read_now(layer, self.experts)
 
-    def _fisher(self, layer: int) -> torch.Tensor | None:
-        """float32 [H, H], what errors of a layer's output cost, where that was found out."""
+    def _fisher(self, layer: int) -> Fisher | None:
+        """What errors of a layer's output cost, where that was found out."""
         if not (self.workspace.recipe.awq.weighs_outputs and self.workspace.architecture.has_experts(layer)):
             return None
-        return load_tensor(self.files, self.files.fisher(layer), self.journal, self.team, self.device)
+        return load_fisher(self.files, layer, self.journal, self.team, self.device)
 
     def finish_writing(self) -> None:
         """Wait for the layer whose files are being written."""

@@ -19,6 +19,7 @@ from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.fisher import SourceLayer, fisher, following, spread_samples
 from mmq.quantize.head import Head
+from mmq.quantize.rounding import Fisher
 from mmq.source.model import SourceModel
 from mmq.source.tokens import Tokens
 from mmq.stages.base import Unit
@@ -66,16 +67,22 @@ def remove_fisher(files: LayerFiles, layers: Iterable[int], journal: StageJourna
         files.fisher(layer).unlink(missing_ok=True)
 
 
-def load_tensor(files: LayerFiles, path: Path, journal: StageJournal, team: Team, device: torch.device) -> torch.Tensor:
-    """The one tensor of a finished unit's file, which the leading rank looks at for all.
+def load_fisher(files: LayerFiles, layer: int, journal: StageJournal, team: Team, device: torch.device) -> Fisher:
+    """What the pass found of a layer.
 
     Raises:
         JournalError: it is not what was written.
     """
+    return Fisher(**_load(files, files.fisher(layer), journal, team, device))
+
+
+def _load(
+    files: LayerFiles, path: Path, journal: StageJournal, team: Team, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """A finished unit's file, which the leading rank looks at for all."""
     if team.leads:
         journal.check_content(files.in_journal(path))
-    (tensor,) = load_file(path, device=str(device)).values()
-    return tensor
+    return load_file(path, device=str(device))
 
 
 class FisherPass:
@@ -93,10 +100,10 @@ class FisherPass:
         self.layers, self.experts = range(self.source.layer_count()), range(self.source.expert_count())
         self.config = transformers_config(self.arch, self.source.config)
         self.files = LayerFiles.of(workspace, journal.name)
-        samples = spread_samples(tokens.lengths, workspace.recipe.awq.fisher_tokens)
+        self.tokens, self.samples = tokens, spread_samples(tokens.lengths, workspace.recipe.awq.fisher_tokens)
         parts = tokens.ids.split(tokens.lengths)
-        self.lengths = [tokens.lengths[sample] for sample in samples]
-        self.ids = torch.cat([parts[sample] for sample in samples])
+        self.lengths = [tokens.lengths[sample] for sample in self.samples]
+        self.ids = torch.cat([parts[sample] for sample in self.samples])
         self.ahead = ahead
         self._near: dict[int, Future[None]] = {}
 
@@ -174,7 +181,11 @@ class FisherPass:
         """The files of the gradient by a layer's output."""
         found = {self.files.gradient(layer): {"gradient": gradient}} if layer else {}
         if self.arch.has_experts(layer):
-            found[self.files.fisher(layer)] = {"fisher": fisher(gradient)}
+            of_these = fisher(gradient)
+            norms = [of_these.norms.new_full((length,), torch.nan) for length in self.tokens.lengths]
+            for sample, own in zip(self.samples, of_these.norms.split(self.lengths), strict=True):
+                norms[sample] = own
+            found[self.files.fisher(layer)] = {"matrix": of_these.matrix, "norms": torch.cat(norms)}
         return found
 
     def _states(self, layer: int) -> torch.Tensor:
@@ -184,7 +195,8 @@ class FisherPass:
         return self._load(self.files.forward(layer))
 
     def _load(self, path: Path) -> torch.Tensor:
-        return load_tensor(self.files, path, self.journal, self.team, self.device)
+        (tensor,) = _load(self.files, path, self.journal, self.team, self.device).values()
+        return tensor
 
     def _finish(
         self, unit: str, files: dict[Path, dict[str, torch.Tensor]], used: Iterable[tuple[str, Path]] = ()
