@@ -180,28 +180,21 @@ def test_every_eighth_sample_is_held_back() -> None:
     assert held_back([1]).tolist() == [False]
 
 
-def test_few_rows_count_alike() -> None:
-    """Rows that count unlike are worth fewer: no weights where there are hardly as many rows as channels."""
-    block, gradients = make_block(Shape(5, 256, 128, 700, 2, 0), 2**22), torch.randn(700, 256)
-    metric = Metric.of(Fisher(gradients.T @ gradients, gradients.norm(dim=1)), 700)
-    few, none = (Compensation(block, torch.arange(700), 700, given) for given in (metric, None))
-    assert torch.equal(few.pooled, none.pooled)
-    assert torch.equal(few._inputs(0, 5)[0], none._inputs(0, 5)[0])
-
-
-def test_what_judges_is_what_errors_cost_at_their_tokens() -> None:
-    """Of the samples held back: e^T G e of each token's error, times its gradient's norm; squares count alike."""
-    block, gradients = make_block(Shape(5, 256, 128, 700, 2, 0), 2**24), torch.randn(700, 256)
-    gradients *= torch.randn(700, 1).exp()
-    fisher = Fisher(gradients.T @ gradients / 700, gradients.norm(dim=1))
+@pytest.mark.parametrize("tokens", [700, 6000], ids=["few rows", "many rows"])
+def test_what_judges_is_what_errors_cost_at_their_tokens(tokens: int) -> None:
+    """Of the samples held back: e^T G e of each token's error, and where an expert has 8 rows for each channel, times
+    the gradient's norm; squares count alike."""
+    block, gradients = make_block(Shape(5, 256, 128, tokens, 2, 0), 2**24), torch.randn(tokens, 256)
+    gradients *= torch.randn(tokens, 1).exp()
+    fisher = Fisher(gradients.T @ gradients / tokens, gradients.norm(dim=1))
     ones = Smoothing(torch.ones(256), torch.ones(5, 128))
-    reference, lengths = block.outputs(Weights(block)), [70] * 10
-    verdict = judge(block, reference, lengths, 700, ones, fisher=fisher)
+    reference, lengths = block.outputs(Weights(block)), [tokens // 10] * 10
+    verdict = judge(block, reference, lengths, tokens, ones, fisher=fisher)
     nearest = block.in_order(block.outputs(Smoothed(block, ones.norm, ones.inner)))
     held = held_back(lengths)
     error = (nearest - block.in_order(reference))[held].double()
     matrix = fisher.matrix.double() / fisher.matrix.diagonal().mean() + 0.1 * torch.eye(256)
-    counts = (fisher.norms / fisher.norms.mean())[held]
+    counts = (fisher.norms / fisher.norms.mean())[held] if tokens == 6000 else 1.0
     wanted = float((((error @ matrix) * error).sum(1) * counts).mean() / 256)
     assert verdict.statistics["costs"]["nearest"] == pytest.approx(wanted, rel=1e-3)
     assert verdict.statistics["losses"]["nearest"] == pytest.approx(float(error.square().mean()), rel=1e-3)
@@ -319,7 +312,7 @@ def test_narrow_text_is_not_believed() -> None:
 
 
 @pytest.mark.parametrize("weighed", [False, True], ids=["alike", "weighed"])
-def test_moments_are_those_of_each_experts_rows(weighed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_are_those_of_each_experts_rows(weighed: bool) -> None:
     """Of the fitted tokens alone, against a plain loop in fp64; down's inputs as rounded gate and up give them, their
     mean squares with the rows that top up. Where there are enough rows a token counts by its gradient's norm, one
     without a gradient as in the mean."""
@@ -327,11 +320,10 @@ def test_moments_are_those_of_each_experts_rows(weighed: bool, monkeypatch: pyte
     fitted, metric, each = torch.arange(0, 700, 3), None, torch.ones(700, dtype=torch.float64)
     outputs = torch.eye(256, dtype=torch.float64)
     if weighed:
-        monkeypatch.setattr(mmq.quantize.rounding, "ENOUGH", len(fitted) * 2 / 5 / 256)
         gradients = torch.randn(700, 256) * torch.randn(700, 1).exp()
         norms = gradients.norm(dim=1)
         norms[::7] = torch.nan
-        metric = Metric.of(Fisher(gradients.T @ gradients, norms), 700)
+        metric = Metric.of(Fisher(gradients.T @ gradients, norms), 700, 8)
         outputs = metric.matrix.double()
         each = (norms.double() / norms.nanmean()).nan_to_num(1.0)
         assert float(each.min()) < 0.2 and float(each.max()) > 4

@@ -165,21 +165,24 @@ class Metric:
     Attributes:
         matrix: float32 [H, H], its mean diagonal about 1.
         factor: of it.
-        weights: float32 [T], of each token, one in the mean.
+        weights: float32 [T], of each token, one in the mean; None where all count alike.
     """
 
     matrix: torch.Tensor
     factor: Factor
-    weights: torch.Tensor
+    weights: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, fisher: Fisher, distinct: int) -> Metric:
+    def of(cls, fisher: Fisher, distinct: int, rows: float) -> Metric:
         """Args:
         distinct: how many different tokens the calibration has.
+        rows: for each column of gate and up, that an expert has on average.
         """
         matrix = fisher.matrix.clone()
         # Becomes what is factorized.
         factor = factorize(matrix.unsqueeze(0), damping(matrix.shape[0], distinct))
+        if rows < ENOUGH:
+            return cls(matrix, factor)
         # By the norm and not its square: one text's next token is one draw of many. Without a gradient as in the mean.
         weights = fisher.norms / fisher.norms.nanmean()
         return cls(matrix, factor, torch.where(torch.isfinite(weights), weights, 1.0))
@@ -198,8 +201,7 @@ class Compensation:
     Attributes:
         rows: of the fitted tokens.
         pooled: float32 [H, H], the mean second moment of all fitted tokens.
-        roots: float32 [T], by which rows of each token are multiplied to count what the metric says; None where all
-            count alike.
+        roots: float32 [T], by which rows of each token are multiplied to count what the metric says, if it does.
         step: experts at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
     """
@@ -219,8 +221,8 @@ class Compensation:
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
         rows = Rows.of(block.index[fitted], block.experts).of_experts(block.own.start, block.own.stop)
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
-        enough = fitted.numel() * block.index.shape[1] >= ENOUGH * hidden * block.experts
-        self.roots = self.metric.weights.sqrt() if self.metric and enough else None
+        weights = self.metric.weights if self.metric else None
+        self.roots = None if weights is None else weights.sqrt()
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
             ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
@@ -476,8 +478,9 @@ class _Jury:
         chosen = torch.zeros(block.x.shape[0], dtype=torch.bool, device=block.x.device)
         chosen[tokens] = True
         (share,) = heard.shares
-        own = metric and replace(metric, weights=metric.weights[tokens])
-        return cls(heard, block.in_order(reference, chosen)[share.mine], own)
+        if metric and metric.weights is not None:
+            metric = replace(metric, weights=metric.weights[tokens])
+        return cls(heard, block.in_order(reference, chosen)[share.mine], metric)
 
     def hear(self, way: str, weights: Weights) -> None:
         (share,), width = self.block.shares, self.wanted.shape[1]
@@ -488,7 +491,8 @@ class _Jury:
         (outputs,) = self.block.outputs(weights)
         # Of all tokens at once: what a product of rows rounds to may depend on how many there are.
         error = self.block.team.gather_parts(outputs.sub_(self.wanted), share.tokens.numel())
-        self.costs[way] = _mean((error @ self.metric.matrix).mul_(error).sum(1).mul_(self.metric.weights), width)
+        costs = (error @ self.metric.matrix).mul_(error).sum(1)
+        self.costs[way] = _mean(costs if self.metric.weights is None else costs.mul_(self.metric.weights), width)
         self.losses[way] = row_squares(error)
         self.values[way] = _mean(self.losses[way], width)
 
@@ -521,7 +525,8 @@ def judge(
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
-    metric = None if fisher is None else Metric.of(fisher, distinct)
+    rows = len(fitted) * block.index.shape[1] / (block.experts * block.x.shape[1])
+    metric = None if fisher is None else Metric.of(fisher, distinct, rows)
     jury = _Jury.of(block, reference, judging, metric)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
