@@ -17,7 +17,7 @@ from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
 from mmq.quantize.fisher import SourceLayer, fisher
 from mmq.quantize.head import Head
 from mmq.quantize.layer import LayerContent
-from mmq.quantize.rounding import Compensation, Smoothing, judge
+from mmq.quantize.rounding import ENOUGH, Compensation, Metric, Smoothing, judge
 from mmq.quantize.routed_experts import ExpertBlock, Weights, top_up
 from mmq.source.synth import model_config
 from mmq.tensors import experts, fp8, int4, rounding, smoothing
@@ -294,11 +294,12 @@ def _of_rounding() -> list[Check]:
             top_up(scores, index, 400), 2**22,
         )  # fmt: skip
 
-    def step(*parts: Any) -> Compensation:
-        return Compensation(block(*parts), torch.arange(0, 800, 3, device=parts[0].device), 800)
+    def step(x: Any, *parts: Any, weighed: bool = False) -> Compensation:
+        metric = Metric.of(fisher(x), 800, ENOUGH) if weighed else None
+        return Compensation(block(x, *parts), torch.arange(0, 800, 3, device=x.device), 800, metric)
 
-    def middles(*parts: Any) -> Any:
-        own = step(*parts)
+    def middles(*parts: Any, weighed: bool = False) -> Any:
+        own = step(*parts, weighed=weighed)
         return own._middles(own.block.gate_up.float() * 1.1, 0, 6)
 
     def verdict(weighed: bool) -> Callable[..., Any]:
@@ -356,6 +357,7 @@ def _of_rounding() -> list[Check]:
         Check("moments of a step, inputs", routed, lambda *parts: step(*parts)._inputs(0, 6)[0], SUMS),
         Check("moments of a step, down's inputs", routed, lambda *parts: middles(*parts)[0], ROUNDED),
         Check("moments of a step, squares", routed, lambda *parts: middles(*parts)[3], ROUNDED),
+        Check("moments of a step, tokens weighed", routed, lambda *parts: middles(*parts, weighed=True)[0], ROUNDED),
         Check("costs of a step", routed, lambda *parts: step(*parts)._costs(0, 6), ROUNDED),
         Check("judge, losses", routed, verdict(False), JUDGED),
         Check("judge, costs", routed, verdict(True), JUDGED),
