@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 import mmq.stages.awq
 import mmq.stages.awq_fisher
 from cli.test_cli import refused, succeed
-from conftest import SAMPLES, digests, write_recipe
+from conftest import SAMPLES, digests, edit_json, write_recipe
 from mmq.prove.verify import verify_checkpoint
 from mmq.quantize.fisher import fisher, following, spread_samples
 from mmq.quantize.rounding import Fisher
@@ -22,6 +23,7 @@ from mmq.recipe import load
 from mmq.source.synth import Sizes, write_checkpoint, write_samples
 from mmq.stages.awq_checks import calibration_tokens
 from mmq.stages.pipeline import run_stages
+from mmq.storage.shards import save_tensors
 from mmq.tensors.experts_gradient import ERRING
 from mmq.workdir.layer_files import LayerFiles
 from mmq.workdir.workspace import Workspace
@@ -123,6 +125,23 @@ def test_other_tokens_would_mix_two_runs(again: Path) -> None:
     content[-1] ^= 1
     states.write_bytes(content)
     assert f"{states} is not what awq wrote" in refused("awq", again / "recipe.yaml")
+
+
+def test_what_an_earlier_version_found_is_not_taken(again: Path) -> None:
+    """It kept the matrices alone."""
+    stopped(again, "awq", "fsync", 42)
+    state = again / "run/state/awq"
+    paths = {path.relative_to(again / "run").as_posix(): path for path in state.glob("fisher-*")}
+    assert len(paths) == 3
+    records = {name: save_tensors(path, {"fisher": load_file(path)["matrix"]}) for name, path in paths.items()}
+
+    def with_these(journal: dict[str, Any]) -> None:
+        for files in journal["stages"]["awq"]["units"].values():
+            files |= {name: [records[name].size, records[name].digest] for name in files.keys() & records.keys()}
+
+    edit_json(again / "run/journal.json", with_these)
+    said = refused("awq", again / "recipe.yaml")
+    assert "is an earlier mmq's, which did not keep the gradient's norms; run `mmq awq --restart`" in said
 
 
 def test_without_a_gradient_it_is_another_rounding(weighed: Path, again: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mmq.errors import DeviceMemoryError, one_line
+from mmq.errors import DeviceMemoryError, JournalError, one_line
 from mmq.machine.device import release_memory
 from mmq.machine.team import Team
 from mmq.quantize.decoder_layer import DecoderLayer, transformers_config
@@ -71,9 +71,16 @@ def load_fisher(files: LayerFiles, layer: int, journal: StageJournal, team: Team
     """What the pass found of a layer.
 
     Raises:
-        JournalError: it is not what was written.
+        JournalError: it is not what was written, or an earlier mmq wrote it, which kept the matrix alone.
     """
-    return Fisher(**_load(files, files.fisher(layer), journal, team, device))
+    path = files.fisher(layer)
+    tensors = _load(files, path, journal, team, device)
+    if tensors.keys() != {"matrix", "norms"}:
+        raise JournalError(
+            f"{path} is an earlier mmq's, which did not keep the gradient's norms; run `mmq {journal.name} --restart`"
+            f" to begin {journal.name} anew"
+        )
+    return Fisher(**tensors)
 
 
 def _load(
