@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
+import mmq.quantize.rounding
 from mmq.families.minimax_m2 import MINIMAX_M2
 from mmq.machine.team import ALONE, Team
 from mmq.quantize.layer import LayerContent, LayerQuantizer, LayerResult
+from mmq.quantize.rounding import Fisher
 from mmq.quantize.routed_experts import ExpertBlock, Rows, Weights
 from mmq.recipe import Awq
 from mmq.source.synth import Sizes, model_config
@@ -136,14 +138,14 @@ def test_outputs_and_losses_are_those_of_one_rank(size: int, tokens: int) -> Non
             assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "compensated"])
+@pytest.mark.parametrize("rounding", ["nearest", "compensated", "compensated, weighed"])
 @pytest.mark.parametrize("size", [2, 3])
-def test_a_layer_is_that_of_one_rank(rounding: str, size: int) -> None:
+def test_a_layer_is_that_of_one_rank(rounding: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = Sizes(layers=1, hidden=128, intermediate=64, experts=11, top_k=2, heads=2, kv_heads=1, head_dim=64)
     settings = Awq.model_validate(
         {
             "calibration": {"files": [{"path": "unused", "samples": 1}]},
-            "rounding": rounding,
+            "rounding": rounding.partition(",")[0],
             "group_size": 32,
             "min_tokens": 24,
             "n_grid": 6,
@@ -152,6 +154,11 @@ def test_a_layer_is_that_of_one_rank(rounding: str, size: int) -> None:
     )
     lengths = [40, 7, 40, 31, 12]
     content, hidden = random_layer(sizes, sum(lengths))
+    fisher = None
+    if rounding.endswith("weighed"):
+        monkeypatch.setattr(mmq.quantize.rounding, "ENOUGH", 0)
+        gradients = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+        fisher = Fisher(gradients.T @ gradients / len(hidden), gradients.norm(dim=1))
 
     def work(team: Team) -> LayerResult:
         own = team.part(sizes.experts)
@@ -160,7 +167,7 @@ def test_a_layer_is_that_of_one_rank(rounding: str, size: int) -> None:
         )
         return LayerQuantizer(
             MINIMAX_M2, model_config(sizes), settings, lengths, torch.arange(sum(lengths)), CPU, team=team
-        ).quantize(0, part, hidden)
+        ).quantize(0, part, hidden, fisher)
 
     (expected,) = by_ranks(1, work)
     ranks = by_ranks(size, work)

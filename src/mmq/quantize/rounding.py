@@ -1,10 +1,10 @@
 """Error-compensated rounding of one layer's experts, and the samples held back to judge it by.
 
 Second moments are of each expert's own routed rows, a few experts at a time, and drawn towards what all tokens and the
-expert's weights let expect by how few rows there are. Tokens at which errors cost more count more. Down comes after
-gate and up, and reads what these make of the inputs once they are rounded. The loss on rows that were fitted falls
-whatever happens elsewhere, so every eighth sample takes no part in the moments: on those, smoothing and none,
-compensated and nearest are compared.
+expert's weights let expect by how few rows there are; where there are many, tokens at which errors cost more count
+more. Down comes after gate and up, and reads what these make of the inputs once they are rounded. The loss on rows that
+were fitted falls whatever happens elsewhere, so every eighth sample takes no part in the moments: on those, smoothing
+and none, compensated and nearest are compared.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from mmq.tensors.rounding import (
     through_down,
 )
 
-# Rows for each column that an expert has on average where they count by what errors cost at their tokens. Rows that
-# count unlike are worth fewer, and where there are few that takes more than it brings.
+# With so many rows for each column, in an expert on average, tokens count by what errors cost there. Rows that count
+# unlike are worth fewer, and of few rows that takes more than it brings (docs/quality.md).
 ENOUGH = 8
 # As many rows for each column count what is expected of a moment before its own rows are seen; the least share of the
 # mean diagonal that is added to it, and that share where the text has as many different tokens as there are columns.
@@ -479,7 +479,7 @@ class _Jury:
         chosen[tokens] = True
         (share,) = heard.shares
         if metric and metric.weights is not None:
-            metric = replace(metric, weights=metric.weights[tokens])
+            metric = replace(metric, weights=metric.weights[tokens[share.tokens]])
         return cls(heard, block.in_order(reference, chosen)[share.mine], metric)
 
     def hear(self, way: str, weights: Weights) -> None:
