@@ -514,10 +514,11 @@ def _costs(context: Context) -> Any:
 
     from mmq.quantize.fisher import fisher
 
-    hidden = context.shape().hidden
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(context.tokens, hidden, generator=generator).to(context.torch_device())
-    return fisher(rows @ torch.randn(hidden, hidden, generator=generator).to(rows.device) / hidden**0.5 + rows)
+    hidden, device = context.shape().hidden, context.torch_device()
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(context.tokens, hidden, generator=generator, device=device)
+    mix = torch.randn(hidden, hidden, generator=generator, device=device) / hidden**0.5
+    return fisher(torch.addmm(rows, rows, mix))
 
 
 def _lengths(context: Context, tokens: int) -> list[int]:
@@ -693,7 +694,7 @@ def gradient(context: Context) -> Iterator[Facts]:
         ("the loss and its gradient", lambda: head.gradient(hidden, ids)),
         ("forward", lambda: layer.forward(hidden)),
         ("back", lambda: layer.back(hidden, above)),
-        ("second moments", lambda: fisher(above)),
+        ("second moments", lambda: fisher(above).matrix),
     ):
         before = _reset_peak(context)
         seconds = timed(context, work, 2)
