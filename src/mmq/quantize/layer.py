@@ -183,7 +183,7 @@ class LayerQuantizer:
         excluded: list[int] = []
         while True:
             try:
-                result = self._quantize(layer, content, hidden, fisher)
+                result = self._quantize(layer, content, hidden, fisher and self._present(fisher))
                 break
             except NotFiniteError as error:
                 if fatal:
@@ -278,8 +278,9 @@ class LayerQuantizer:
                     norm, applied, inner = own_norm, torch.ones_like(applied), torch.ones_like(inner)
         if settings.rounding == "compensated":
             with clock.part("rounding"):
-                found_scales, present = Smoothing(applied, inner), None if fisher is None else self._present(fisher)
-                verdict = judge(block, reference, self.lengths, self.distinct, found_scales, clock.step, present)
+                verdict = judge(
+                    block, reference, self.lengths, self.distinct, Smoothing(applied, inner), clock.step, fisher
+                )
                 applied, inner, rounded = verdict.smoothing.norm, verdict.smoothing.inner, verdict.rounded
                 norm, statistics = norm if verdict.smoothed else own_norm, verdict.statistics
                 evidence = verdict.evidence

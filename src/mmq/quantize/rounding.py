@@ -201,7 +201,6 @@ class Compensation:
     Attributes:
         rows: of the fitted tokens.
         pooled: float32 [H, H], the mean second moment of all fitted tokens.
-        roots: float32 [T], by which rows of each token are multiplied to count what the metric says, if it does.
         step: experts at a time.
         workers: threads that take a step each; on a GPU the calling thread alone.
     """
@@ -212,7 +211,6 @@ class Compensation:
     metric: Metric | None = None
     rows: Rows = field(init=False)
     pooled: torch.Tensor = field(init=False)
-    roots: torch.Tensor | None = field(init=False)
     step: int = field(init=False)
     workers: int = field(init=False)
 
@@ -221,8 +219,6 @@ class Compensation:
         experts, hidden, inner = block.gate_up.shape[0], block.gate_up.shape[2], block.down.shape[2]
         rows = Rows.of(block.index[fitted], block.experts).of_experts(block.own.start, block.own.stop)
         self.rows = Rows(fitted[rows.token], rows.ends, rows.place)
-        weights = self.metric.weights if self.metric else None
-        self.roots = None if weights is None else weights.sqrt()
         self.pooled = torch.zeros(hidden, hidden, dtype=torch.float32, device=block.x.device)
         for tokens in fitted.split(self._slice):
             ends = torch.tensor([len(tokens)], dtype=torch.int32, device=block.x.device)
@@ -344,7 +340,8 @@ class Compensation:
 
     def _weighed(self, rows: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Rows [r, n] of so many tokens, to count what these do; overwritten."""
-        return rows if self.roots is None else rows.mul_(self.roots[token].unsqueeze(1))
+        weights = self.metric.weights if self.metric else None
+        return rows if weights is None else rows.mul_(weights[token].sqrt_().unsqueeze(1))
 
     def _inputs(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         """X^T X of the inputs X of gate and up of experts first..last, float32 [n, H, H], and numbers of rows, float32

@@ -74,7 +74,7 @@ def load_fisher(files: LayerFiles, layer: int, journal: StageJournal, team: Team
         JournalError: it is not what was written, or an earlier mmq wrote it, which kept the matrix alone.
     """
     path = files.fisher(layer)
-    tensors = _load(files, path, journal, team, device)
+    tensors = _load_file(files, path, journal, team, device)
     if tensors.keys() != {"matrix", "norms"}:
         raise JournalError(
             f"{path} is an earlier mmq's, which did not keep the gradient's norms; run `mmq {journal.name} --restart`"
@@ -83,7 +83,7 @@ def load_fisher(files: LayerFiles, layer: int, journal: StageJournal, team: Team
     return Fisher(**tensors)
 
 
-def _load(
+def _load_file(
     files: LayerFiles, path: Path, journal: StageJournal, team: Team, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """A finished unit's file, which the leading rank looks at for all."""
@@ -202,7 +202,7 @@ class FisherPass:
         return self._load(self.files.forward(layer))
 
     def _load(self, path: Path) -> torch.Tensor:
-        (tensor,) = _load(self.files, path, self.journal, self.team, self.device).values()
+        (tensor,) = _load_file(self.files, path, self.journal, self.team, self.device).values()
         return tensor
 
     def _finish(
