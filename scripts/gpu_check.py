@@ -531,12 +531,13 @@ def rounding(context: Context) -> Iterator[Facts]:
     """Compensated rounding: a step of experts part by part, ways to factorize, and a layer as a whole."""
     import torch
 
-    from mmq.quantize.rounding import ENOUGH, Compensation, Metric, held_back
+    from mmq.quantize.rounding import Compensation, Metric, held_back, rows_per_column
 
     block, reference = _block(context, 8 * (2**20 if context.small else GIB), False)
     fitted = (~held_back(_lengths(context, context.tokens))).nonzero().flatten().to(block.x.device)
     costs = _costs(context)
-    compensation = Compensation(block, fitted, context.tokens, Metric.of(costs, context.tokens, ENOUGH))
+    metric = Metric.of(costs, context.tokens, rows_per_column(block, fitted))
+    compensation = Compensation(block, fitted, context.tokens, metric)
     yield from _rounded_step(context, compensation)
     yield from _factorized(context, compensation)
     del compensation
@@ -796,7 +797,7 @@ def profile(context: Context) -> Iterator[Facts]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from mmq.quantize.rounding import ENOUGH, Compensation, Metric, Rounded, Smoothing
+    from mmq.quantize.rounding import Compensation, Metric, Rounded, Smoothing, rows_per_column
     from mmq.quantize.routed_experts import SmoothedGateUp
     from mmq.tensors import experts
 
@@ -810,7 +811,8 @@ def profile(context: Context) -> Iterator[Facts]:
 
     plain = Smoothing(ones, torch.ones(block.experts, block.down.shape[2], device=ones.device))
     half = torch.arange(0, len(block.x), 2, device=ones.device)
-    compensation = Compensation(block, half, len(half), Metric.of(_costs(context), len(half), ENOUGH))
+    metric = Metric.of(_costs(context), len(half), rows_per_column(block, half))
+    compensation = Compensation(block, half, len(half), metric)
     chosen = torch.arange(block.experts) < compensation.step
     with mock.patch.object(experts, "torch_multiplies_faster", lambda rows: False):
         seconds = timed(context, one_pass)

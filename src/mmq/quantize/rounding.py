@@ -145,6 +145,11 @@ def probed(block: ExpertBlock) -> torch.Tensor:
     return torch.arange(block.own.start, block.own.stop) // run % PROBED == 0
 
 
+def rows_per_column(block: ExpertBlock, fitted: torch.Tensor) -> float:
+    """Of gate and up, in an expert on average, if int64 [F] are the tokens whose rows are fitted."""
+    return len(fitted) * block.index.shape[1] / (block.experts * block.x.shape[1])
+
+
 @dataclass(frozen=True)
 class Fisher:
     """What the loss's gradients g by a layer's output say.
@@ -176,7 +181,7 @@ class Metric:
     def of(cls, fisher: Fisher, distinct: int, rows: float) -> Metric:
         """Args:
         distinct: how many different tokens the calibration has.
-        rows: for each column of gate and up, that an expert has on average.
+        rows: see `rows_per_column`.
         """
         matrix = fisher.matrix.clone()
         # Becomes what is factorized.
@@ -522,8 +527,7 @@ def judge(
     judging, fitted = mask.nonzero().flatten(), (~mask).nonzero().flatten()
     if not len(judging):
         judging = fitted
-    rows = len(fitted) * block.index.shape[1] / (block.experts * block.x.shape[1])
-    metric = None if fisher is None else Metric.of(fisher, distinct, rows)
+    metric = None if fisher is None else Metric.of(fisher, distinct, rows_per_column(block, fitted))
     jury = _Jury.of(block, reference, judging, metric)
     plain = Smoothing(torch.ones_like(found.norm), torch.ones_like(found.inner))
     smoothings = {"": plain}
